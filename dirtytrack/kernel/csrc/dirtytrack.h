@@ -1,0 +1,271 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * The core of dirtytrack: which pages of this process were written since the last epoch.
+ *
+ * Plain GNU C11, no Python.h; another runtime can include this header and link the .c files beside it.
+ * cffi reads this very file (its lines that begin with '#' left out), so each declaration stands once.
+ *
+ * Conventions
+ *   - A function that can fail returns 0 or a negative number: -errno, or one of `enum dt_code`.
+ *     Out-parameters come last and are written on success only, except `dt_failure`, which is written on failure only.
+ *   - Addresses and lengths are bytes, ranges are half-open [start, end).
+ *   - Every function may be called from any thread; the session's lock is taken and released inside the call.
+ *   - Handles (`dt_session`, `dt_region`, `dt_listener`) are reference counted. The `*_drop` functions take the address
+ *     of the variable that holds the handle (it may hold NULL), only queue work, never block and never fail.
+ */
+#ifndef DIRTYTRACK_H
+#define DIRTYTRACK_H
+#include <stdint.h>
+#include <stddef.h>
+
+typedef struct dt_session dt_session;
+typedef struct dt_region dt_region;
+typedef struct dt_listener dt_listener;
+
+enum dt_code {
+    DT_OK = 0,
+    DT_CLOSED = -10001,       /* the session is closed */
+    DT_FORKED = -10002,       /* made before a fork; this is the child */
+    DT_NOT_STARTED = -10003,  /* the listener is not running */
+    DT_RUNNING = -10004,      /* the listener is running already */
+    DT_NOT_WATCHED = -10005,  /* that region is not one of this listener's */
+    DT_WATCHED = -10006,      /* that region is one of this listener's already */
+    DT_GONE = -10007,         /* (part of) a region's mapping went away */
+    DT_UNREGISTERED = -10008, /* that region was unregistered */
+    DT_MISSED = -10009,       /* the audit found a change that nobody reported */
+    DT_TOO_SMALL = -10010,    /* an output buffer is too small, or the input does not fit */
+    DT_HUGETLB_MASK = -10011  /* an arming scan with that mask can hang a process for ever over hugetlb */
+};
+
+/* What was being tried when a call failed. */
+enum dt_step {
+    DT_STEP_NONE = 0,
+    DT_STEP_USERFAULTFD = 1, /* userfaultfd(2) or /dev/userfaultfd */
+    DT_STEP_API = 2,         /* UFFDIO_API */
+    DT_STEP_PAGEMAP = 3,     /* open /proc/PID/pagemap */
+    DT_STEP_REGISTER = 4,    /* UFFDIO_REGISTER */
+    DT_STEP_UNREGISTER = 5,  /* UFFDIO_UNREGISTER */
+    DT_STEP_PROTECT = 6,     /* UFFDIO_WRITEPROTECT */
+    DT_STEP_SCAN = 7,        /* PAGEMAP_SCAN */
+    DT_STEP_MEMORY = 8,      /* an allocation */
+    DT_STEP_COPY = 9,        /* reading or writing tracked memory */
+    DT_STEP_MAPS = 10        /* reading /proc/self/maps */
+};
+
+typedef struct dt_failure {
+    int32_t code;      /* what the call returned */
+    int32_t os_errno;  /* the kernel's errno where there was one, else 0 */
+    int32_t step;      /* enum dt_step */
+    int32_t door;      /* enum dt_door that was tried last, for DT_STEP_USERFAULTFD */
+    uint64_t start;    /* the range in question, or 0, 0 */
+    uint64_t end;
+    uint64_t region;   /* id of the region in question, or 0 */
+} dt_failure;
+
+/* ---- what this kernel can do -------------------------------------------------------------------------------- */
+
+enum dt_door { DT_DOOR_NONE = 0, DT_DOOR_USER_MODE = 1, DT_DOOR_DEVICE = 2, DT_DOOR_FULL = 3 };
+
+typedef struct dt_support {
+    int32_t door;             /* the first door that opened, in the order above */
+    int32_t door_errno[4];    /* by door: 0 where it opened or was not tried */
+    int32_t api_errno;        /* UFFDIO_API with WP_ASYNC | WP_UNPOPULATED */
+    int32_t pagemap_errno;    /* open /proc/self/pagemap */
+    int32_t scan_errno;       /* PAGEMAP_SCAN */
+    int32_t register_errno;   /* UFFDIO_REGISTER in write-protect mode of anonymous memory */
+    int32_t sees_stores;      /* 1: a store to an armed page is reported, and once only */
+    int32_t sees_discards;    /* 1: the exact scan reports an armed page that was discarded */
+    int32_t sees_untouched;   /* 1: the exact scan reports a never-touched range (no page table) */
+    int32_t maps_query;       /* 1: PROCMAP_QUERY (Linux 6.11) */
+    int32_t reserved;
+    uint64_t features;        /* as UFFDIO_API lists them, unknown bits included */
+    uint64_t categories;      /* the page categories that PAGEMAP_SCAN accepts */
+    uint64_t page_bytes;
+} dt_support;
+
+/* Finds out by trying, on memory and descriptors of its own. Always succeeds; what failed is in `out`. */
+void dt_probe(dt_support *out);
+
+/* ---- sets of pages ------------------------------------------------------------------------------------------ */
+
+typedef struct dt_run {
+    uint64_t start, end; /* addresses, page-aligned in sets of pages */
+} dt_run;
+
+/* Sorted, disjoint, coalesced runs. The caller provides the struct, zeroed; dt_set_clear frees what it holds.
+ * A set filled by dt_collect, dt_remove or dt_stop belongs to the listener until `delivered` is set to 1:
+ * cleared before that, its pages (and regions) go back to the listener. */
+typedef struct dt_set {
+    dt_run *runs;
+    uint64_t count;      /* runs */
+    uint64_t pages;      /* base pages in them */
+    uint64_t epoch;      /* the epoch that the collect closed */
+    uint32_t complete;   /* 0: the time budget ended the collect early */
+    uint32_t delivered;
+    dt_failure why;      /* why a call that was to fill this set failed */
+    void *block_;        /* private: what holds the runs */
+} dt_set;
+
+void dt_set_clear(dt_set *set);
+int dt_set_copy(const dt_run *runs, uint64_t count, dt_set *out); /* -EINVAL unless page-aligned, sorted, disjoint */
+int dt_set_union(const dt_set *a, const dt_set *b, dt_set *out);
+int dt_set_union_many(const dt_set *const *sets, uint64_t n, dt_set *out);
+int dt_set_intersection(const dt_set *a, const dt_set *b, dt_set *out);
+int dt_set_difference(const dt_set *a, const dt_set *b, dt_set *out);
+int dt_set_equal(const dt_set *a, const dt_set *b);               /* 1 or 0 */
+int dt_set_subset(const dt_set *a, const dt_set *b);              /* 1 or 0 */
+int dt_set_contains(const dt_set *set, uint64_t address);         /* 1 or 0 */
+int dt_set_clip(const dt_set *set, uint64_t start, uint64_t end, dt_set *out); /* start, end page-aligned */
+
+/* Byte offsets from `address` of the parts of [address, address + nbytes) that the set touches: writes at most `room`
+ * runs, returns how many there are. */
+uint64_t dt_set_offsets(const dt_set *set, uint64_t address, uint64_t nbytes, dt_run *out, uint64_t room);
+/* Page numbers from `start`, one number a page; `out` has room for as many as the set has pages in [start, end). */
+uint64_t dt_set_pages(const dt_set *set, uint64_t start, uint64_t end, uint64_t *out, uint64_t room);
+/* One bit a page of [start, end), LSB first; `out` has (pages + 7) / 8 bytes, written whole. */
+void dt_set_bitmap(const dt_set *set, uint64_t start, uint64_t end, uint8_t *out);
+/* Which of `rows` rows at address + i * stride, each row_bytes long, the set touches: writes at most `room` numbers,
+ * returns how many there are. `stride` > 0. */
+uint64_t dt_set_rows(const dt_set *set, uint64_t address, uint64_t stride, uint64_t row_bytes, uint64_t rows,
+                     uint64_t *out, uint64_t room);
+
+/* ---- bytes of a set ----------------------------------------------------------------------------------------- */
+
+/* A piece of tracked memory, and where its bytes are or go elsewhere. */
+typedef struct dt_extent {
+    uint64_t address;
+    uint64_t nbytes;
+    void *mirror;       /* as long as nbytes, or NULL */
+    uint32_t unpinned;  /* 1: it may vanish beneath us, so copy by a system call that reports it */
+    uint32_t reserved;
+} dt_extent;
+
+/* `extents` are sorted and disjoint in gather, scatter and nbytes. On a page that vanished: -EFAULT and `why`. */
+uint64_t dt_set_nbytes(const dt_set *set, const dt_extent *extents, uint64_t n);
+int dt_gather(const dt_set *set, const dt_extent *extents, uint64_t n, uint8_t *out, uint64_t room, dt_failure *why);
+int dt_scatter(const dt_set *set, const dt_extent *extents, uint64_t n, const uint8_t *data, uint64_t length,
+               dt_failure *why);
+/* Each extent's dirty bytes to the same offset of its mirror. */
+int dt_copy_out(const dt_set *set, const dt_extent *extents, uint64_t n, dt_failure *why);
+/* The pages of the set that differ from the mirrors, in whole granules (a multiple of the page, counted from address 0). */
+int dt_changed(const dt_set *set, const dt_extent *extents, uint64_t n, uint64_t granule_bytes, dt_set *out);
+
+/* ---- mappings and raw scans ---------------------------------------------------------------------------------- */
+
+typedef struct dt_mapping {
+    uint64_t start, end;
+    uint64_t offset, inode;
+    uint32_t device_major, device_minor;
+    uint32_t readable, writable, executable, shared;
+    uint64_t page_bytes;   /* the kernel's page size for it, 0 where the kernel does not say */
+    char name[256];        /* path or [heap] and the like; cut at 255 bytes */
+} dt_mapping;
+
+/* The first mapping of this process that ends after `address`; -ENOENT where there is none. */
+int dt_mapping_at(uint64_t address, dt_mapping *out);
+
+typedef struct dt_page_region {
+    uint64_t start, end, categories;
+} dt_page_region;
+
+typedef struct dt_scan_request {
+    uint64_t start, end;
+    uint64_t category_mask, category_inverted, category_anyof_mask, return_mask;
+    uint64_t flags;       /* PM_SCAN_* */
+    uint64_t max_pages;   /* 0: no limit */
+} dt_scan_request;
+
+typedef struct dt_scan_result {
+    dt_page_region *regions; /* sorted, disjoint; freed by dt_scan_result_clear */
+    uint64_t count;
+    uint64_t walk_end;       /* where the walk really got */
+    dt_failure why;
+} dt_scan_result;
+
+/* PAGEMAP_SCAN in the kernel's own words on any pagemap descriptor, resumed until it is done. Where an arming scan
+ * fails midway, what it had found is in `out` beside the error. */
+int dt_pagemap_scan(int pagemap_fd, const dt_scan_request *request, dt_scan_result *out);
+void dt_scan_result_clear(dt_scan_result *result);
+
+/* ---- sessions ----------------------------------------------------------------------------------------------- */
+
+enum dt_remedy {
+    DT_REMEDY_PROBE = 0,   /* what dt_probe found necessary */
+    DT_REMEDY_ABSENT = 1,  /* R1: pages neither present nor swapped count as written, found by a pass of its own */
+    DT_REMEDY_NONE = 2     /* for tests: no remedy though the kernel needs one */
+};
+
+typedef struct dt_statistics {
+    uint64_t collects;         /* collecting passes */
+    uint64_t scans;            /* PAGEMAP_SCAN calls */
+    uint64_t protects;         /* UFFDIO_WRITEPROTECT calls */
+    uint64_t pages_found;      /* written pages that scans found and re-armed: each cost its writer one fault */
+    uint64_t pages_absent;     /* pages that remedy R1 found */
+    uint64_t pages_declared;   /* pages dirty by mark_dirty and in_flight */
+    uint64_t mappings_renewed; /* replaced mappings that were registered again */
+    uint64_t scans_refused;    /* EPERM: what was found was harvested all the same */
+    uint64_t scans_faulted;    /* EFAULT: the range was taken as dirty */
+    uint64_t pages_audited;
+    uint64_t scan_ns;          /* inside PAGEMAP_SCAN */
+    uint64_t collect_ns;       /* inside collecting passes, scans included */
+} dt_statistics;
+
+int dt_session_open(uint32_t remedy, dt_session **out, dt_failure *why);
+void dt_session_drop(dt_session **session);
+int dt_session_close(dt_session *session);             /* unregisters everything; the second call does nothing */
+int dt_session_state(dt_session *session);             /* 0, DT_CLOSED or DT_FORKED (which closes what it inherited) */
+int dt_session_fd(dt_session *session);                /* -1 when closed or suspended */
+int dt_session_door(dt_session *session);
+uint64_t dt_session_features(dt_session *session);
+int dt_session_suspend(dt_session *session, dt_failure *why);
+int dt_session_resume(dt_session *session, dt_failure *why);
+int dt_session_statistics(dt_session *session, dt_statistics *out);
+
+/* Registers the pages around [address, address + nbytes), rounded outward to granule_bytes. Arms nothing. */
+int dt_register(dt_session *session, uint64_t address, uint64_t nbytes, uint64_t granule_bytes, dt_region **out,
+                dt_failure *why);
+int dt_unregister(dt_region *region, dt_failure *why); /* -EBUSY while a listener watches it */
+void dt_region_drop(dt_region **region);
+uint64_t dt_region_id(dt_region *region);
+int dt_region_registered(dt_region *region);           /* 1 or 0 */
+/* Collects for every listener of those pages and re-arms; first arms what was never armed. */
+int dt_write_protect(dt_region *region, dt_failure *why);
+/* [start, end) was written where no page table saw it: dirty for every listener. */
+int dt_mark_dirty(dt_session *session, uint64_t start, uint64_t end);
+/* begin = 1: [start, end) is dirty in every collect until the matching begin = 0, and once after. */
+int dt_in_flight(dt_session *session, uint64_t start, uint64_t end, int begin);
+
+/* ---- listeners ---------------------------------------------------------------------------------------------- */
+
+int dt_listener_new(dt_session *session, dt_listener **out);
+void dt_listener_drop(dt_listener **listener);
+int dt_start(dt_listener *listener, dt_region *const *regions, uint64_t n, dt_failure *why);
+int dt_add(dt_listener *listener, dt_region *region, dt_failure *why);   /* wholly dirty in the next collect */
+int dt_remove(dt_listener *listener, dt_region *region, dt_set *final_set);
+int dt_stop(dt_listener *listener, dt_set *final_set);
+/* Collects `region`, or all of the listener's regions where it is NULL. budget_seconds < 0: no budget. */
+int dt_collect(dt_listener *listener, dt_region *region, double budget_seconds, dt_set *out);
+/* The same, then copies the dirty bytes to the extents' mirrors, in this order, in one call. */
+int dt_collect_into(dt_listener *listener, dt_region *region, const dt_extent *extents, uint64_t n, dt_set *out);
+int dt_peek(dt_listener *listener, dt_region *region, dt_set *out);
+/* Delivers a set from dt_remove or dt_stop, and lets go of the regions now rather than when the set is cleared. */
+int dt_settle(dt_set *set);
+int dt_put_back(dt_listener *listener, const dt_set *set);
+uint64_t dt_epoch(dt_listener *listener);              /* the open epoch, 0 when not running */
+int dt_audit(dt_listener *listener, double fraction);  /* of the clean pages, 0 turns it off; before dt_start */
+int dt_listener_statistics(dt_listener *listener, dt_statistics *out);
+
+/* ---- failures on purpose, for tests -------------------------------------------------------------------------- */
+
+enum dt_site {
+    DT_SITE_ALLOCATE = 1, DT_SITE_SCAN = 2, DT_SITE_REGISTER = 4, DT_SITE_UNREGISTER = 8, DT_SITE_PROTECT = 16,
+    DT_SITE_API = 32, DT_SITE_OPEN_USER_MODE = 64, DT_SITE_OPEN_DEVICE = 128, DT_SITE_OPEN_FULL = 256,
+    DT_SITE_OPEN_PAGEMAP = 512, DT_SITE_COPY = 1024, DT_SITE_MAPS = 2048
+};
+
+/* The nth call (from 1) at any of `sites`, and the `times` - 1 calls after it (0: all of them), fail with os_errno;
+ * after = 1: the call is made, then reported as failed. sites = 0 turns it off. Returns how many calls the sites saw
+ * since the last dt_fail. Process-wide, not for concurrent use. */
+uint64_t dt_fail(uint32_t sites, uint64_t nth, uint64_t times, int os_errno, int after);
+
+#endif

@@ -1,0 +1,86 @@
+/* SPDX-License-Identifier: MIT
+ * What the core's files share and nobody else sees. */
+#ifndef DIRTYTRACK_INTERNAL_H
+#define DIRTYTRACK_INTERNAL_H
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include "dirtytrack.h"
+#include <errno.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define DT_LIKELY(x) __builtin_expect(!!(x), 1)
+#define DT_UNLIKELY(x) __builtin_expect(!!(x), 0)
+
+/* ---- fault.c: allocations and kernel calls, which tests can make fail ---- */
+extern _Atomic uint32_t dt_fail_sites; /* 0 outside tests: then a site costs one load */
+/* 0: go on; > 0: fail with this errno before the call; < 0: make the call, then fail with the negated errno. */
+int dt_fail_check(enum dt_site site);
+static inline int dt_fail_at(enum dt_site site)
+{
+    if (DT_LIKELY(!(atomic_load_explicit(&dt_fail_sites, memory_order_relaxed) & (uint32_t)site)))
+        return 0;
+    return dt_fail_check(site);
+}
+void *dt_alloc(size_t bytes);                     /* zeroed, or NULL */
+void *dt_grow(void *block, size_t old_bytes, size_t bytes); /* the new part is not zeroed; NULL leaves the old block */
+void dt_free(void *block);
+
+/* ---- pages ---- */
+uint64_t dt_page_bytes(void);    /* asked of the system once */
+unsigned dt_page_shift(void);
+static inline uint64_t dt_down(uint64_t x, uint64_t unit) { return x & ~(unit - 1); }
+static inline uint64_t dt_up(uint64_t x, uint64_t unit) { return (x + unit - 1) & ~(unit - 1); }
+static inline uint64_t dt_max(uint64_t a, uint64_t b) { return a > b ? a : b; }
+static inline uint64_t dt_min(uint64_t a, uint64_t b) { return a < b ? a : b; }
+
+/* ---- sets (set.c) ---- */
+typedef struct dt_watch dt_watch;
+
+/* Holds the runs of a dt_set. It is also the node by which an undelivered set finds its way back, so that giving pages
+ * back allocates nothing. */
+typedef struct dt_block {
+    struct dt_block *next;     /* in the session's queue of returned blocks */
+    dt_listener *listener;     /* whose pages these are; NULL in sets made by algebra */
+    dt_region *only;           /* the region of a collect(region), else NULL */
+    dt_watch *detached;        /* what dt_remove or dt_stop took away, given back with the pages */
+    uint64_t capacity;         /* runs */
+    uint64_t count;            /* runs, valid while queued */
+    uint32_t stopped;          /* dt_stop made this set */
+    uint32_t reserved;
+    dt_run runs[];
+} dt_block;
+
+/* Room for at least `capacity` runs, keeping what is there; -ENOMEM changes nothing. Never returns less than one run. */
+int dt_set_reserve(dt_set *set, uint64_t capacity);
+/* Appends a run at or after the last one's start, coalescing; there must be room. Keeps count, not pages. */
+static inline void dt_set_append(dt_set *set, uint64_t start, uint64_t end)
+{
+    if (set->count && set->runs[set->count - 1].end >= start) {
+        if (end > set->runs[set->count - 1].end)
+            set->runs[set->count - 1].end = end;
+        return;
+    }
+    set->runs[set->count].start = start;
+    set->runs[set->count++].end = end;
+}
+void dt_set_count_pages(dt_set *set);             /* pages, from the runs */
+uint64_t dt_set_first(const dt_set *set, uint64_t address); /* index of the first run that ends after address */
+void dt_session_give_back(dt_block *block);       /* listener.c: queue an undelivered block; takes no lock */
+void dt_block_release(dt_block *block);           /* listener.c: free a delivered block, its watches and its reference */
+
+static inline int dt_fail_with(dt_failure *why, int code, int os_errno, enum dt_step step, uint64_t start, uint64_t end)
+{
+    if (why) {
+        why->code = code;
+        why->os_errno = os_errno;
+        why->step = (int32_t)step;
+        why->start = start;
+        why->end = end;
+    }
+    return code;
+}
+#endif

@@ -1,0 +1,784 @@
+/* SPDX-License-Identifier: MIT
+ * Listeners: who waits for which pages. Pages leave a listener's pending set only for a dt_set, and come back from it
+ * unless it is marked delivered. */
+#include "engine.h"
+#include <unistd.h>
+
+/* ---- watches ---------------------------------------------------------------------------------------------------- */
+
+static dt_watch *make_watch(dt_listener *l, dt_region *region)
+{
+    uint64_t pages = (region->end - region->start) >> dt_page_shift(), words = (pages + 63) / 64;
+    dt_watch *w = dt_alloc(sizeof *w + words * 8);
+    if (!w)
+        return NULL;
+    w->listener = l;
+    w->region = region;
+    w->start = region->start;
+    w->end = region->end;
+    w->told = region->gone_version;
+    w->words = words;
+    return w;
+}
+
+static void mark_whole(dt_watch *w) { dt_mark(w, w->start, w->end); }
+
+static void forget(dt_watch *w)
+{
+    if (w->pending)
+        memset(w->bits, 0, w->words * 8);
+    w->pending = false;
+}
+
+/* Both arrays have room by now. */
+static void attach(dt_listener *l, dt_watch *w)
+{
+    uint64_t i = l->watch_count++;
+    for (; i && l->watches[i - 1]->start > w->start; i--)
+        l->watches[i] = l->watches[i - 1];
+    l->watches[i] = w;
+    l->session->layout_version++;
+}
+
+static void enlist(dt_session *s, dt_watch *w)
+{
+    s->watches[s->watch_count++] = w;
+    w->region->watchers++;
+    s->layout_version++;
+}
+
+void dt_free_watch(dt_session *s, dt_watch *w)
+{
+    for (uint64_t i = 0; i < s->watch_count; i++)
+        if (s->watches[i] == w) {
+            s->watches[i] = s->watches[--s->watch_count];
+            break;
+        }
+    s->layout_version++;
+    dt_region_unwatch(w->region);
+    dt_free(w);
+}
+
+static void detach(dt_listener *l, dt_watch *w, dt_block *block)
+{
+    uint64_t i = 0;
+    while (l->watches[i] != w)
+        i++;
+    memmove(l->watches + i, l->watches + i + 1, (--l->watch_count - i) * sizeof *l->watches);
+    w->next_detached = block->detached;
+    block->detached = w;
+    l->detached_count++;
+    l->session->layout_version++;
+}
+
+static dt_watch *watch_of(const dt_listener *l, const dt_region *region)
+{
+    for (uint64_t i = 0; i < l->watch_count; i++)
+        if (l->watches[i]->region == region)
+            return l->watches[i];
+    return NULL;
+}
+
+/* ---- life and death --------------------------------------------------------------------------------------------- */
+
+int dt_listener_new(dt_session *s, dt_listener **out)
+{
+    int rc = dt_enter(s);
+    if (rc)
+        return rc;
+    dt_listener *l = dt_alloc(sizeof *l);
+    if (l) {
+        l->session = s;
+        l->refs = 1;
+        dt_retain(s);
+        *out = l;
+    }
+    dt_leave(s);
+    return l ? 0 : -ENOMEM;
+}
+
+void dt_listener_unref(dt_listener *l)
+{
+    if (atomic_fetch_sub(&l->refs, 1) != 1)
+        return;
+    dt_free(l->watches);
+    dt_free(l->ranges);
+    dt_free(l->overlaps);
+    dt_free(l->audit);
+    dt_free(l);
+}
+
+void dt_listener_drop(dt_listener **listener)
+{
+    dt_listener *l = *listener;
+    *listener = NULL;
+    if (!l)
+        return;
+    dt_session *s = l->session;
+    l->next_dropped = atomic_load(&s->dropped_listeners);
+    while (!atomic_compare_exchange_weak(&s->dropped_listeners, &l->next_dropped, l))
+        ;
+    dt_release(s);
+}
+
+void dt_drain_listeners(dt_session *s)
+{
+    dt_listener *next;
+    for (dt_listener *l = atomic_exchange(&s->dropped_listeners, NULL); l; l = next) {
+        next = l->next_dropped;
+        while (l->watch_count)
+            dt_free_watch(s, l->watches[--l->watch_count]);
+        l->running = false;
+        l->dropped = true;
+        dt_listener_unref(l);
+    }
+}
+
+/* ---- sets on their way out and back --------------------------------------------------------------------------------- */
+
+/* The set that a collect fills: it belongs to the listener, and keeps it and the session. */
+static int claim(dt_listener *l, dt_region *only, dt_set *out)
+{
+    *out = (dt_set){0};
+    int rc = dt_set_reserve(out, 16);
+    if (rc)
+        return dt_fail_with(&out->why, rc, ENOMEM, DT_STEP_MEMORY, 0, 0);
+    dt_block *block = out->block_;
+    block->listener = l;
+    block->only = only;
+    atomic_fetch_add(&l->refs, 1);
+    dt_retain(l->session);
+    return 0;
+}
+
+static void push_block(dt_block *block)
+{
+    dt_session *s = block->listener->session;
+    block->next = atomic_load(&s->returned);
+    while (!atomic_compare_exchange_weak(&s->returned, &block->next, block))
+        ;
+    dt_release(s); /* the queue belongs to the session: from here on it frees the block */
+}
+
+void dt_session_give_back(dt_block *block) { push_block(block); }
+
+/* Of a delivered set. What it detached is in the session's lists, so that waits for somebody with the lock. */
+void dt_block_release(dt_block *block)
+{
+    if (block->detached) {
+        block->count = 0;
+        block->stopped = 2; /* delivered: free what is detached */
+        push_block(block);
+        return;
+    }
+    dt_listener *l = block->listener;
+    dt_session *s = l->session;
+    dt_free(block);
+    dt_listener_unref(l);
+    dt_release(s);
+}
+
+static void free_detached(dt_session *s, dt_block *block)
+{
+    dt_watch *next;
+    for (dt_watch *w = block->detached; w; w = next) {
+        next = w->next_detached;
+        block->listener->detached_count--;
+        dt_free_watch(s, w);
+    }
+    block->detached = NULL;
+}
+
+int dt_settle(dt_set *set)
+{
+    dt_block *block = set->block_;
+    if (!block || !block->listener)
+        return 0;
+    dt_session *s = block->listener->session;
+    int rc = dt_enter(s);
+    if (rc)
+        return rc;
+    set->delivered = 1;
+    free_detached(s, block);
+    dt_leave(s);
+    return 0;
+}
+
+static void take_back(dt_session *s, dt_block *block)
+{
+    dt_listener *l = block->listener;
+    if (block->stopped == 2 || l->dropped)
+        free_detached(s, block);
+    dt_watch *next;
+    for (dt_watch *w = block->detached; w; w = next) {
+        next = w->next_detached;
+        l->detached_count--;
+        dt_watch *again = watch_of(l, w->region);
+        if (again) { /* watched anew meanwhile */
+            for (uint64_t i = 0; i < w->words; i++)
+                again->bits[i] |= w->bits[i];
+            again->pending |= w->pending;
+            dt_free_watch(s, w);
+        } else {
+            attach(l, w); /* its place was kept */
+        }
+    }
+    l->running |= block->stopped == 1 && !l->dropped;
+    for (uint64_t i = 0; i < l->watch_count; i++) {
+        if (block->only && l->watches[i]->region != block->only)
+            continue;
+        for (uint64_t r = 0; r < block->count; r++)
+            dt_mark(l->watches[i], block->runs[r].start, block->runs[r].end);
+    }
+    dt_free(block);
+    dt_listener_unref(l);
+}
+
+void dt_drain_blocks(dt_session *s)
+{
+    dt_block *next;
+    for (dt_block *b = atomic_exchange(&s->returned, NULL); b; b = next) {
+        next = b->next;
+        take_back(s, b);
+    }
+}
+
+/* ---- the plan: which spans to scan, and who watches each ------------------------------------------------------------- */
+
+static int plan(dt_listener *l)
+{
+    dt_session *s = l->session;
+    if (DT_LIKELY(l->plan_version == s->layout_version))
+        return 0;
+    if (dt_room((void **)&l->ranges, &l->range_room, l->watch_count, sizeof *l->ranges))
+        return -ENOMEM;
+    l->range_count = 0;
+    l->overlapping = false;
+    for (uint64_t i = 0; i < l->watch_count; i++) {
+        const dt_watch *w = l->watches[i];
+        dt_range *last = l->range_count ? &l->ranges[l->range_count - 1] : NULL;
+        if (last && w->start <= last->end) {
+            l->overlapping |= w->start < last->end;
+            last->end = dt_max(last->end, w->end);
+        } else {
+            l->ranges[l->range_count++] = (dt_range){.start = w->start, .end = w->end};
+        }
+    }
+    /* Watches and ranges are many-to-many; both counts are small or, with thousands of regions, mostly one to one: find
+     * each watch's first range by bisection. Two rounds: count, then place. */
+    uint64_t total = 0;
+    for (int place = 0; place < 2; place++) {
+        if (place) {
+            if (dt_room((void **)&l->overlaps, &l->overlap_room, total, sizeof *l->overlaps))
+                return -ENOMEM;
+            uint64_t first = 0;
+            for (uint64_t r = 0; r < l->range_count; r++) {
+                l->ranges[r].first = first;
+                first += l->ranges[r].count;
+                l->ranges[r].count = 0;
+            }
+        }
+        for (uint64_t i = 0; i < s->watch_count; i++) {
+            dt_watch *w = s->watches[i];
+            uint64_t low = 0, high = l->range_count;
+            while (low < high) {
+                uint64_t middle = (low + high) / 2;
+                if (l->ranges[middle].end <= w->start)
+                    low = middle + 1;
+                else
+                    high = middle;
+            }
+            for (; low < l->range_count && l->ranges[low].start < w->end; low++) {
+                if (place)
+                    l->overlaps[l->ranges[low].first + l->ranges[low].count] = w;
+                l->ranges[low].count++;
+                total += !place;
+            }
+        }
+    }
+    l->plan_version = s->layout_version;
+    return 0;
+}
+
+/* ---- from bits to runs ------------------------------------------------------------------------------------------------ */
+
+static uint64_t count_runs(const dt_watch *w)
+{
+    uint64_t runs = 0, carry = 0;
+    for (uint64_t i = 0; w->pending && i < w->words; i++) {
+        uint64_t bits = w->bits[i];
+        runs += (uint64_t)__builtin_popcountll(bits & ~(bits << 1 | carry));
+        carry = bits >> 63;
+    }
+    return runs;
+}
+
+static void emit_runs(const dt_watch *w, dt_set *out)
+{
+    unsigned shift = dt_page_shift();
+    for (uint64_t i = 0; w->pending && i < w->words; i++) {
+        uint64_t bits = w->bits[i], base = w->start + (i << 6 << shift);
+        if (bits == ~(uint64_t)0) {
+            dt_set_append(out, base, base + ((uint64_t)64 << shift));
+            continue;
+        }
+        while (bits) {
+            unsigned from = (unsigned)__builtin_ctzll(bits);
+            uint64_t rest = ~(bits >> from);
+            unsigned length = rest ? (unsigned)__builtin_ctzll(rest) : 64;
+            dt_set_append(out, base + ((uint64_t)from << shift), base + ((uint64_t)(from + length) << shift));
+            if (from + length >= 64)
+                break;
+            bits &= ~(uint64_t)0 << (from + length);
+        }
+    }
+}
+
+static int by_start(const void *a, const void *b)
+{
+    uint64_t x = ((const dt_run *)a)->start, y = ((const dt_run *)b)->start;
+    return (x > y) - (x < y);
+}
+
+/* Everything pending in these watches, appended to `out`; clears nothing. */
+static int extract(dt_watch *const *watches, uint64_t n, bool overlapping, dt_set *out)
+{
+    uint64_t runs = out->count;
+    for (uint64_t i = 0; i < n; i++)
+        runs += count_runs(watches[i]);
+    if (dt_set_reserve(out, runs))
+        return -ENOMEM;
+    if (!overlapping) {
+        for (uint64_t i = 0; i < n; i++)
+            emit_runs(watches[i], out);
+        return 0;
+    }
+    for (uint64_t i = 0; i < n; i++) { /* each by itself, without coalescing with what another put there */
+        dt_set own = {.runs = out->runs + out->count};
+        emit_runs(watches[i], &own);
+        out->count += own.count;
+    }
+    qsort(out->runs, out->count, sizeof *out->runs, by_start);
+    uint64_t all = out->count;
+    out->count = 0;
+    for (uint64_t i = 0; i < all; i++)
+        dt_set_append(out, out->runs[i].start, out->runs[i].end);
+    return 0;
+}
+
+/* ---- collecting ----------------------------------------------------------------------------------------------------- */
+
+static int fail(dt_failure *why, int code, const dt_region *region)
+{
+    dt_fail_with(why, code, code > DT_CLOSED ? -code : 0, DT_STEP_NONE, region ? region->start : 0, region ? region->end : 0);
+    if (why && region)
+        why->region = region->id;
+    return code;
+}
+
+/* Holes are looked for before the scan, which passes over them in silence: a mapping that goes away after this look is
+ * concurrent with the collect, and found by the next one. */
+static int look_for_holes(dt_session *s, dt_watch *const *watches, uint64_t n, const dt_range *ranges, uint64_t range_count,
+                          bool tell, dt_failure *why)
+{
+    for (uint64_t i = 0; i < range_count; i++) {
+        if (DT_LIKELY(dt_mapped(ranges[i].start, ranges[i].end)))
+            continue;
+        int rc = dt_heal(s, ranges[i].start, ranges[i].end);
+        if (rc)
+            return dt_fail_with(why, rc, -rc, DT_STEP_MAPS, ranges[i].start, ranges[i].end);
+    }
+    for (uint64_t i = 0; tell && i < n; i++) {
+        dt_watch *w = watches[i];
+        const dt_region *r = w->region;
+        if (DT_LIKELY(w->told == r->gone_version))
+            continue;
+        w->told = r->gone_version;
+        if (!r->gone_bytes)
+            continue;
+        fail(why, DT_GONE, r);
+        why->start = r->gone_start;
+        why->end = r->gone_end;
+        return DT_GONE;
+    }
+    return 0;
+}
+
+typedef struct selection {
+    dt_watch *const *watches;
+    uint64_t watch_count;
+    const dt_range *ranges;
+    uint64_t range_count;
+    bool overlapping;
+    dt_range one;
+    dt_watch *own;
+} selection;
+
+static int select_watches(dt_listener *l, dt_region *only, selection *out, dt_failure *why)
+{
+    *out = (selection){0};
+    if (!l->running)
+        return fail(why, DT_NOT_STARTED, NULL);
+    if (plan(l))
+        return dt_fail_with(why, -ENOMEM, ENOMEM, DT_STEP_MEMORY, 0, 0);
+    if (!only) {
+        out->watches = l->watches;
+        out->watch_count = l->watch_count;
+        out->ranges = l->ranges;
+        out->range_count = l->range_count;
+        out->overlapping = l->overlapping;
+        return 0;
+    }
+    out->own = watch_of(l, only);
+    if (!out->own)
+        return fail(why, DT_NOT_WATCHED, only);
+    out->watches = &out->own;
+    out->watch_count = 1;
+    out->one = (dt_range){.start = only->start, .end = only->end};
+    out->ranges = &out->one;
+    out->range_count = 1;
+    return 0;
+}
+
+static void mark_flights(dt_session *s, const selection *what)
+{
+    for (uint64_t f = 0; f < s->flight_count; f++)
+        dt_mark_all(what->watches, what->watch_count, s->flights[f].start, s->flights[f].end);
+}
+
+static void add_statistics(dt_statistics *to, const dt_statistics *now, const dt_statistics *then)
+{
+    to->scans += now->scans - then->scans;
+    to->protects += now->protects - then->protects;
+    to->pages_found += now->pages_found - then->pages_found;
+    to->pages_absent += now->pages_absent - then->pages_absent;
+    to->mappings_renewed += now->mappings_renewed - then->mappings_renewed;
+    to->scans_refused += now->scans_refused - then->scans_refused;
+    to->scans_faulted += now->scans_faulted - then->scans_faulted;
+    to->pages_audited += now->pages_audited - then->pages_audited;
+    to->scan_ns += now->scan_ns - then->scan_ns;
+}
+
+/* Scans [range.start, range.end) from `from` on, in small pieces until the deadline. 1: time is up, cursor is set. */
+static int scan_on_budget(dt_listener *l, dt_pass *pass, const dt_range *range, uint64_t from, uint64_t to, uint64_t deadline,
+                          dt_failure *why)
+{
+    for (uint64_t at = dt_max(from, range->start); at < dt_min(to, range->end); at += DT_BUDGET_CHUNK_BYTES) {
+        uint64_t end = dt_min(dt_min(to, range->end), at + DT_BUDGET_CHUNK_BYTES);
+        int rc = dt_scan_pass(pass, at, end, why);
+        if (rc)
+            return rc;
+        l->cursor = end;
+        if (dt_now_ns() >= deadline)
+            return 1;
+    }
+    return 0;
+}
+
+static int scan_selection(dt_listener *l, const selection *what, double budget_seconds, bool direct, dt_set *out)
+{
+    dt_session *s = l->session;
+    bool limited = budget_seconds >= 0;
+    double nanoseconds = (budget_seconds < 1e6 ? budget_seconds : 1e6) * 1e9;
+    uint64_t deadline = limited ? dt_now_ns() + (uint64_t)nanoseconds : 0;
+    uint64_t cursor = limited ? l->cursor : 0;
+    for (int lap = 0; lap < (limited ? 2 : 1); lap++)
+        for (uint64_t i = 0; i < what->range_count; i++) {
+            const dt_range *range = &what->ranges[i];
+            dt_pass pass = {.session = s, .self = l, .only = what->own ? what->own->region : NULL, .direct = direct ? out : NULL,
+                            .watches = what->own ? s->watches : l->overlaps + range->first,
+                            .watch_count = what->own ? s->watch_count : range->count};
+            int rc = limited ? scan_on_budget(l, &pass, range, lap ? 0 : cursor, lap ? cursor : UINT64_MAX, deadline, &out->why)
+                             : dt_scan_pass(&pass, range->start, range->end, &out->why);
+            if (rc > 0) {
+                bool rest = false; /* was that the end of it all? */
+                for (uint64_t j = 0; j < what->range_count; j++)
+                    rest |= lap ? what->ranges[j].start < cursor && what->ranges[j].end > l->cursor && l->cursor < cursor
+                                : what->ranges[j].end > l->cursor || what->ranges[j].start < cursor;
+                out->complete = !rest;
+                return 0;
+            }
+            if (rc)
+                return rc;
+            direct = direct && pass.direct;
+        }
+    return 0;
+}
+
+static int collect_locked(dt_listener *l, dt_region *only, double budget_seconds, bool tell, dt_set *out)
+{
+    dt_session *s = l->session;
+    selection what;
+    uint64_t begun = dt_now_ns();
+    dt_statistics before = s->statistics;
+    int rc = select_watches(l, only, &what, &out->why);
+    if (!rc)
+        rc = look_for_holes(s, what.watches, what.watch_count, what.ranges, what.range_count, tell, &out->why);
+    if (rc)
+        return rc;
+    if (DT_UNLIKELY(s->flight_count))
+        mark_flights(s, &what);
+    out->complete = 1;
+    if (DT_UNLIKELY(s->suspended)) {
+        for (uint64_t i = 0; i < what.watch_count; i++)
+            mark_whole(what.watches[i]);
+    } else {
+        bool direct = budget_seconds < 0;
+        for (uint64_t i = 0; direct && i < what.watch_count; i++)
+            direct = !what.watches[i]->pending;
+        rc = scan_selection(l, &what, budget_seconds, direct, out);
+    }
+    /* Either all of it went to the set, or a fold put all of it into the bits. Bits set in both cases (a region of this
+     * listener overlaps one that alone was asked for) stay where they are. */
+    bool bits = false;
+    for (uint64_t i = 0; i < what.watch_count; i++)
+        bits |= what.watches[i]->pending;
+    if (!rc && bits) {
+        rc = extract(what.watches, what.watch_count, what.overlapping || out->count, out);
+        if (rc)
+            dt_fail_with(&out->why, rc, ENOMEM, DT_STEP_MEMORY, 0, 0);
+    }
+    if (rc) {
+        dt_pass pass = {.session = s, .self = l, .direct = out};
+        dt_fold(&pass);
+        return rc;
+    }
+    dt_set_count_pages(out);
+    if (DT_UNLIKELY(l->audit_count) && !only && out->complete && (rc = dt_audit_check(l, out))) {
+        dt_pass pass = {.session = s, .self = l, .direct = out};
+        dt_fold(&pass); /* not delivered: it waits for the next collect, with the page that was missed */
+        return rc;
+    }
+    for (uint64_t i = 0; bits && i < what.watch_count; i++)
+        forget(what.watches[i]);
+    out->epoch = l->epoch++;
+    s->statistics.collects++;
+    l->statistics.collects++;
+    uint64_t took = dt_now_ns() - begun;
+    s->statistics.collect_ns += took;
+    l->statistics.collect_ns += took;
+    add_statistics(&l->statistics, &s->statistics, &before);
+    return 0;
+}
+
+int dt_collect(dt_listener *l, dt_region *region, double budget_seconds, dt_set *out)
+{
+    *out = (dt_set){0};
+    int rc = dt_enter(l->session);
+    if (rc)
+        return fail(&out->why, rc, NULL);
+    rc = claim(l, region, out);
+    if (!rc)
+        rc = collect_locked(l, region, budget_seconds, true, out);
+    dt_leave(l->session);
+    return rc;
+}
+
+int dt_collect_into(dt_listener *l, dt_region *region, const dt_extent *extents, uint64_t n, dt_set *out)
+{
+    int rc = dt_collect(l, region, -1, out);
+    /* Re-armed, then copied: a write between the two is in the copy, or in the next epoch, or in both. */
+    return rc ? rc : dt_copy_out(out, extents, n, &out->why);
+}
+
+int dt_remove(dt_listener *l, dt_region *region, dt_set *out)
+{
+    *out = (dt_set){0};
+    int rc = dt_enter(l->session);
+    if (rc)
+        return fail(&out->why, rc, region);
+    rc = claim(l, region, out);
+    if (!rc)
+        rc = collect_locked(l, region, -1, false, out);
+    if (!rc)
+        detach(l, watch_of(l, region), out->block_);
+    dt_leave(l->session);
+    return rc;
+}
+
+int dt_stop(dt_listener *l, dt_set *out)
+{
+    *out = (dt_set){0};
+    int rc = dt_enter(l->session);
+    if (rc)
+        return fail(&out->why, rc, NULL);
+    rc = claim(l, NULL, out);
+    if (!rc)
+        rc = collect_locked(l, NULL, -1, true, out);
+    if (!rc) {
+        dt_block *block = out->block_;
+        while (l->watch_count)
+            detach(l, l->watches[l->watch_count - 1], block);
+        block->stopped = 1;
+        l->running = false;
+    }
+    dt_leave(l->session);
+    return rc;
+}
+
+int dt_peek(dt_listener *l, dt_region *region, dt_set *out)
+{
+    *out = (dt_set){0};
+    dt_session *s = l->session;
+    int rc = dt_enter(s);
+    if (rc)
+        return fail(&out->why, rc, NULL);
+    selection what;
+    dt_set pending = {0}, written = {0};
+    rc = select_watches(l, region, &what, &out->why);
+    if (!rc) {
+        mark_flights(s, &what);
+        rc = extract(what.watches, what.watch_count, what.overlapping, &pending);
+        if (rc)
+            dt_fail_with(&out->why, rc, ENOMEM, DT_STEP_MEMORY, 0, 0);
+    }
+    for (uint64_t i = 0; !rc && i < what.range_count; i++) {
+        const dt_range *r = &what.ranges[i];
+        if (!s->suspended)
+            rc = dt_peek_range(s, r->start, r->end, &written, &out->why);
+        else if (!(rc = dt_set_reserve(&written, written.count + 1)))
+            dt_set_append(&written, r->start, r->end);
+    }
+    if (!rc) {
+        dt_failure none = out->why;
+        rc = dt_set_union(&pending, &written, out);
+        out->why = none;
+        out->epoch = l->epoch;
+        out->complete = 1;
+        if (rc)
+            dt_fail_with(&out->why, rc, ENOMEM, DT_STEP_MEMORY, 0, 0);
+    }
+    dt_set_clear(&pending);
+    dt_set_clear(&written);
+    dt_leave(s);
+    return rc;
+}
+
+/* ---- starting, adding ------------------------------------------------------------------------------------------------ */
+
+static int room_for(dt_listener *l, uint64_t more)
+{
+    dt_session *s = l->session;
+    int rc = dt_room((void **)&l->watches, &l->watch_room, l->watch_count + l->detached_count + more, sizeof *l->watches);
+    return rc ? rc : dt_room((void **)&s->watches, &s->watch_room, s->watch_count + more, sizeof *s->watches);
+}
+
+/* Watched before it is armed: from the moment that it is armed, other listeners' scans take its bits. */
+static int watch_region(dt_listener *l, dt_region *region, dt_failure *why)
+{
+    if (region->session != l->session || !region->registered)
+        return fail(why, DT_UNREGISTERED, region);
+    if (watch_of(l, region))
+        return fail(why, DT_WATCHED, region);
+    dt_watch *w = make_watch(l, region);
+    if (!w)
+        return dt_fail_with(why, -ENOMEM, ENOMEM, DT_STEP_MEMORY, region->start, region->end);
+    attach(l, w);
+    enlist(l->session, w);
+    return l->session->suspended ? 0 : dt_arm(l->session, region, why);
+}
+
+static void unwatch_region(dt_listener *l, dt_region *region)
+{
+    dt_watch *w = watch_of(l, region);
+    if (!w)
+        return;
+    dt_block none = {0};
+    detach(l, w, &none);
+    l->detached_count--;
+    dt_free_watch(l->session, w);
+}
+
+int dt_start(dt_listener *l, dt_region *const *regions, uint64_t n, dt_failure *why)
+{
+    dt_session *s = l->session;
+    int rc = dt_enter(s);
+    if (rc)
+        return fail(why, rc, NULL);
+    uint64_t done = 0;
+    if (l->running)
+        rc = fail(why, DT_RUNNING, NULL);
+    else if (room_for(l, n))
+        rc = dt_fail_with(why, -ENOMEM, ENOMEM, DT_STEP_MEMORY, 0, 0);
+    else
+        while (!rc && done < n)
+            rc = watch_region(l, regions[done++], why);
+    if (!rc && l->audit_fraction > 0 && (rc = dt_audit_start(l)))
+        dt_fail_with(why, rc, ENOMEM, DT_STEP_MEMORY, 0, 0);
+    if (rc && rc != DT_RUNNING) { /* those before the failed one, and it */
+        while (l->watch_count)
+            unwatch_region(l, l->watches[0]->region);
+    } else if (!rc) {
+        for (uint64_t i = 0; i < l->watch_count; i++) {
+            if (!s->suspended)
+                forget(l->watches[i]);
+            else
+                mark_whole(l->watches[i]);
+        }
+        l->running = true;
+        l->epoch = 1;
+        l->cursor = 0;
+    }
+    dt_leave(s);
+    return rc;
+}
+
+int dt_add(dt_listener *l, dt_region *region, dt_failure *why)
+{
+    int rc = dt_enter(l->session);
+    if (rc)
+        return fail(why, rc, region);
+    if (!l->running)
+        rc = fail(why, DT_NOT_STARTED, region);
+    else if (room_for(l, 1))
+        rc = dt_fail_with(why, -ENOMEM, ENOMEM, DT_STEP_MEMORY, region->start, region->end);
+    else {
+        rc = watch_region(l, region, why);
+        if (!rc)
+            mark_whole(watch_of(l, region)); /* nobody knows its past */
+        else if (rc != DT_WATCHED)
+            unwatch_region(l, region);
+    }
+    dt_leave(l->session);
+    return rc;
+}
+
+int dt_put_back(dt_listener *l, const dt_set *set)
+{
+    int rc = dt_enter(l->session);
+    if (rc)
+        return rc;
+    if (!l->running)
+        rc = DT_NOT_STARTED;
+    for (uint64_t i = 0; !rc && i < set->count; i++)
+        dt_mark_all(l->watches, l->watch_count, set->runs[i].start, set->runs[i].end);
+    dt_leave(l->session);
+    return rc;
+}
+
+uint64_t dt_epoch(dt_listener *l) { return l->running ? l->epoch : 0; }
+
+int dt_audit(dt_listener *l, double fraction)
+{
+    if (!(fraction >= 0 && fraction <= 1))
+        return -EINVAL;
+    int rc = dt_enter(l->session);
+    if (rc)
+        return rc;
+    if (l->running)
+        rc = DT_RUNNING;
+    else
+        l->audit_fraction = fraction;
+    dt_leave(l->session);
+    return rc;
+}
+
+int dt_listener_statistics(dt_listener *l, dt_statistics *out)
+{
+    int rc = dt_enter(l->session);
+    if (rc)
+        return rc;
+    *out = l->statistics;
+    dt_leave(l->session);
+    return 0;
+}

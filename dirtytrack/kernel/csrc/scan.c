@@ -1,0 +1,424 @@
+/* SPDX-License-Identifier: MIT
+ * The scan: asks the kernel which pages were written and re-arms them in the same step, and sees to it that every page
+ * found reaches everybody who waits for it, whatever the kernel answers. */
+#include "engine.h"
+#include <sys/mman.h>
+#include <time.h>
+
+uint64_t dt_now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+/* ---- bits ------------------------------------------------------------------------------------------------------- */
+
+static inline uint64_t mask_from(uint64_t bit) { return ~(uint64_t)0 << (bit & 63); }
+static inline uint64_t mask_to(uint64_t bit) { return ~(uint64_t)0 >> (63 - (bit & 63)); } /* up to and with bit */
+
+/* The pages of [start, end) that the watch covers, as bit numbers first..last; false: none. */
+static inline bool bits_of(const dt_watch *w, uint64_t start, uint64_t end, uint64_t *first, uint64_t *last)
+{
+    start = dt_max(start, w->start);
+    end = dt_min(end, w->end);
+    if (start >= end)
+        return false;
+    *first = (start - w->start) >> dt_page_shift();
+    *last = (end - 1 - w->start) >> dt_page_shift();
+    return true;
+}
+
+void dt_mark(dt_watch *w, uint64_t start, uint64_t end)
+{
+    uint64_t first, last;
+    if (!bits_of(w, start, end, &first, &last))
+        return;
+    w->pending = true;
+    uint64_t i = first >> 6, j = last >> 6;
+    if (i == j) {
+        w->bits[i] |= mask_from(first) & mask_to(last);
+        return;
+    }
+    w->bits[i] |= mask_from(first);
+    memset(w->bits + i + 1, 0xff, (j - i - 1) * 8);
+    w->bits[j] |= mask_to(last);
+}
+
+void dt_unmark(dt_watch *w, uint64_t start, uint64_t end)
+{
+    uint64_t first, last;
+    if (!bits_of(w, start, end, &first, &last))
+        return;
+    uint64_t i = first >> 6, j = last >> 6;
+    if (i == j) {
+        w->bits[i] &= ~(mask_from(first) & mask_to(last));
+        return;
+    }
+    w->bits[i] &= ~mask_from(first);
+    memset(w->bits + i + 1, 0, (j - i - 1) * 8);
+    w->bits[j] &= ~mask_to(last);
+}
+
+void dt_mark_all(dt_watch *const *watches, uint64_t n, uint64_t start, uint64_t end)
+{
+    for (uint64_t i = 0; i < n; i++)
+        dt_mark(watches[i], start, end);
+}
+
+static void unmark_all(dt_session *s, uint64_t start, uint64_t end)
+{
+    for (uint64_t i = 0; i < s->watch_count; i++)
+        dt_unmark(s->watches[i], start, end);
+}
+
+/* ---- telling everybody ------------------------------------------------------------------------------------------ */
+
+void dt_fold(dt_pass *pass)
+{
+    dt_set *direct = pass->direct;
+    if (!direct)
+        return;
+    pass->direct = NULL;
+    for (uint64_t w = 0; w < pass->self->watch_count; w++)
+        for (uint64_t i = 0; i < direct->count; i++)
+            dt_mark(pass->self->watches[w], direct->runs[i].start, direct->runs[i].end);
+    direct->count = 0;
+}
+
+static void tell(dt_pass *pass, const struct k_page_region *found, uint64_t n)
+{
+    for (uint64_t w = 0; w < pass->watch_count; w++) {
+        dt_watch *watch = pass->watches[w];
+        if (pass->direct && watch->listener == pass->self && (!pass->only || watch->region == pass->only))
+            continue;
+        for (uint64_t i = 0; i < n; i++)
+            dt_mark(watch, found[i].start, found[i].end);
+    }
+}
+
+static void tell_range(dt_pass *pass, uint64_t start, uint64_t end)
+{
+    dt_fold(pass);
+    dt_mark_all(pass->watches, pass->watch_count, start, end);
+}
+
+/* ---- the ioctls ------------------------------------------------------------------------------------------------- */
+
+/* The number of regions found, or -errno. The vector is zeroed before and after, as far as it was filled. */
+static long scan_ioctl(dt_session *s, uint64_t start, uint64_t end, uint64_t flags, uint64_t mask, uint64_t inverted,
+                       uint64_t returned)
+{
+    struct k_pm_scan_arg arg = {.size = sizeof arg, .flags = flags, .start = start, .end = end,
+                                .vec = (uint64_t)s->vector, .vec_len = DT_VECTOR_LENGTH, .category_mask = mask,
+                                .category_inverted = inverted, .return_mask = returned};
+    int fail = dt_fail_at(DT_SITE_SCAN);
+    if (fail > 0)
+        return -fail;
+    uint64_t before = dt_now_ns();
+    long n = ioctl(s->pagemap, K_PAGEMAP_SCAN, &arg);
+    int error = errno;
+    s->statistics.scan_ns += dt_now_ns() - before;
+    s->statistics.scans++;
+    if (fail < 0)
+        return fail;
+    return n < 0 ? -error : n;
+}
+
+static void wipe_vector(dt_session *s, uint64_t n) { memset(s->vector, 0, n * sizeof *s->vector); }
+
+static uint64_t harvested(const dt_session *s) /* what a failed scan left in the vector: its count is lost, not its finds */
+{
+    uint64_t n = 0;
+    while (n < DT_VECTOR_LENGTH && s->vector[n].end)
+        n++;
+    return n;
+}
+
+/* A scan that arms nothing over [start, end), told run by run. Resumes at the end of the last run it got: the kernel's
+ * walk_end may name a place far before where the walk really was (measured, Linux 6.12-7.3), and is not used at all. */
+typedef void (*dt_on_run)(void *context, uint64_t start, uint64_t end);
+static int query(dt_session *s, uint64_t start, uint64_t end, uint64_t flags, uint64_t mask, uint64_t inverted,
+                 uint64_t returned, dt_on_run on_run, void *context)
+{
+    for (uint64_t chunk = start; chunk < end; chunk += DT_CHUNK_BYTES) {
+        uint64_t at = chunk, to = dt_min(end, chunk + DT_CHUNK_BYTES);
+        for (;;) {
+            long n = scan_ioctl(s, at, to, flags, mask, inverted, returned);
+            if (n < 0) {
+                wipe_vector(s, DT_VECTOR_LENGTH);
+                return (int)n;
+            }
+            for (long i = 0; i < n; i++)
+                on_run(context, s->vector[i].start, s->vector[i].end);
+            at = n ? s->vector[n - 1].end : to;
+            wipe_vector(s, (uint64_t)n);
+            if (n < (long)DT_VECTOR_LENGTH || at >= to)
+                break;
+        }
+    }
+    return 0;
+}
+
+static void remember_yes(void *context, uint64_t start, uint64_t end)
+{
+    (void)start, (void)end;
+    *(bool *)context = true;
+}
+
+int dt_page_written(dt_session *s, uint64_t page)
+{
+    bool written = false;
+    int rc = query(s, page, page + dt_page_bytes(), 0, K_PAGE_IS_WRITTEN, 0, K_PAGE_IS_WRITTEN, remember_yes, &written);
+    return rc ? rc : written;
+}
+
+static int is_ours(dt_session *s, uint64_t page) /* 1: its mapping is registered with WP_ASYNC */
+{
+    bool allowed = false;
+    int rc = query(s, page, page + dt_page_bytes(), 0, K_PAGE_IS_WPALLOWED, 0, K_PAGE_IS_WPALLOWED, remember_yes, &allowed);
+    return rc ? rc : allowed;
+}
+
+/* SAFETY: UFFDIO_WRITEPROTECT erases what was written before it (measured): callers have told every listener, or no
+ * listener waits for these pages. */
+int dt_protect(dt_session *s, uint64_t start, uint64_t end)
+{
+    for (uint64_t at = start; at < end; at += DT_CHUNK_BYTES) {
+        uint64_t length = dt_min(end - at, DT_CHUNK_BYTES);
+        int rc;
+        do {
+            struct k_uffdio_writeprotect wp = {{at, length}, K_UFFDIO_WRITEPROTECT_MODE_WP};
+            int fail = dt_fail_at(DT_SITE_PROTECT);
+            rc = fail > 0 ? -fail : ioctl(s->uffd, K_UFFDIO_WRITEPROTECT, &wp) ? -errno : 0;
+            if (fail < 0)
+                rc = fail;
+            s->statistics.protects++;
+        } while (rc == -EAGAIN);
+        if (rc)
+            return rc;
+    }
+    return 0;
+}
+
+/* ---- mappings that went away or were replaced ---------------------------------------------------------------------- */
+
+/* msync(MS_ASYNC) writes nothing since Linux 2.6.19; it says ENOMEM where part of the range is not mapped, at the cost
+ * of one system call. A scan would pass over such a hole in silence. */
+bool dt_mapped(uint64_t start, uint64_t end)
+{
+    return msync((void *)start, end - start, MS_ASYNC) == 0 || errno != ENOMEM;
+}
+
+static void note_hole(dt_session *s, uint64_t within_start, uint64_t within_end, uint64_t start, uint64_t end)
+{
+    unmark_all(s, start, end); /* nobody can read them any more */
+    for (uint64_t i = 0; i < s->region_count; i++) {
+        dt_region *r = s->regions[i];
+        uint64_t a = dt_max(start, r->start), b = dt_min(end, r->end);
+        if (a >= b || r->start < within_start || r->end > within_end)
+            continue;
+        if (!r->seen_bytes) {
+            r->seen_start = a;
+            r->seen_end = b;
+        }
+        r->seen_bytes += b - a;
+    }
+}
+
+/* Looks at what is mapped in [start, end), which holds whole regions: what was replaced is registered again and counts
+ * as written, what is gone is noted in its regions. */
+int dt_heal(dt_session *s, uint64_t start, uint64_t end)
+{
+    for (uint64_t i = 0; i < s->region_count; i++)
+        s->regions[i]->seen_start = s->regions[i]->seen_end = s->regions[i]->seen_bytes = 0;
+    for (uint64_t at = start; at < end;) {
+        dt_mapping m;
+        int rc = dt_mapping_at(at, &m);
+        if (rc && rc != -ENOENT)
+            return rc;
+        uint64_t next = rc ? end : dt_min(end, m.start);
+        if (next > at) {
+            note_hole(s, start, end, at, next);
+            at = next;
+            continue;
+        }
+        next = dt_min(end, m.end);
+        rc = is_ours(s, at);
+        if (rc < 0)
+            return rc;
+        if (!rc) {
+            dt_mark_all(s->watches, s->watch_count, at, next);
+            s->statistics.mappings_renewed++;
+            /* What cannot be registered (a special mapping, another's userfaultfd) counts as written at each collect:
+             * its scan fails with EPERM each time and comes here. */
+            if (!dt_uffd_register(s, at, next))
+                dt_protect(s, at, next);
+        }
+        at = next;
+    }
+    for (uint64_t i = 0; i < s->region_count; i++) {
+        dt_region *r = s->regions[i];
+        if (r->start < start || r->end > end)
+            continue;
+        if (r->seen_bytes && (r->seen_start != r->gone_start || r->seen_end != r->gone_end || r->seen_bytes != r->gone_bytes))
+            r->gone_version++;
+        r->gone_start = r->seen_start;
+        r->gone_end = r->seen_end;
+        r->gone_bytes = r->seen_bytes;
+    }
+    return 0;
+}
+
+/* ---- a collecting pass ----------------------------------------------------------------------------------------------- */
+
+/* Told first, then armed: what is written between the two is read after this collect, and told by it. */
+static void found_absent(void *context, uint64_t start, uint64_t end)
+{
+    dt_pass *pass = context;
+    tell_range(pass, start, end);
+    pass->session->statistics.pages_absent += (end - start) >> dt_page_shift();
+    dt_protect(pass->session, start, end); /* ENOENT: not ours any more, which the scan that follows finds */
+}
+
+/* Remedy R1, where the probe found that the exact scan passes over freed page tables (Linux 6.12.43-7.1.7): pages that
+ * are neither present nor swapped count as written. It comes before the exact scan: the other way round, a page that was
+ * discarded and then written between the two would be in neither. */
+static int find_absent(dt_pass *pass, uint64_t start, uint64_t end)
+{
+    uint64_t absent = K_PAGE_IS_PRESENT | K_PAGE_IS_SWAPPED;
+    return query(pass->session, start, end, 0, absent, absent, K_PAGE_IS_PRESENT, found_absent, pass);
+}
+
+/* One span of at most DT_CHUNK_BYTES. 0, -EPERM (some mapping in it is not registered; what was found is told), or
+ * another -errno with nothing lost. */
+static int scan_chunk(dt_pass *pass, uint64_t start, uint64_t end)
+{
+    dt_session *s = pass->session;
+    int rc = s->find_absent ? find_absent(pass, start, end) : 0;
+    if (rc)
+        return rc;
+    for (uint64_t at = start; at < end;) {
+        long n = scan_ioctl(s, at, end, K_PM_SCAN_WP_MATCHING | K_PM_SCAN_CHECK_WPASYNC, K_PAGE_IS_WRITTEN, 0,
+                            K_PAGE_IS_WRITTEN);
+        if (DT_UNLIKELY(n < 0)) {
+            uint64_t kept = harvested(s);
+            dt_fold(pass);
+            tell(pass, s->vector, kept);
+            wipe_vector(s, kept);
+            if (n == -EFAULT) { /* after re-arming, before all was told (measured, Linux 6.12-7.3) */
+                s->statistics.scans_faulted++;
+                tell_range(pass, at, end);
+                return 0;
+            }
+            s->statistics.scans_refused += n == -EPERM;
+            return (int)n;
+        }
+        if (!n)
+            return 0;
+        if (pass->direct && dt_set_reserve(pass->direct, pass->direct->count + (uint64_t)n))
+            dt_fold(pass); /* no memory for runs: there are always the bits */
+        tell(pass, s->vector, (uint64_t)n);
+        uint64_t pages = 0;
+        dt_set *direct = pass->direct;
+        for (long i = 0; i < n; i++) {
+            struct k_page_region *r = &s->vector[i];
+            pages += r->end - r->start;
+            if (direct)
+                dt_set_append(direct, r->start, r->end);
+        }
+        s->statistics.pages_found += pages >> dt_page_shift();
+        /* Fewer than fit: done, whatever walk_end says. Else on from the last one: what lies before it was walked. */
+        at = n < (long)DT_VECTOR_LENGTH ? end : s->vector[n - 1].end;
+        wipe_vector(s, (uint64_t)n);
+    }
+    return 0;
+}
+
+int dt_scan_pass(dt_pass *pass, uint64_t start, uint64_t end, dt_failure *why)
+{
+    for (uint64_t chunk = start; chunk < end; chunk += DT_CHUNK_BYTES) {
+        uint64_t to = dt_min(end, chunk + DT_CHUNK_BYTES);
+        int rc = scan_chunk(pass, chunk, to);
+        for (int tries = 0; rc == -EPERM && tries < 4; tries++) {
+            dt_fold(pass);
+            rc = dt_heal(pass->session, start, end);
+            if (!rc)
+                rc = scan_chunk(pass, chunk, to);
+        }
+        if (rc == -EPERM) { /* somebody re-maps faster than we register, or it cannot be registered */
+            tell_range(pass, chunk, to);
+            rc = 0;
+        }
+        if (rc) {
+            dt_fold(pass);
+            return dt_fail_with(why, rc, -rc, DT_STEP_SCAN, chunk, to);
+        }
+    }
+    return 0;
+}
+
+int dt_arm(dt_session *s, dt_region *region, dt_failure *why)
+{
+    dt_pass pass = {.session = s, .watches = s->watches, .watch_count = s->watch_count};
+    int rc = 0;
+    if (!dt_mapped(region->start, region->end)) {
+        rc = dt_heal(s, region->start, region->end);
+        if (!rc && region->gone_bytes) {
+            if (why)
+                why->region = region->id;
+            return dt_fail_with(why, DT_GONE, 0, DT_STEP_PROTECT, region->gone_start, region->gone_end);
+        }
+    }
+    if (region->armed)
+        return rc ? rc : dt_scan_pass(&pass, region->start, region->end, why);
+    /* What another armed region holds has listeners who wait for its bits: there only a collecting scan may arm. Twice
+     * over the span: the parts that nobody armed yet, then all of it, where the first kind is quick. */
+    uint64_t at = region->start, from, to;
+    while (!rc && dt_next_uncovered(s, dt_counts_armed, region, &at, region->end, &from, &to)) {
+        rc = dt_protect(s, from, to);
+        if (rc == -ENOENT) { /* replaced since it was registered, maybe in part */
+            rc = dt_heal(s, region->start, region->end);
+            if (!rc)
+                rc = dt_protect(s, from, to);
+        }
+        if (rc)
+            dt_fail_with(why, rc, -rc, DT_STEP_PROTECT, from, to);
+    }
+    bool shared = false;
+    for (uint64_t i = 0; i < s->region_count; i++) {
+        const dt_region *other = s->regions[i];
+        shared |= dt_counts_armed(other, region) && other->start < region->end && region->start < other->end;
+    }
+    if (!rc && shared)
+        rc = dt_scan_pass(&pass, region->start, region->end, why);
+    region->armed |= !rc;
+    return rc;
+}
+
+/* ---- a look that changes nothing -------------------------------------------------------------------------------------- */
+
+typedef struct peek_context { dt_set *out; int rc; } peek_context;
+
+static void add_run(void *context, uint64_t start, uint64_t end)
+{
+    peek_context *c = context;
+    if (!c->rc)
+        c->rc = dt_set_reserve(c->out, c->out->count + 1);
+    if (!c->rc)
+        dt_set_append(c->out, start, end);
+}
+
+int dt_peek_range(dt_session *s, uint64_t start, uint64_t end, dt_set *out, dt_failure *why)
+{
+    peek_context c = {out, 0};
+    uint64_t kept = out->count;
+    int rc = query(s, start, end, K_PM_SCAN_CHECK_WPASYNC, K_PAGE_IS_WRITTEN, 0, K_PAGE_IS_WRITTEN, add_run, &c);
+    if (rc == -EPERM && !c.rc) { /* some of it is not ours any more: a collect would renew it, wholly dirty */
+        out->count = kept;
+        add_run(&c, start, end);
+        rc = 0;
+    }
+    rc = rc ? rc : c.rc;
+    return rc ? dt_fail_with(why, rc, -rc, c.rc ? DT_STEP_MEMORY : DT_STEP_SCAN, start, end) : 0;
+}

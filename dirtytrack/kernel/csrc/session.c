@@ -1,0 +1,711 @@
+/* SPDX-License-Identifier: MIT
+ * Sessions and regions: the descriptors, what is registered, and how long it all lives. */
+#include "engine.h"
+#include <fcntl.h>
+#include <sched.h>
+#include <stdio.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#ifndef MADV_WIPEONFORK
+#define MADV_WIPEONFORK 18
+#endif
+
+/* ---- forks -------------------------------------------------------------------------------------------------- */
+
+/* Inherited descriptors act on the parent (measured, Linux 6.18): a child must never use them. A fork is known by a
+ * page that the kernel wipes in the child, so that a fork which no hook sees (a C library's own) is found too. */
+static _Atomic uint64_t *fork_word;
+static uint64_t generations;
+static pthread_mutex_t generation_lock = PTHREAD_MUTEX_INITIALIZER;
+
+static uint64_t this_generation(void)
+{
+    uint64_t now = 0;
+    /* SAFETY: in a child whose parent held this lock at the fork it would never be free again, so it is only tried:
+     * the holder is another thread making its first session, at worst we wait for it by yielding. */
+    for (int i = 0; pthread_mutex_trylock(&generation_lock); i++) {
+        if (i == 1000000)
+            return 0;
+        sched_yield();
+    }
+    if (!fork_word) {
+        void *page = mmap(NULL, dt_page_bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (page != MAP_FAILED && madvise(page, dt_page_bytes(), MADV_WIPEONFORK)) {
+            munmap(page, dt_page_bytes());
+            page = MAP_FAILED;
+        }
+        if (page != MAP_FAILED)
+            fork_word = page;
+    }
+    if (fork_word) {
+        now = atomic_load(fork_word);
+        if (!now) {
+            now = ++generations; /* inherited by a child, so its first one is larger than any that it inherited */
+            atomic_store(fork_word, now);
+        }
+    }
+    pthread_mutex_unlock(&generation_lock);
+    return now;
+}
+
+bool dt_forked(const dt_session *s)
+{
+    return atomic_load_explicit(fork_word, memory_order_relaxed) != s->generation;
+}
+
+/* Closes a descriptor that a child inherited, if that number still means what it meant: a daemon may have closed all
+ * and opened others since. */
+static void close_inherited(int fd, const char *what)
+{
+    char path[32], target[64];
+    if (fd < 0)
+        return;
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    ssize_t n = readlink(path, target, sizeof target - 1);
+    if (n <= 0)
+        return;
+    target[n] = 0;
+    if (strstr(target, what))
+        close(fd);
+}
+
+static void forget_inherited(dt_session *s)
+{
+    int uffd = s->uffd, pagemap = s->pagemap;
+    s->uffd = s->pagemap = -1;
+    close_inherited(uffd, "userfaultfd");
+    close_inherited(pagemap, "pagemap");
+}
+
+/* ---- small things ------------------------------------------------------------------------------------------- */
+
+int dt_room(void **array, uint64_t *room, uint64_t wanted, size_t item_bytes)
+{
+    if (wanted <= *room)
+        return 0;
+    uint64_t more = dt_max(wanted, *room ? *room * 2 : 8);
+    void *grown = dt_grow(*array, *room * item_bytes, more * item_bytes);
+    if (!grown)
+        return -ENOMEM;
+    *array = grown;
+    *room = more;
+    return 0;
+}
+
+void dt_retain(dt_session *s) { atomic_fetch_add(&s->refs, 1); }
+
+static int checked_ioctl(enum dt_site site, int fd, unsigned long request, void *argument)
+{
+    int fail = dt_fail_at(site);
+    if (fail > 0)
+        return -fail;
+    int rc = ioctl(fd, request, argument) ? -errno : 0;
+    return fail < 0 ? fail : rc;
+}
+
+/* ---- doors -------------------------------------------------------------------------------------------------- */
+
+int dt_open_door(enum dt_door door)
+{
+    static const enum dt_site sites[] = {0, DT_SITE_OPEN_USER_MODE, DT_SITE_OPEN_DEVICE, DT_SITE_OPEN_FULL};
+    int fail = dt_fail_at(sites[door]);
+    if (fail)
+        return fail > 0 ? -fail : fail;
+    if (door != DT_DOOR_DEVICE) {
+        long flags = O_CLOEXEC | O_NONBLOCK | (door == DT_DOOR_USER_MODE ? (long)K_UFFD_USER_MODE_ONLY : 0);
+        long fd = syscall(SYS_userfaultfd, flags);
+        return fd < 0 ? -errno : (int)fd;
+    }
+    int device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
+    if (device < 0)
+        return -errno;
+    int fd = ioctl(device, K_USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK);
+    int error = errno;
+    close(device);
+    return fd < 0 ? -error : fd;
+}
+
+/* With WP_ASYNC the user-mode descriptor tracks the kernel's writes too (measured, Linux 6.12-7.3), so the door that
+ * needs no privilege comes first. */
+int dt_open_any_door(dt_failure *why, int *door)
+{
+    int first = 0;
+    for (int d = DT_DOOR_USER_MODE; d <= DT_DOOR_FULL; d++) {
+        int fd = dt_open_door((enum dt_door)d);
+        if (fd >= 0) {
+            *door = d;
+            return fd;
+        }
+        if (!first)
+            first = fd;
+        if (fd == -EMFILE || fd == -ENFILE || fd == -ENOMEM) { /* no door would open: tell the real reason */
+            first = fd;
+            break;
+        }
+    }
+    if (why)
+        why->door = DT_DOOR_USER_MODE;
+    return dt_fail_with(why, first, -first, DT_STEP_USERFAULTFD, 0, 0);
+}
+
+int dt_uffd_api(int fd, uint64_t features, uint64_t *all)
+{
+    struct k_uffdio_api api = {.api = K_UFFD_API, .features = features};
+    int rc = checked_ioctl(DT_SITE_API, fd, K_UFFDIO_API, &api);
+    if (!rc && all)
+        *all = api.features;
+    return rc;
+}
+
+int dt_open_pagemap(void)
+{
+    int fail = dt_fail_at(DT_SITE_OPEN_PAGEMAP);
+    if (fail)
+        return fail > 0 ? -fail : fail;
+    int fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+    return fd < 0 ? -errno : fd;
+}
+
+static int open_uffd(dt_session *s, dt_failure *why)
+{
+    int door, fd = dt_open_any_door(why, &door);
+    if (fd < 0)
+        return fd;
+    uint64_t all = 0, wanted = K_UFFD_FEATURE_WP_ASYNC | K_UFFD_FEATURE_WP_UNPOPULATED | K_UFFD_FEATURE_WP_HUGETLBFS_SHMEM;
+    int rc = dt_uffd_api(fd, wanted, &all);
+    if (rc) {
+        close(fd);
+        return dt_fail_with(why, rc, -rc, DT_STEP_API, 0, 0);
+    }
+    s->uffd = fd;
+    s->door = door;
+    s->features = all;
+    return 0;
+}
+
+/* ---- opening and closing -------------------------------------------------------------------------------------- */
+
+static void free_session(dt_session *s)
+{
+    if (s->vector)
+        munmap(s->vector, DT_VECTOR_LENGTH * sizeof *s->vector);
+    dt_free(s->regions);
+    dt_free(s->watches);
+    dt_free(s->flights);
+    dt_free(s->bridges);
+    pthread_mutex_destroy(&s->lock);
+    dt_free(s);
+}
+
+int dt_session_open(uint32_t remedy, dt_session **out, dt_failure *why)
+{
+    static _Atomic int needs_remedy = -1; /* asked of the kernel once: a fork keeps the kernel */
+    dt_session *s = dt_alloc(sizeof *s);
+    if (!s)
+        return dt_fail_with(why, -ENOMEM, ENOMEM, DT_STEP_MEMORY, 0, 0);
+    s->refs = 1;
+    s->uffd = s->pagemap = -1;
+    s->generation = this_generation();
+    pthread_mutex_init(&s->lock, NULL);
+    int rc = s->generation ? 0 : dt_fail_with(why, -ENOMEM, ENOMEM, DT_STEP_MEMORY, 0, 0);
+    if (!rc) {
+        size_t bytes = DT_VECTOR_LENGTH * sizeof *s->vector;
+        /* Faulted in beforehand, and never copied on write: the kernel's EFAULT comes after it consumed dirty bits. */
+        void *vector = dt_fail_at(DT_SITE_ALLOCATE)
+                           ? MAP_FAILED
+                           : mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+        if (vector == MAP_FAILED)
+            rc = dt_fail_with(why, -ENOMEM, ENOMEM, DT_STEP_MEMORY, 0, 0);
+        else {
+            s->vector = vector;
+            madvise(vector, bytes, MADV_DONTFORK);
+            memset(vector, 0, bytes);
+        }
+    }
+    if (!rc)
+        rc = open_uffd(s, why);
+    if (!rc) {
+        s->pagemap = dt_open_pagemap();
+        if (s->pagemap < 0)
+            rc = dt_fail_with(why, s->pagemap, -s->pagemap, DT_STEP_PAGEMAP, 0, 0);
+    }
+    if (!rc) { /* an old kernel says so now, not at the first collect */
+        int written = dt_page_written(s, (uint64_t)s->vector);
+        if (written < 0)
+            rc = dt_fail_with(why, written, -written, DT_STEP_SCAN, 0, 0);
+    }
+    if (!rc && remedy == DT_REMEDY_PROBE) {
+        int needs = atomic_load(&needs_remedy);
+        if (needs < 0) {
+            dt_support support;
+            dt_probe(&support);
+            needs = !support.sees_discards || !support.sees_untouched;
+            if (support.sees_stores) /* a probe that could not try (no memory, no descriptor) is not remembered */
+                atomic_store(&needs_remedy, needs);
+        }
+        s->find_absent = needs;
+    } else if (!rc) {
+        s->find_absent = remedy == DT_REMEDY_ABSENT;
+    }
+    if (rc) {
+        if (s->uffd >= 0)
+            close(s->uffd);
+        if (s->pagemap >= 0)
+            close(s->pagemap);
+        free_session(s);
+        return rc;
+    }
+    *out = s;
+    return 0;
+}
+
+static int unregister_ioctl(dt_session *s, uint64_t start, uint64_t end)
+{
+    struct k_uffdio_range range = {start, end - start};
+    return checked_ioctl(DT_SITE_UNREGISTER, s->uffd, K_UFFDIO_UNREGISTER, &range);
+}
+
+/* Lets go of all memory at once. Explicitly, because a child that inherited a copy of the descriptor would keep the
+ * memory armed after our close. Holes and ranges that are gone are no matter. */
+static void unregister_everything(dt_session *s)
+{
+    for (uint64_t i = 0; i < s->region_count; i++)
+        unregister_ioctl(s, s->regions[i]->start, s->regions[i]->end);
+    for (uint64_t i = 0; i < s->bridge_count; i++)
+        unregister_ioctl(s, s->bridges[i].start, s->bridges[i].end);
+    s->bridge_count = 0;
+}
+
+static void close_locked(dt_session *s)
+{
+    if (atomic_exchange(&s->closed, true))
+        return;
+    if (s->uffd >= 0) {
+        unregister_everything(s);
+        close(s->uffd);
+    }
+    if (s->pagemap >= 0)
+        close(s->pagemap);
+    s->uffd = s->pagemap = -1;
+    for (uint64_t i = 0; i < s->region_count; i++)
+        atomic_store(&s->regions[i]->registered, false);
+}
+
+int dt_session_close(dt_session *s)
+{
+    if (dt_forked(s)) {
+        forget_inherited(s);
+        return DT_FORKED;
+    }
+    pthread_mutex_lock(&s->lock);
+    close_locked(s);
+    pthread_mutex_unlock(&s->lock);
+    return 0;
+}
+
+static void free_region(dt_session *s, dt_region *region)
+{
+    for (uint64_t i = 0; i < s->region_count; i++)
+        if (s->regions[i] == region) {
+            s->regions[i] = s->regions[--s->region_count];
+            break;
+        }
+    dt_free(region);
+}
+
+static int unregister_locked(dt_session *s, dt_region *region);
+
+static void drain_regions(dt_session *s)
+{
+    dt_region *next;
+    for (dt_region *r = atomic_exchange(&s->dropped_regions, NULL); r; r = next) {
+        next = r->next_dropped;
+        r->dropped = true;
+        if (!r->watchers) {
+            unregister_locked(s, r);
+            free_region(s, r);
+        }
+    }
+}
+
+static void drain(dt_session *s)
+{
+    if (DT_UNLIKELY(atomic_load_explicit(&s->returned, memory_order_relaxed) != NULL))
+        dt_drain_blocks(s);
+    if (DT_UNLIKELY(atomic_load_explicit(&s->dropped_listeners, memory_order_relaxed) != NULL))
+        dt_drain_listeners(s);
+    if (DT_UNLIKELY(atomic_load_explicit(&s->dropped_regions, memory_order_relaxed) != NULL))
+        drain_regions(s);
+}
+
+void dt_release(dt_session *s)
+{
+    if (atomic_fetch_sub(&s->refs, 1) != 1)
+        return;
+    /* SAFETY: the last reference: nobody else can reach the session, so its lock need not be taken (in a forked child
+     * it may be held for ever by a thread that does not exist there). */
+    if (dt_forked(s)) {
+        forget_inherited(s);
+        atomic_store(&s->closed, true);
+    }
+    close_locked(s);
+    drain(s);
+    while (s->watch_count)
+        dt_free_watch(s, s->watches[s->watch_count - 1]);
+    while (s->region_count)
+        free_region(s, s->regions[s->region_count - 1]);
+    free_session(s);
+}
+
+void dt_session_drop(dt_session **session)
+{
+    dt_session *s = *session;
+    *session = NULL;
+    if (s)
+        dt_release(s);
+}
+
+int dt_enter(dt_session *s)
+{
+    if (DT_UNLIKELY(dt_forked(s))) {
+        forget_inherited(s);
+        return DT_FORKED;
+    }
+    pthread_mutex_lock(&s->lock);
+    if (DT_UNLIKELY(s->closed)) {
+        pthread_mutex_unlock(&s->lock);
+        return DT_CLOSED;
+    }
+    drain(s);
+    return 0;
+}
+
+void dt_leave(dt_session *s) { pthread_mutex_unlock(&s->lock); }
+
+int dt_session_state(dt_session *s)
+{
+    int rc = dt_enter(s);
+    if (!rc)
+        dt_leave(s);
+    return rc;
+}
+
+int dt_session_fd(dt_session *s) { return dt_forked(s) ? -1 : s->uffd; }
+int dt_session_door(dt_session *s) { return s->door; }
+uint64_t dt_session_features(dt_session *s) { return s->features; }
+
+int dt_session_statistics(dt_session *s, dt_statistics *out)
+{
+    int rc = dt_enter(s);
+    if (rc)
+        return rc;
+    *out = s->statistics;
+    dt_leave(s);
+    return 0;
+}
+
+/* ---- registering ---------------------------------------------------------------------------------------------- */
+
+static int register_ioctl(dt_session *s, uint64_t start, uint64_t end)
+{
+    struct k_uffdio_register request = {.range = {start, end - start}, .mode = K_UFFDIO_REGISTER_MODE_WP};
+    return checked_ioctl(DT_SITE_REGISTER, s->uffd, K_UFFDIO_REGISTER, &request);
+}
+
+static int add_bridge(dt_session *s, uint64_t start, uint64_t end)
+{
+    int rc = dt_room((void **)&s->bridges, &s->bridge_room, s->bridge_count + 1, sizeof *s->bridges);
+    if (!rc)
+        s->bridges[s->bridge_count++] = (dt_run){start, end};
+    return rc;
+}
+
+/* Each island of registered pages splits its mapping in three, and a process has 65,530 mappings by default. Where they
+ * run out, the gap to a registered neighbour in the same mapping is registered too (never armed, never scanned for
+ * itself): then the island joins its neighbour and costs no mapping. */
+static int register_with_bridge(dt_session *s, uint64_t start, uint64_t end)
+{
+    uint64_t below = 0, above = UINT64_MAX;
+    for (uint64_t i = 0; i < s->region_count; i++) {
+        const dt_region *r = s->regions[i];
+        if (r->registered && r->end <= start)
+            below = dt_max(below, r->end);
+        if (r->registered && r->start >= end)
+            above = dt_min(above, r->start);
+    }
+    dt_mapping m;
+    if (below && below < start && !dt_mapping_at(below, &m) && m.start <= below && m.end >= start &&
+        !register_ioctl(s, below, end))
+        return add_bridge(s, below, start);
+    if (above != UINT64_MAX && above > end && !dt_mapping_at(end, &m) && m.start <= end && m.end >= above &&
+        !register_ioctl(s, start, above))
+        return add_bridge(s, end, above);
+    return -ENOMEM;
+}
+
+int dt_uffd_register(dt_session *s, uint64_t start, uint64_t end)
+{
+    int rc = register_ioctl(s, start, end);
+    return rc == -ENOMEM ? register_with_bridge(s, start, end) : rc;
+}
+
+bool dt_counts_armed(const dt_region *region, const dt_region *except)
+{
+    return region != except && region->registered && region->armed;
+}
+
+static bool counts_registered(const dt_region *region, const dt_region *except)
+{
+    return region != except && region->registered;
+}
+
+bool dt_next_uncovered(const dt_session *s, dt_counts counts, const dt_region *except, uint64_t *at, uint64_t end,
+                       uint64_t *from, uint64_t *to)
+{
+    while (*at < end) {
+        uint64_t covered_to = *at, next = end;
+        for (uint64_t i = 0; i < s->region_count; i++) {
+            const dt_region *r = s->regions[i];
+            if (!counts(r, except))
+                continue;
+            if (r->start <= *at && r->end > *at)
+                covered_to = dt_max(covered_to, r->end);
+            else if (r->start > *at)
+                next = dt_min(next, r->start);
+        }
+        if (covered_to > *at) {
+            *at = covered_to;
+            continue;
+        }
+        *from = *at;
+        *to = *at = dt_min(next, end);
+        return true;
+    }
+    return false;
+}
+
+int dt_register(dt_session *s, uint64_t address, uint64_t nbytes, uint64_t granule_bytes, dt_region **out,
+                dt_failure *why)
+{
+    uint64_t granule = dt_max(granule_bytes, dt_page_bytes());
+    if (!nbytes || address + nbytes < address || granule & (granule - 1) || address + nbytes > UINT64_MAX - granule)
+        return dt_fail_with(why, -EINVAL, 0, DT_STEP_REGISTER, address, address + nbytes);
+    int rc = dt_enter(s);
+    if (rc)
+        return dt_fail_with(why, rc, 0, DT_STEP_REGISTER, address, address + nbytes);
+    dt_region *r = dt_alloc(sizeof *r);
+    rc = r ? dt_room((void **)&s->regions, &s->region_room, s->region_count + 1, sizeof *s->regions) : -ENOMEM;
+    if (rc) {
+        dt_fail_with(why, rc, ENOMEM, DT_STEP_MEMORY, address, address + nbytes);
+        goto failed;
+    }
+    *r = (dt_region){.session = s, .address = address, .nbytes = nbytes, .start = dt_down(address, granule),
+                     .end = dt_up(address + nbytes, granule)};
+    /* On every register: the address may have been unmapped and mapped again since it was last registered. The kernel
+     * skips holes in silence, so they are looked for first. */
+    if (!s->suspended) {
+        rc = dt_mapped(r->start, r->end) ? dt_uffd_register(s, r->start, r->end) : -EFAULT;
+        if (rc) {
+            dt_fail_with(why, rc, -rc, DT_STEP_REGISTER, r->start, r->end);
+            goto failed;
+        }
+    }
+    r->id = ++s->next_id;
+    r->registered = true;
+    s->regions[s->region_count++] = r;
+    dt_retain(s);
+    *out = r;
+    dt_leave(s);
+    return 0;
+failed:
+    dt_free(r);
+    dt_leave(s);
+    return rc;
+}
+
+static int unregister_locked(dt_session *s, dt_region *region)
+{
+    if (!atomic_exchange(&region->registered, false) || s->uffd < 0)
+        return 0;
+    region->armed = false;
+    uint64_t at = region->start, from, to;
+    int failed = 0;
+    while (dt_next_uncovered(s, counts_registered, region, &at, region->end, &from, &to)) {
+        int rc = unregister_ioctl(s, from, to);
+        /* No mapping left to split off: it stays registered until the session closes, which costs faults and nothing
+         * else. EINVAL: the memory is gone already. */
+        if (rc == -ENOMEM)
+            rc = add_bridge(s, from, to);
+        if (rc && rc != -EINVAL)
+            failed = rc;
+    }
+    uint64_t left = 0;
+    for (uint64_t i = 0; i < s->region_count; i++)
+        left += s->regions[i]->registered;
+    if (!left) {
+        for (uint64_t i = 0; i < s->bridge_count; i++)
+            unregister_ioctl(s, s->bridges[i].start, s->bridges[i].end);
+        s->bridge_count = 0;
+    }
+    return failed;
+}
+
+int dt_unregister(dt_region *region, dt_failure *why)
+{
+    dt_session *s = region->session;
+    int rc = dt_enter(s);
+    if (rc)
+        return dt_fail_with(why, rc, 0, DT_STEP_UNREGISTER, region->start, region->end);
+    if (!region->registered)
+        rc = dt_fail_with(why, DT_UNREGISTERED, 0, DT_STEP_UNREGISTER, region->start, region->end);
+    else if (region->watchers)
+        rc = dt_fail_with(why, -EBUSY, 0, DT_STEP_UNREGISTER, region->start, region->end);
+    else if ((rc = unregister_locked(s, region)))
+        dt_fail_with(why, rc, -rc, DT_STEP_UNREGISTER, region->start, region->end);
+    dt_leave(s);
+    return rc;
+}
+
+void dt_region_drop(dt_region **region)
+{
+    dt_region *r = *region;
+    *region = NULL;
+    if (!r)
+        return;
+    dt_session *s = r->session;
+    r->next_dropped = atomic_load(&s->dropped_regions);
+    while (!atomic_compare_exchange_weak(&s->dropped_regions, &r->next_dropped, r))
+        ;
+    dt_release(s);
+}
+
+void dt_region_unwatch(dt_region *region)
+{
+    dt_session *s = region->session;
+    if (--region->watchers == 0 && region->dropped) {
+        unregister_locked(s, region);
+        free_region(s, region);
+    }
+}
+
+uint64_t dt_region_id(dt_region *region) { return region->id; }
+int dt_region_registered(dt_region *region) { return !dt_forked(region->session) && region->registered; }
+
+int dt_write_protect(dt_region *region, dt_failure *why)
+{
+    dt_session *s = region->session;
+    int rc = dt_enter(s);
+    if (rc)
+        return dt_fail_with(why, rc, 0, DT_STEP_PROTECT, region->start, region->end);
+    if (!region->registered)
+        rc = dt_fail_with(why, DT_UNREGISTERED, 0, DT_STEP_PROTECT, region->start, region->end);
+    else if (!s->suspended)
+        rc = dt_arm(s, region, why);
+    dt_leave(s);
+    return rc;
+}
+
+/* ---- suspending ------------------------------------------------------------------------------------------------ */
+
+int dt_session_suspend(dt_session *s, dt_failure *why)
+{
+    int rc = dt_enter(s);
+    if (rc)
+        return dt_fail_with(why, rc, 0, DT_STEP_NONE, 0, 0);
+    if (!s->suspended) {
+        unregister_everything(s);
+        close(s->uffd);
+        s->uffd = -1;
+        s->suspended = true;
+    }
+    dt_leave(s);
+    return 0;
+}
+
+int dt_session_resume(dt_session *s, dt_failure *why)
+{
+    int rc = dt_enter(s);
+    if (rc)
+        return dt_fail_with(why, rc, 0, DT_STEP_NONE, 0, 0);
+    if (!s->suspended) {
+        dt_leave(s);
+        return 0;
+    }
+    rc = open_uffd(s, why);
+    if (!rc) {
+        s->suspended = false;
+        /* Nobody watched meanwhile, so all of it counts as written, and nobody waits for the bits that arming erases. */
+        for (uint64_t i = 0; i < s->watch_count; i++)
+            dt_mark(s->watches[i], s->watches[i]->start, s->watches[i]->end);
+        for (uint64_t i = 0; i < s->region_count && !rc; i++) {
+            dt_region *r = s->regions[i];
+            if (!r->registered)
+                continue;
+            rc = dt_uffd_register(s, r->start, r->end);
+            if (rc == -EINVAL && !dt_mapped(r->start, r->end))
+                rc = 0; /* gone meanwhile: its listeners are told at their next collect */
+            else if (rc)
+                dt_fail_with(why, rc, -rc, DT_STEP_REGISTER, r->start, r->end);
+            else if (r->armed)
+                dt_protect(s, r->start, r->end); /* what it cannot arm, the next collect reports */
+        }
+        if (rc) {
+            unregister_everything(s);
+            close(s->uffd);
+            s->uffd = -1;
+            s->suspended = true;
+        }
+    }
+    dt_leave(s);
+    return rc;
+}
+
+/* ---- writes that no page table saw -------------------------------------------------------------------------------- */
+
+static int declare(dt_session *s, uint64_t start, uint64_t end)
+{
+    s->statistics.pages_declared += (dt_up(end, dt_page_bytes()) - dt_down(start, dt_page_bytes())) >> dt_page_shift();
+    dt_mark_all(s->watches, s->watch_count, start, end);
+    return 0;
+}
+
+int dt_mark_dirty(dt_session *s, uint64_t start, uint64_t end)
+{
+    if (end < start)
+        return -EINVAL;
+    int rc = dt_enter(s);
+    if (rc)
+        return rc;
+    rc = declare(s, start, end);
+    dt_leave(s);
+    return rc;
+}
+
+int dt_in_flight(dt_session *s, uint64_t start, uint64_t end, int begin)
+{
+    if (end <= start)
+        return -EINVAL;
+    int rc = dt_enter(s);
+    if (rc)
+        return rc;
+    uint64_t i = 0;
+    while (i < s->flight_count && (s->flights[i].start != start || s->flights[i].end != end))
+        i++;
+    if (begin) {
+        rc = dt_room((void **)&s->flights, &s->flight_room, s->flight_count + 1, sizeof *s->flights);
+        if (!rc && i == s->flight_count)
+            s->flights[s->flight_count++] = (dt_flight){start, end, 0};
+        if (!rc)
+            s->flights[i].count++;
+    } else if (i == s->flight_count) {
+        rc = -EINVAL;
+    } else {
+        declare(s, start, end);
+        if (!--s->flights[i].count)
+            s->flights[i] = s->flights[--s->flight_count];
+    }
+    dt_leave(s);
+    return rc;
+}
