@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT
  * This process's mappings: by PROCMAP_QUERY (Linux 6.11), else from the text of /proc/self/maps. */
+#include "internal.h" /* first: it asks for GNU names */
 #include "abi.h"
-#include "internal.h"
 #include <fcntl.h>
 #include <limits.h>
 #include <stdio.h>
@@ -77,8 +77,10 @@ static bool parse(const char *line, uint64_t address, dt_mapping *out)
     unsigned major, minor;
     char mode[5];
     int name = 0;
-    if (sscanf(line, "%llx-%llx %4s %llx %x:%x %llu%n", &start, &end, mode, &offset, &major, &minor, &inode, &name) < 7 ||
-        end <= address || start >> 63) /* [vsyscall] is the kernel's; the query does not tell it either */
+    if (sscanf(line, "%llx-%llx %4s %llx %x:%x %llu%n", &start, &end, mode, &offset, &major, &minor, &inode,
+               &name) < 7)
+        return false;
+    if (end <= address || start >> 63) /* [vsyscall] is the kernel's; the query does not tell it either */
         return false;
     memset(out, 0, sizeof *out);
     out->start = start;

@@ -4,8 +4,8 @@
  * An arming scan consumes what it finds, so nothing found may be lost on any path: room for the kernel's answer exists
  * before each call, and is zeroed, so that the answer can be told from nothing where a call fails and its count with it
  * (Linux 6.7 to 7.3: EPERM midway). */
+#include "internal.h" /* first: it asks for GNU names */
 #include "abi.h"
-#include "internal.h"
 #include <assert.h>
 #include <sys/ioctl.h>
 
@@ -15,9 +15,8 @@
 #define VECTOR_LENGTH 1024u
 
 static_assert(sizeof(dt_page_region) == sizeof(struct k_page_region), "the kernel writes into our result");
-static_assert(offsetof(dt_page_region, end) == offsetof(struct k_page_region, end), "the kernel writes into our result");
-static_assert(offsetof(dt_page_region, categories) == offsetof(struct k_page_region, categories),
-              "the kernel writes into our result");
+static_assert(offsetof(dt_page_region, end) == offsetof(struct k_page_region, end), "in its own layout");
+static_assert(offsetof(dt_page_region, categories) == offsetof(struct k_page_region, categories), "in its own layout");
 
 static int reserve(dt_scan_result *result, uint64_t *room, uint64_t wanted)
 {
@@ -79,8 +78,9 @@ static uint64_t harvest(dt_scan_result *result, uint64_t n)
     uint64_t bytes = 0, count = result->count, end = count + n;
     for (uint64_t i = count; i < end; i++) {
         bytes += regions[i].end - regions[i].start;
-        if (count && regions[count - 1].end == regions[i].start && regions[count - 1].categories == regions[i].categories)
-            regions[count - 1].end = regions[i].end;
+        dt_page_region *last = count ? regions + count - 1 : NULL;
+        if (last && last->end == regions[i].start && last->categories == regions[i].categories)
+            last->end = regions[i].end;
         else
             regions[count++] = regions[i];
     }
@@ -102,7 +102,7 @@ static int scan_range(int fd, const dt_scan_request *request, dt_scan_result *re
     /* A range that the kernel would refuse as a whole is refused before any of its parts is armed. Empty and reversed
      * ranges go to the kernel in one call, for its answer. */
     if (at >= last || last - at > CALL_BYTES) {
-        uint64_t start = at >= last ? at : last;
+        uint64_t start = at >= last ? at : dt_down(last, page);
         if (reserve(result, room, 1))
             return fail_scan(result, -ENOMEM, DT_STEP_MEMORY, at, last);
         memset(result->regions, 0, sizeof *result->regions);
