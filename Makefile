@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: MIT
+# `make` prints what there is. Everything is set up in .venv and build/; nothing outside this folder is written to.
+PYTHON ?= python3
+CC := $(if $(filter default,$(origin CC)),gcc,$(CC))
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+CSRC := dirtytrack/kernel/csrc
+CORE := $(wildcard $(CSRC)/*.c)
+HEADERS := $(wildcard $(CSRC)/*.h)
+C_TESTS := $(wildcard tests/c/*.c)
+C_FLAGS := -std=gnu11 -g -Wall -Wextra -Werror -fvisibility=hidden -pthread -I$(CSRC)
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+PACKAGES := make gcc libc6-dev python3 python3-venv python3-dev
+
+export PIP_ROOT_USER_ACTION := ignore
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+# ---- setting up -----------------------------------------------------------------------------------------------------
+
+.PHONY: check-tools
+check-tools: ## say what this machine lacks to build, and the command that installs it
+	@lacks=""; \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || lacks="$$lacks Python>=3.10"; \
+	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || lacks="$$lacks ensurepip"; \
+	$(PYTHON) -c 'import os.path, sysconfig as s; open(os.path.join(s.get_path("include"), "Python.h")).close()' \
+	    2>/dev/null || lacks="$$lacks Python.h"; \
+	echo '#include <stdio.h>' | $(CC) -fsyntax-only -xc - 2>/dev/null || lacks="$$lacks C-compiler"; \
+	if [ -n "$$lacks" ]; then \
+	    echo "Missing:$$lacks. On Debian and Ubuntu, as root:" >&2; \
+	    echo "    apt-get install --no-install-recommends $(PACKAGES)" >&2; \
+	    exit 1; \
+	fi
+
+# Each stamp is a file in .venv: what it stands for has been done since its prerequisites changed.
+$(VENV)/.made: pyproject.toml
+	@$(MAKE) -s check-tools
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade "pip>=25.1"
+	$(PIP) install --group build
+	@touch $@
+
+# Editable: Python sources are used where they are. An edit to C is noticed here, by its date.
+$(VENV)/.built: $(VENV)/.made $(CORE) $(HEADERS) dirtytrack/kernel/_build.py setup.py pyproject.toml
+	$(PIP) install --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.built pyproject.toml
+	$(PIP) install --group test
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.test pyproject.toml
+	$(PIP) install --group lint
+	@touch $@
+
+.PHONY: build
+build: $(VENV)/.built ## set up .venv with what run-time needs, and build the extension there
+
+# ---- running --------------------------------------------------------------------------------------------------------
+
+.PHONY: demo
+demo: $(VENV)/.built ## set up, then index the standard library in tracked memory
+	$(BIN)/dirtytrack demo $(ARGS)
+
+.PHONY: doctor
+doctor: $(VENV)/.built ## set up, then say what tracking needs here and whether it is there
+	$(BIN)/dirtytrack doctor $(ARGS)
+
+.PHONY: bench
+bench: $(VENV)/.test ## measure, as ratios in one run against the bare ioctl (ARGS=... for a part)
+	$(BIN)/python -m benchmarks $(ARGS)
+
+# ---- testing --------------------------------------------------------------------------------------------------------
+
+.PHONY: test
+test: $(VENV)/.test c-test ## set up, then all tests; with CI=true a skipped test is a failure
+	$(BIN)/python -m pytest --durations=15 $(ARGS)
+
+.PHONY: c-test
+c-test: $(C_TESTS:tests/c/%.c=build/c/%.ran) ## the C core with its own tests, without Python
+
+.PHONY: soak
+soak: $(VENV)/.test ## the long storms: minutes to an hour
+	DIRTYTRACK_SOAK=1 $(BIN)/python -m pytest -m soak --timeout=0 --durations=0 $(ARGS)
+
+.PHONY: sanitize
+sanitize: sanitize-c sanitize-kernel ## C tests and kernel tests under address and undefined-behaviour sanitizers
+
+.PHONY: sanitize-c
+sanitize-c: $(C_TESTS:tests/c/%.c=build/asan/%.ran) ## the C tests under the sanitizers, leaks included
+
+.PHONY: sanitize-kernel
+sanitize-kernel: $(VENV)/.test ## the kernel tests against an extension built with the sanitizers
+	rm -rf build/sanitize && mkdir -p build/sanitize
+	cp -r dirtytrack tests examples benchmarks docs pyproject.toml setup.py README.md LICENSE build/sanitize
+	find build/sanitize -name '*.so' -delete
+	cd build/sanitize && CFLAGS="-O1 -g $(SANITIZE)" LDFLAGS="$(SANITIZE)" \
+	    $(CURDIR)/$(BIN)/python setup.py -q build_ext --inplace
+	cd build/sanitize && LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) PYTHONPATH=$(CURDIR)/build/sanitize \
+	    ASAN_OPTIONS=detect_leaks=0:handle_segv=0 UBSAN_OPTIONS=print_stacktrace=1 DIRTYTRACK_SANITIZE=1 \
+	    $(CURDIR)/$(BIN)/python -m pytest tests/kernel --timeout=600 $(ARGS)
+
+.PHONY: pythons
+pythons: $(VENV)/.built ## one wheel from the sdist, installed and tried in each of Python 3.10-3.13 found here
+	rm -rf build/pythons && mkdir -p build/pythons
+	$(BIN)/python -c 'from setuptools import build_meta; build_meta.build_sdist("build/pythons")' >/dev/null
+	$(PIP) wheel --no-deps -w build/pythons build/pythons/*.tar.gz
+	@tried=0; for version in 3.10 3.11 3.12 3.13; do \
+	    for python in python$$version "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$$version.*/bin/python; do \
+	        $$python -c 'import ensurepip' 2>/dev/null || continue; \
+	        echo "== Python $$version ($$python)"; \
+	        $$python -m venv build/pythons/$$version && \
+	        build/pythons/$$version/bin/python -m pip -q --disable-pip-version-check install build/pythons/*.whl && \
+	        (cd build/pythons/$$version && bin/dirtytrack doctor) && \
+	        for example in examples/*.py; do build/pythons/$$version/bin/python -I -W error $$example || exit 1; done \
+	        || exit 1; \
+	        tried=$$((tried + 1)); break; \
+	    done; \
+	done; echo "$$tried of Python 3.10-3.13 found, each works with $$(basename build/pythons/*.whl)"; [ $$tried -gt 0 ]
+
+.PHONY: lint
+lint: $(VENV)/.lint lint-c ## format, ruff, mypy --strict, and the C core under every warning
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+.PHONY: lint-c
+lint-c: ## compile the C core by gcc, and by clang where there is one, warnings being errors
+	@for compiler in gcc clang; do \
+	    command -v $$compiler >/dev/null || { echo "no $$compiler here"; continue; }; \
+	    for file in $(CORE) $(C_TESTS); do \
+	        $$compiler $(C_FLAGS) -D_GNU_SOURCE= -O2 -c $$file -o /dev/null || exit 1; \
+	    done; \
+	    echo "$$compiler: no warnings"; \
+	done
+
+.PHONY: format
+format: $(VENV)/.lint ## rewrite the Python sources as ruff formats them
+	$(BIN)/ruff check --fix --exit-zero .
+	$(BIN)/ruff format .
+
+docs/epoch.svg: docs/draw_epoch.py
+	$(PYTHON) docs/draw_epoch.py $@
+
+.PHONY: clean
+clean: ## remove what was built and set up
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f dirtytrack/kernel/_core*.so dirtytrack/kernel/_core.c
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ---- the C tests: build/c plainly, build/asan with the sanitizers ---------------------------------------------------
+
+build/c/%.o: $(CSRC)/%.c $(HEADERS)
+	@mkdir -p $(@D)
+	$(CC) $(C_FLAGS) -O2 -c $< -o $@
+build/c/%: tests/c/%.c $(CORE:$(CSRC)/%.c=build/c/%.o) $(HEADERS)
+	$(CC) $(C_FLAGS) -D_GNU_SOURCE= -O2 $(filter %.c %.o,$^) -o $@
+build/asan/%.o: $(CSRC)/%.c $(HEADERS)
+	@mkdir -p $(@D)
+	$(CC) $(C_FLAGS) $(SANITIZE) -O1 -c $< -o $@
+build/asan/%: tests/c/%.c $(CORE:$(CSRC)/%.c=build/asan/%.o) $(HEADERS)
+	$(CC) $(C_FLAGS) -D_GNU_SOURCE= $(SANITIZE) -O1 $(filter %.c %.o,$^) -o $@
+.PRECIOUS: build/c/% build/c/%.o build/asan/% build/asan/%.o
+.PHONY: FORCE
+FORCE:
+build/%.ran: build/% FORCE
+	$<

@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: MIT
+"""Sessions, regions and listeners of the C core, as functions that raise.
+
+Handles are slots that exist before the C call that fills them (``dt_session **``, with a finaliser), so that an
+interrupt between the C function's return and Python's next step leaks nothing. Finalisers only queue work.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from . import core
+from .abi import Fd, UffdFeature
+from .core import new_failure
+from .failures import error_of, raise_failure
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from ..region import Region
+    from .core import CData
+
+    Find = Callable[[int], Region | None]
+
+__all__ = [
+    "DOORS",
+    "Statistics",
+    "add",
+    "close",
+    "collect",
+    "collect_into",
+    "collector",
+    "door",
+    "epoch",
+    "features",
+    "fileno",
+    "flight",
+    "listener_statistics",
+    "mark_dirty",
+    "new_listener",
+    "open_session",
+    "peek",
+    "put_back",
+    "register",
+    "registered",
+    "remove",
+    "resume",
+    "session_statistics",
+    "set_audit",
+    "settle",
+    "start",
+    "state",
+    "stop",
+    "suspend",
+    "unregister",
+    "write_protect",
+]
+
+DOORS = ("", "userfaultfd user mode", "/dev/userfaultfd", "userfaultfd full")
+"""The ways to a userfaultfd, in the order in which they are tried; by number of the core."""
+
+
+class Statistics(NamedTuple):
+    """What a session or a tracker did so far. Times are in nanoseconds, pages are base pages."""
+
+    collects: int
+    """Collecting passes."""
+    scans: int
+    """PAGEMAP_SCAN calls."""
+    protects: int
+    """UFFDIO_WRITEPROTECT calls."""
+    pages_found: int
+    """Written pages that scans found and re-armed: each cost its writer one fault."""
+    pages_absent: int
+    """Pages that only the pass for absent pages found (remedy R1)."""
+    pages_declared: int
+    """Pages declared by `mark_dirty` and `in_flight`."""
+    mappings_renewed: int
+    """Replaced mappings that were registered again."""
+    scans_refused: int
+    """Scans that met EPERM; what they had found was harvested all the same."""
+    scans_faulted: int
+    """Scans that met EFAULT; their range was taken as dirty."""
+    pages_audited: int
+    """Clean pages whose hashes the audit compared."""
+    scan_ns: int
+    """Time inside PAGEMAP_SCAN."""
+    collect_ns: int
+    """Time inside collecting passes, scans included."""
+
+
+def _check(code: int, why: CData, doing: str, find: Find | None = None, region: Region | None = None) -> None:
+    if code:
+        raise_failure(code, why, doing, find=find, region=region)
+
+
+def _statistics(read: Callable[[CData, CData], int], handle: CData) -> Statistics:
+    out = core.ffi.new("dt_statistics *")
+    _check(read(handle, out), None, "read the statistics")
+    return Statistics(*(getattr(out, name) for name in Statistics._fields))
+
+
+# ---- sessions
+
+
+def open_session(remedy: int) -> CData:
+    """A slot with a session; the slot must live as long as what is in it is used."""
+    slot, why = core.ffi.gc(core.ffi.new("dt_session **"), core.lib.dt_session_drop), new_failure()
+    _check(core.lib.dt_session_open(remedy, slot, why), why, "open a session")
+    return slot
+
+
+def close(session: CData) -> None:
+    core.lib.dt_session_close(session)
+
+
+def state(session: CData) -> int:
+    """0, or not when it is closed or another process's; closes what a child inherited."""
+    return core.lib.dt_session_state(session)
+
+
+def door(session: CData) -> str:
+    return DOORS[core.lib.dt_session_door(session)]
+
+
+def features(session: CData) -> UffdFeature:
+    return UffdFeature(core.lib.dt_session_features(session))
+
+
+def fileno(session: CData) -> Fd:
+    return Fd(core.lib.dt_session_fd(session))
+
+
+def session_statistics(session: CData) -> Statistics:
+    return _statistics(core.lib.dt_session_statistics, session)
+
+
+def suspend(session: CData) -> None:
+    why = new_failure()
+    _check(core.lib.dt_session_suspend(session, why), why, "suspend the session")
+
+
+def resume(session: CData) -> None:
+    why = new_failure()
+    _check(core.lib.dt_session_resume(session, why), why, "resume the session")
+
+
+def mark_dirty(session: CData, start: int, end: int) -> None:
+    _check(core.lib.dt_mark_dirty(session, start, end), None, "mark memory dirty")
+
+
+def flight(session: CData, start: int, end: int, *, begin: bool) -> None:
+    """Begin or end. What has no session any more has ended."""
+    code = core.lib.dt_in_flight(session, start, end, begin)
+    if begin or code not in (core.lib.DT_CLOSED, core.lib.DT_FORKED):
+        _check(code, None, "declare memory in flight")
+
+
+# ---- regions
+
+
+def register(session: CData, address: int, nbytes: int, granule_bytes: int, doing: str) -> tuple[CData, int]:
+    """A slot with a region, and the region's number in its session."""
+    slot, why = core.ffi.gc(core.ffi.new("dt_region **"), core.lib.dt_region_drop), new_failure()
+    _check(core.lib.dt_register(session, address, nbytes, granule_bytes, slot, why), why, doing)
+    return slot, core.lib.dt_region_id(slot[0])
+
+
+def unregister(handle: CData, region: Region) -> bool:
+    """False, and nothing done, while a listener watches it."""
+    why = new_failure()
+    code = core.lib.dt_unregister(handle, why)
+    if code == -errno.EBUSY:
+        return False
+    _check(code, why, "unregister", region=region)
+    return True
+
+
+def registered(handle: CData) -> bool:
+    return bool(core.lib.dt_region_registered(handle))
+
+
+def write_protect(handle: CData, region: Region) -> None:
+    why = new_failure()
+    _check(core.lib.dt_write_protect(handle, why), why, "write-protect", region=region)
+
+
+# ---- listeners
+
+
+def new_listener(session: CData) -> CData:
+    """A slot with a listener."""
+    slot = core.ffi.gc(core.ffi.new("dt_listener **"), core.lib.dt_listener_drop)
+    _check(core.lib.dt_listener_new(session, slot), None, "make a tracker")
+    return slot
+
+
+def collector(listener: CData) -> Callable[[], tuple[int, CData]]:
+    """The hot path: a function that collects all of a listener's regions and returns (code, dt_set).
+
+    Everything it needs is bound once; per call it makes one C struct, its finaliser, and one call. The caller keeps
+    the listener's slot.
+    """
+    new, gc, clear, run, null = core.ffi.new, core.ffi.gc, core.lib.dt_set_clear, core.lib.dt_collect, core.ffi.NULL
+    kind = core.ffi.typeof("dt_set *")
+
+    def call() -> tuple[int, CData]:
+        cset = gc(new(kind), clear)
+        return run(listener, null, -1.0, cset), cset
+
+    return call
+
+
+def start(listener: CData, regions: Iterable[CData], find: Find) -> None:
+    why = new_failure()
+    handles = core.ffi.new("dt_region *[]", list(regions))
+    _check(core.lib.dt_start(listener, handles, len(handles), why), why, "start the tracker", find)
+
+
+def add(listener: CData, handle: CData, find: Find, region: Region) -> None:
+    why = new_failure()
+    _check(core.lib.dt_add(listener, handle, why), why, "add memory", find, region)
+
+
+def _filled(
+    call: Callable[..., int], arguments: tuple[Any, ...], doing: str, find: Find, region: Region | None = None
+) -> CData:
+    """A set that a call filled. Where it failed, what it took goes back to its listener at once."""
+    cset = core.new_set()
+    code = call(*arguments, cset)
+    if code:
+        error = error_of(code, cset.why, doing, find=find, region=region)
+        core.give_back(cset)
+        raise error
+    return cset
+
+
+def collect(listener: CData, region: Region | None, budget_seconds: float, find: Find) -> CData:
+    return _filled(core.lib.dt_collect, (listener, _handle(region), budget_seconds), "collect", find, region)
+
+
+def collect_into(listener: CData, region: Region | None, extents: CData, find: Find) -> CData:
+    arguments = listener, _handle(region), extents, len(extents)
+    return _filled(core.lib.dt_collect_into, arguments, "collect into the mirror", find, region)
+
+
+def peek(listener: CData, region: Region | None, find: Find) -> CData:
+    return _filled(core.lib.dt_peek, (listener, _handle(region)), "peek", find, region)
+
+
+def remove(listener: CData, region: Region, find: Find) -> CData:
+    return _filled(core.lib.dt_remove, (listener, _handle(region)), "remove a region", find, region)
+
+
+def stop(listener: CData, find: Find) -> CData:
+    return _filled(core.lib.dt_stop, (listener,), "stop the tracker", find)
+
+
+def _handle(region: Region | None) -> CData:
+    return core.ffi.NULL if region is None else region._handle
+
+
+def put_back(listener: CData, cset: CData) -> None:
+    _check(core.lib.dt_put_back(listener, cset), None, "put pages back")
+
+
+def settle(cset: CData) -> None:
+    """Let go of the regions of a final set that was delivered."""
+    core.lib.dt_settle(cset)
+
+
+def epoch(listener: CData) -> int:
+    return core.lib.dt_epoch(listener)
+
+
+def set_audit(listener: CData, share: float) -> None:
+    _check(core.lib.dt_audit(listener, share), None, "turn the audit on")
+
+
+def listener_statistics(listener: CData) -> Statistics:
+    return _statistics(core.lib.dt_listener_statistics, listener)

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: MIT
+"""Sets of pages in C, as memoryviews: what `dirtytrack.DirtySet` is made of."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from . import core
+from .failures import raise_failure
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .core import CData
+
+__all__ = [
+    "Extent",
+    "bitmap",
+    "changed",
+    "clip",
+    "combine",
+    "contains",
+    "copy_out",
+    "equal",
+    "extents",
+    "from_runs",
+    "gather",
+    "intersects",
+    "nbytes",
+    "new_bytes",
+    "offsets",
+    "pages",
+    "rows",
+    "scatter",
+    "subset",
+    "union_many",
+    "view",
+]
+
+
+class Extent(NamedTuple):
+    """A piece of tracked memory. ``unpinned``: it may vanish beneath a copy. ``mirror``: a pinned buffer."""
+
+    address: int
+    nbytes: int
+    unpinned: bool
+    mirror: Any = None
+
+
+def _check(code: int, why: CData, doing: str) -> None:
+    if code:
+        raise_failure(code, why, doing)
+
+
+# ---- numbers
+
+
+def _let_go(owner: CData, pointer: CData) -> None:
+    """The finaliser of a pointer: all that it does is to have kept the owner until now."""
+
+
+def _numbers(owner: CData, pointer: CData, count: int, width: int) -> memoryview:
+    """A read-only view of count x width 64-bit numbers; it keeps ``owner``."""
+    shape = (count, width) if width > 1 else (count,)
+    if not count:  # memoryview.cast knows no shape with a zero
+        return memoryview(bytes(8 * width)).cast("B").cast("Q", (1, *shape[1:]))[:0]
+    held = pointer if owner is pointer else core.ffi.gc(pointer, partial(_let_go, owner))
+    return memoryview(core.ffi.buffer(held, count * width * 8)).cast("B").cast("Q", shape).toreadonly()
+
+
+def view(cset: CData) -> memoryview:
+    """The runs, (n, 2) start and end; copies nothing and keeps the set."""
+    return _numbers(cset, cset.runs, cset.count, 2)
+
+
+def regions_view(result: CData) -> memoryview:
+    """The regions of a dt_scan_result, (n, 3) start, end, categories; copies nothing and keeps the result."""
+    return _numbers(result, result.regions, result.count, 3)
+
+
+def offsets(cset: CData, address: int, nbytes: int) -> memoryview:
+    """(n, 2) byte offsets of what the set touches in [address, address + nbytes)."""
+    call, null = core.lib.dt_set_offsets, core.ffi.NULL
+    room = call(cset, address, nbytes, null, 0)
+    out = core.ffi.new("dt_run[]", room)
+    call(cset, address, nbytes, out, room)
+    return _numbers(out, out, room, 2)
+
+
+def intersects(cset: CData, start: int, end: int) -> bool:
+    return core.lib.dt_set_offsets(cset, start, end - start, core.ffi.NULL, 0) > 0
+
+
+def pages(cset: CData, start: int, end: int) -> memoryview:
+    """(n,) page numbers from ``start``."""
+    call, null = core.lib.dt_set_pages, core.ffi.NULL
+    room = call(cset, start, end, null, 0)
+    out = core.ffi.new("uint64_t[]", room)
+    call(cset, start, end, out, room)
+    return _numbers(out, out, room, 1)
+
+
+def bitmap(cset: CData, start: int, end: int) -> bytes:
+    """One bit a page of [start, end), least significant bit first."""
+    bits = bytearray(((end - start) // core.PAGE_BYTES + 7) // 8)
+    core.lib.dt_set_bitmap(cset, start, end, core.ffi.from_buffer("uint8_t[]", bits))
+    return bytes(bits)
+
+
+def rows(cset: CData, address: int, stride: int, row_bytes: int, count: int) -> memoryview:
+    """(n,) numbers of the rows at address + i * stride that the set touches."""
+    call, null = core.lib.dt_set_rows, core.ffi.NULL
+    room = call(cset, address, stride, row_bytes, count, null, 0)
+    out = core.ffi.new("uint64_t[]", room)
+    call(cset, address, stride, row_bytes, count, out, room)
+    return _numbers(out, out, room, 1)
+
+
+# ---- algebra
+
+
+def from_runs(runs: Any, count: int, *, epoch: int = 0, complete: bool = True) -> CData:
+    """A set of the runs in a buffer of 64-bit (start, end) pairs: page-aligned, sorted, disjoint."""
+    out = core.new_set()
+    source = core.ffi.cast("dt_run *", core.ffi.from_buffer(runs)) if count else core.ffi.NULL
+    _check(core.lib.dt_set_copy(source, count, out), out.why, "make a set of these runs")
+    out.epoch, out.complete = epoch, complete
+    return out
+
+
+def combine(how: str, a: CData, b: CData) -> CData:
+    """``union``, ``intersection`` or ``difference`` of two sets."""
+    out = core.new_set()
+    _check(getattr(core.lib, "dt_set_" + how)(a, b, out), out.why, "combine sets")
+    return out
+
+
+def union_many(sets: Sequence[CData]) -> CData:
+    out = core.new_set()
+    array = core.ffi.new("dt_set *[]", list(sets))
+    _check(core.lib.dt_set_union_many(array, len(array), out), out.why, "unite sets")
+    return out
+
+
+def clip(cset: CData, start: int, end: int) -> CData:
+    out = core.new_set()
+    _check(core.lib.dt_set_clip(cset, start, end, out), out.why, "clip a set")
+    return out
+
+
+def equal(a: CData, b: CData) -> bool:
+    return bool(core.lib.dt_set_equal(a, b))
+
+
+def subset(a: CData, b: CData) -> bool:
+    return bool(core.lib.dt_set_subset(a, b))
+
+
+def contains(cset: CData, address: int) -> bool:
+    return bool(core.lib.dt_set_contains(cset, address))
+
+
+# ---- bytes
+
+
+def extents(pieces: Sequence[Extent]) -> CData:
+    """The pieces as a C array. The caller keeps the mirrors."""
+    out = core.ffi.new("dt_extent[]", len(pieces))
+    null = core.ffi.NULL
+    for i, piece in enumerate(pieces):
+        out[i] = (piece.address, piece.nbytes, null if piece.mirror is None else piece.mirror, piece.unpinned, 0)
+    return out
+
+
+def new_bytes(nbytes: int) -> CData:
+    """Memory for ``nbytes`` bytes, not zeroed."""
+    return core.ffi.new_allocator(should_clear_after_alloc=False)("uint8_t[]", nbytes)
+
+
+def nbytes(cset: CData, pieces: CData) -> int:
+    return core.lib.dt_set_nbytes(cset, pieces, len(pieces))
+
+
+def gather(cset: CData, pieces: CData, out: CData, room: int) -> None:
+    why = core.new_failure()
+    _check(core.lib.dt_gather(cset, pieces, len(pieces), out, room, why), why, "gather the dirty bytes")
+
+
+def scatter(cset: CData, pieces: CData, data: CData) -> None:
+    why = core.new_failure()
+    _check(core.lib.dt_scatter(cset, pieces, len(pieces), data, len(data), why), why, "scatter the dirty bytes")
+
+
+def copy_out(cset: CData, pieces: CData) -> None:
+    why = core.new_failure()
+    _check(core.lib.dt_copy_out(cset, pieces, len(pieces), why), why, "copy the dirty bytes")
+
+
+def changed(cset: CData, pieces: CData, granule_bytes: int) -> CData:
+    out = core.new_set()
+    code = core.lib.dt_changed(cset, pieces, len(pieces), granule_bytes, out)
+    _check(code, out.why, "compare with the mirror")
+    return out
