@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: MIT
+"""dirtytrack: which pages of memory were written since you last asked, told by the kernel.
+
+    with dirtytrack.track(array) as tracker:
+        array[5] = 1
+        dirty = tracker.collect()
+
+The import works on every platform and loads nothing heavy; what the platform lacks is said at first use.
+"""
+
+from . import errors, pagemap
+from .dirtyset import DirtySet
+from .errors import (
+    AlreadyStarted,
+    BlindSpotWarning,
+    DirtyTrackError,
+    InvalidMemory,
+    KernelRefused,
+    LimitReached,
+    MissedWrite,
+    NotRegistered,
+    NotStarted,
+    PermissionDenied,
+    RangeBusy,
+    RegionGone,
+    SessionClosed,
+    TargetGone,
+    UnsupportedKernel,
+    UsedAfterFork,
+)
+from .kernel.abi import PageCategory, ScanFlag, UffdFeature
+from .kernel.engine import Statistics
+from .kernel.support import KernelSupport, probe
+from .memory import Memory, allocate
+from .pagemap import Pagemap, Scan
+from .region import Region, Run
+from .session import UffdSession
+from .tracker import DirtyTracker, track
+
+__all__ = [
+    "AlreadyStarted",
+    "BlindSpotWarning",
+    "DirtySet",
+    "DirtyTrackError",
+    "DirtyTracker",
+    "InvalidMemory",
+    "KernelRefused",
+    "KernelSupport",
+    "LimitReached",
+    "Memory",
+    "MissedWrite",
+    "NotRegistered",
+    "NotStarted",
+    "PageCategory",
+    "Pagemap",
+    "PermissionDenied",
+    "RangeBusy",
+    "Region",
+    "RegionGone",
+    "Run",
+    "Scan",
+    "ScanFlag",
+    "SessionClosed",
+    "Statistics",
+    "TargetGone",
+    "UffdFeature",
+    "UffdSession",
+    "UnsupportedKernel",
+    "UsedAfterFork",
+    "allocate",
+    "errors",
+    "pagemap",
+    "probe",
+    "track",
+]
+
+__version__ = "0.1.0"

@@ -1,0 +1,357 @@
+# SPDX-License-Identifier: MIT
+"""UffdSession: a userfaultfd and the memory registered in it; and the session that everybody shares."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+import weakref
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from .errors import BlindSpotWarning, InvalidMemory, NotRegistered
+from .kernel import core, engine
+from .kernel.abi import Fd, UffdFeature
+from .kernel.engine import Statistics
+from .memory import pin
+from .region import Region, Run, Span, range_of, survey
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from types import TracebackType
+
+    from typing_extensions import Buffer, Self
+
+__all__ = ["InFlight", "UffdSession", "default_session"]
+
+_sessions: weakref.WeakSet[UffdSession] = weakref.WeakSet()
+
+
+class UffdSession:
+    """A userfaultfd for asynchronous write protection, and the regions registered in it.
+
+    Any number of `DirtyTracker`s listen to one session, each at its own rhythm. Closed by `close()` or a ``with``; a
+    session that is dropped is closed with its last region and tracker.
+
+    Args:
+        events: not in this version: to be told of discards, moves and unmaps by the kernel.
+
+    Raises:
+        PermissionDenied: no way to a userfaultfd is open; the message names the ways out.
+        UnsupportedKernel: this kernel cannot track (Linux 6.7 can), or this is not Linux.
+        LimitReached: no descriptor or kernel memory is left.
+
+    Thread safety: everything may be called from any thread, and from signal handlers.
+    """
+
+    def __init__(self, *, events: bool = False, _remedy: int = 0) -> None:
+        if events:
+            raise InvalidMemory("UffdSession(events=True): this version does not do it yet")
+        core.load()
+        self._slot = engine.open_session(_remedy)
+        self._handle: Any = self._slot[0]
+        self._all: weakref.WeakValueDictionary[int, Region] = weakref.WeakValueDictionary()
+        self._kept: dict[int, Region] = {}  # those that no tracker owns
+        self._finals: deque[Any] = deque()  # of stop() and remove(), to be settled once they are delivered
+        _sessions.add(self)
+
+    # ---- what it is
+
+    @property
+    def opened_by(self) -> str:
+        """The door: ``userfaultfd user mode``, ``/dev/userfaultfd`` or ``userfaultfd full``."""
+        return engine.door(self._handle)
+
+    @property
+    def features(self) -> UffdFeature:
+        """What the kernel's userfaultfd can do, unknown bits included."""
+        return engine.features(self._handle)
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """The registered regions, in the order of their registration."""
+        return tuple(region for _, region in sorted(self._all.items()) if not region._ended)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed, or belongs to the parent of this process."""
+        return bool(engine.state(self._handle))
+
+    def fileno(self) -> Fd:
+        """The userfaultfd, which stays the session's; -1 while closed or suspended."""
+        return engine.fileno(self._handle)
+
+    def statistics(self) -> Statistics:
+        """What was done so far, for all trackers together.
+
+        Raises:
+            SessionClosed, UsedAfterFork.
+        """
+        return engine.session_statistics(self._handle)
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"{len(self.regions)} regions, opened by {self.opened_by}"
+        return f"<UffdSession: {state}>"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        raise TypeError("a UffdSession cannot be pickled: it tracks this process's memory")
+
+    def _find(self, number: int) -> Region | None:
+        return self._all.get(number)
+
+    # ---- registering
+
+    def register(
+        self,
+        memory: Buffer | tuple[int, int] | Run,
+        *,
+        name: str | None = None,
+        arm: str | None = None,
+        blind_spots: str | None = None,
+        strict: bool = False,
+    ) -> Region:
+        """Register memory, so that trackers can be told of writes to it. Arms nothing yet.
+
+        Args:
+            memory: a writable, C-contiguous object with the buffer protocol, held until `unregister` so that it can be
+                neither freed nor resized; or (address, nbytes), which nobody can hold. Regions may overlap.
+            name: how messages, mirrors and queries call it.
+            arm: ``"all"`` or None. ``"present"`` is for a later version.
+            blind_spots: ``"accepted"`` silences the warning for memory that others may write.
+            strict: raise that warning as an error.
+
+        Raises:
+            InvalidMemory: read-only, not contiguous, empty, or a mapping that cannot be tracked; the message says it.
+            RangeBusy: another userfaultfd has part of it.
+            LimitReached: the process has as many mappings as it may (vm.max_map_count).
+            SessionClosed, UsedAfterFork.
+
+        Warns:
+            BlindSpotWarning: it is shared or a file's memory, which others may write unseen.
+        """
+        region = self._register(memory, name, arm, blind_spots, strict, stacklevel=3)
+        self._kept[region._span.id] = region
+        return region
+
+    def _register(
+        self,
+        memory: Any,
+        name: str | None,
+        arm: str | None,
+        blind_spots: str | None,
+        strict: bool,
+        stacklevel: int,
+    ) -> Region:
+        if arm not in (None, "all"):
+            does = "this version does not do it yet" if arm == "present" else "it takes None or 'all'"
+            raise InvalidMemory(f"arm={arm!r}: {does}")
+        if blind_spots not in (None, "accepted"):
+            raise InvalidMemory(f"blind_spots takes None or 'accepted', not {blind_spots!r}")
+        if isinstance(memory, Run):
+            memory = (memory.start, memory.end - memory.start)
+        pinned = pin(memory, what="memory")
+        seen = survey(pinned)
+        granule_bytes = core.PAGE_BYTES
+        if pinned.memory is not None and pinned.memory.shared:
+            granule_bytes = pinned.memory.page_bytes  # a shared huge page never splits: it is dirty as a whole
+        if name is None and pinned.memory is not None:
+            name = pinned.memory.name
+        if seen.others_write and blind_spots is None:
+            _warn(name, seen.others_write, seen.blind_spots, strict, stacklevel + 1)
+        doing = f"register {name!r}" if name else "register the memory"
+        slot, number = engine.register(self._handle, pinned.address, pinned.nbytes, granule_bytes, doing)
+        span = Span(
+            number,
+            name or f"region {number}",
+            pinned.address,
+            pinned.nbytes,
+            granule_bytes,
+            seen.unpinned,
+            pinned.shape,
+            pinned.dtype,
+        )
+        region = Region(span, seen.blind_spots, slot, pinned.hold)
+        self._all[number] = region
+        return region
+
+    def unregister(self, region: Region) -> None:
+        """Let go of a region and its buffer. Pages that another region holds stay registered.
+
+        Raises:
+            NotRegistered: it was unregistered before, or belongs to another session.
+            InvalidMemory: a running tracker watches it: `tracker.remove(region)` first, which gives its last pages.
+            SessionClosed, UsedAfterFork.
+        """
+        if self._all.get(region._span.id) is not region:
+            raise NotRegistered(f"region {region.name!r} is not one of this session's", region=region)
+        self._settle()
+        if not engine.unregister(region._handle, region):
+            raise InvalidMemory(
+                f"region {region.name!r} is watched by a running tracker: `tracker.remove(region)` first, which gives "
+                "its last pages, or `tracker.stop()`",
+                region=region,
+            )
+        region._end("unregistered")
+        self._kept.pop(region._span.id, None)
+
+    def _settle_later(self, cset: Any) -> None:
+        """A final set is about to be delivered; its regions are let go of by the next call that cares.
+
+        Not in the same breath: an interrupt between the letting go and the caller's having the set would lose it.
+        """
+        self._settle()
+        self._finals.append(cset)
+
+    def _settle(self) -> None:
+        for _ in range(len(self._finals)):
+            try:
+                cset = self._finals.popleft()
+            except IndexError:
+                return
+            if cset.delivered:
+                engine.settle(cset)
+            elif cset.block_:
+                self._finals.append(cset)
+
+    def write_protect(self, region: Region) -> None:
+        """Arm a region's pages now. What was written before goes to every tracker of those pages first.
+
+        Raises:
+            NotRegistered, SessionClosed, UsedAfterFork.
+        """
+        engine.write_protect(region._handle, region)
+
+    # ---- writes that nobody saw
+
+    def mark_dirty(self, memory: Region | Run | Buffer | tuple[int, int] | Iterable[Run]) -> None:
+        """Declare a write that no page table saw: dirty for every tracker of those pages.
+
+        Args:
+            memory: a region, a buffer (it may be read-only), a `Run`, an (address, nbytes) pair, or a `DirtySet`.
+
+        Raises:
+            InvalidMemory: none of these.
+            SessionClosed, UsedAfterFork.
+        """
+        parts: Iterable[Any] = memory if hasattr(memory, "page_span_bytes") else (memory,)  # type: ignore[assignment]
+        for part in parts:
+            start, end, hold = range_of(part, "range")
+            engine.mark_dirty(self._handle, start, end)
+            del hold
+
+    def in_flight(self, memory: Region | Run | Buffer | tuple[int, int]) -> InFlight:
+        """A context manager around DMA into memory: O_DIRECT, registered io_uring buffers, RDMA, a GPU.
+
+        While it is open the memory is dirty in every collect, and once after it.
+
+        Args:
+            memory: as for `mark_dirty`; a buffer is held meanwhile.
+        """
+        start, end, hold = range_of(memory, "range")
+        return InFlight(self, start, end, hold)
+
+    # ---- coming and going
+
+    def suspend(self) -> None:
+        """Let go of the userfaultfd, for tools that cannot live beside one, such as CRIU. Regions and trackers stay.
+
+        Until `resume`, every collect reports all that it asks for. A second call does nothing.
+
+        Raises:
+            SessionClosed, UsedAfterFork.
+        """
+        engine.suspend(self._handle)
+
+    def resume(self) -> None:
+        """Take the userfaultfd back. All memory counts as dirty once. Does nothing when not suspended.
+
+        Raises:
+            As the session's making and `register` do; then it stays suspended.
+        """
+        engine.resume(self._handle)
+
+    def close(self) -> None:
+        """Unregister everything and close. Trackers then raise `SessionClosed`. A second call does nothing."""
+        engine.close(self._handle)
+        for region in list(self._all.values()):
+            region._end("closed")
+        self._kept.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class InFlight:
+    """Memory that something else than the processor is writing; made by `UffdSession.in_flight`."""
+
+    __slots__ = ("_end", "_hold", "_session", "_start")
+
+    def __init__(self, session: UffdSession, start: int, end: int, hold: Any) -> None:
+        self._session, self._start, self._end, self._hold = session, start, end, hold
+
+    def __enter__(self) -> Self:
+        engine.flight(self._session._handle, self._start, self._end, begin=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        engine.flight(self._session._handle, self._start, self._end, begin=False)
+
+
+def _warn(name: str | None, others: str, spots: frozenset[str], strict: bool, stacklevel: int) -> None:
+    warning = BlindSpotWarning(
+        f"{repr(name) if name else 'this memory'} can be written unseen: it is a {others}. No page table of this "
+        f"process shows: {'; '.join(sorted(spots))}. Declare such writes by session.mark_dirty(), and pass "
+        "blind_spots='accepted' once they are taken care of"
+    )
+    if strict:
+        raise warning
+    warnings.warn(warning, stacklevel=stacklevel)
+
+
+# ---- the session that everybody shares
+
+_default: weakref.ref[UffdSession] | None = None
+_default_lock = threading.RLock()  # reentrant: a signal handler may come here while its thread does
+
+
+def default_session() -> UffdSession:
+    """The session of `track`, made at first use and freed with its last tracker.
+
+    Raises:
+        As `UffdSession`.
+    """
+    global _default
+    with _default_lock:
+        session = _usable_default()
+        if session is None:
+            made = UffdSession()
+            session = _usable_default()  # a signal handler may have made one meanwhile
+            if session is None:
+                session = made
+                _default = weakref.ref(made)
+        return session
+
+
+def _usable_default() -> UffdSession | None:
+    session = _default() if _default is not None else None
+    return None if session is None or session.closed else session
+
+
+def _after_fork_in_child() -> None:
+    global _default, _default_lock
+    _default = None
+    _default_lock = threading.RLock()
+    for session in list(_sessions):
+        engine.state(session._handle)  # closes the inherited descriptors, without using them
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,449 @@
+# SPDX-License-Identifier: MIT
+"""DirtyTracker: one independent listener to the writes into a session's memory; and `track`, the short way."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from .dirtyset import DirtySet
+from .errors import InvalidMemory, MissedWrite, NotStarted, RegionGone, SessionClosed, UsedAfterFork
+from .kernel import core, engine, failures
+from .kernel.engine import Statistics
+from .layout import Layout, mirrors
+from .region import Region
+from .session import UffdSession, default_session
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from types import TracebackType
+
+    from typing_extensions import Buffer, Self
+
+    from .dirtyset import Mirror
+    from .region import Span
+
+    Trackable = Buffer | tuple[int, int]
+
+__all__ = ["DirtyTracker", "track"]
+
+
+class DirtyTracker:
+    """One listener: what was written since *its* last collect, whoever else listens.
+
+    **What is promised.** A page whose bytes changed between two collects is in the second, by every path that its
+    region's ``blind_spots`` does not name. Delivery is at least once: an exception, a MemoryError or Ctrl-C leaves the
+    pages pending, and whoever could not use a set gives it back by `put_back`. A collect that runs beside writers is no
+    snapshot: for one, stop the writers.
+
+    Args:
+        session: whose memory.
+        regions: which regions; left out, those that the session has when `start` is called.
+        audit: the share of clean pages, 0 to 1, whose hashes are kept to find a change that nobody reported.
+
+    Raises:
+        InvalidMemory: ``audit`` is no share.
+        SessionClosed, UsedAfterFork.
+
+    Thread safety: everything may be called from any thread and from signal handlers. Of two collects at once each page
+    goes to exactly one.
+    """
+
+    def __init__(self, session: UffdSession, regions: Iterable[Region] | None = None, *, audit: float = 0.0) -> None:
+        self._session = session
+        self._wanted = None if regions is None else tuple(regions)
+        self._owned: tuple[Region, ...] = ()
+        self._regions: dict[int, Region] = {}  # by the session's number; what is watched now
+        self._parts: dict[int, Layout] = {}  # each region by itself
+        self._layout = Layout(())
+        self._lock = threading.RLock()  # of _layout's replacement; never taken by a collect
+        self._slot = engine.new_listener(session._handle)
+        self._handle: Any = self._slot[0]
+        self._collect: Callable[[], tuple[int, Any]] = engine.collector(self._handle)
+        if not 0 <= audit <= 1:
+            raise InvalidMemory(f"audit is a share of the pages, from 0 to 1, not {audit}")
+        if audit:
+            engine.set_audit(self._handle, audit)
+
+    # ---- what it is
+
+    @property
+    def session(self) -> UffdSession:
+        """Whose memory it listens to."""
+        return self._session
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """The regions that it watches; before `start`, those that `start` will watch."""
+        if self._regions or self.epoch:
+            return tuple(self._regions.values())
+        return self._session.regions if self._wanted is None else self._wanted
+
+    @property
+    def epoch(self) -> int:
+        """The open epoch: 1 after `start`, one more after each collect; 0 while not running."""
+        return engine.epoch(self._handle)
+
+    def statistics(self) -> Statistics:
+        """What its collects did so far.
+
+        Raises:
+            SessionClosed, UsedAfterFork.
+        """
+        return engine.listener_statistics(self._handle)
+
+    def __repr__(self) -> str:
+        state = f"in epoch {self.epoch}" if self.epoch else "not running"
+        return f"<DirtyTracker of {len(self.regions)} regions, {state}>"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        raise TypeError("a DirtyTracker cannot be pickled: it tracks this process's memory")
+
+    # ---- which regions
+
+    def _resolve(self, region: Region | str) -> Region:
+        if isinstance(region, Region):
+            return region
+        # By way of the layout: the same words for a name that is unknown or not the only one.
+        found = self._layout.find(region).owner
+        owner = found() if found is not None else None
+        if owner is None:
+            raise InvalidMemory(f"region {region!r} is no longer there")
+        return owner
+
+    def _part(self, region: Region) -> Layout:
+        part = self._parts.get(region._span.id)
+        return part if part is not None and part.spans[0] is region._span else Layout((region._span,))
+
+    def _publish(self) -> None:
+        """Make the layout that of the regions. Loops, since a signal handler may change them meanwhile."""
+        with self._lock:
+            while True:
+                members: tuple[Span, ...] = tuple(region._span for region in self._regions.values())
+                if members == self._layout.spans:
+                    return
+                layout, before = Layout(members), self._layout
+                self._parts = {span.id: Layout((span,)) for span in members}
+                self._layout = layout
+                before.successor = layout
+
+    # ---- starting and stopping
+
+    def start(self) -> None:
+        """Arm the pages and open epoch 1 as clean. What other trackers have pending stays theirs.
+
+        Raises:
+            AlreadyStarted: it is running.
+            NotRegistered: a region was unregistered.
+            SessionClosed, UsedAfterFork.
+        """
+        members = self._session.regions if self._wanted is None else self._wanted
+        before = dict(self._regions)
+        # Known before they are armed: a collect in another thread may begin as soon as they are.
+        self._regions.update((region._span.id, region) for region in members)
+        self._publish()
+        try:
+            engine.start(self._handle, [region._handle for region in members], self._session._find)
+        except BaseException:
+            self._regions = before
+            self._publish()
+            raise
+
+    def stop(self) -> DirtySet:
+        """Stop listening, and let go of the regions.
+
+        Returns:
+            What was written since the last collect: the final set, of the last epoch.
+
+        Raises:
+            NotStarted: it is not running.
+            RegionGone: a mapping went away; nothing was handed out and it runs on: see `collect`.
+            MissedWrite: the audit found an unreported change.
+            SessionClosed, UsedAfterFork.
+        """
+        before = self._layout
+        cset = engine.stop(self._handle, self._session._find)
+        try:
+            dirty = DirtySet(cset, before.until(self._layout))
+            self._session._settle_later(cset)
+            cset.delivered = 1
+        except BaseException:
+            core.give_back(cset)
+            raise
+        self._regions.clear()
+        self._publish()
+        return dirty
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        missed: MissedWrite | None = None
+        while True:
+            try:
+                self.stop()
+            except RegionGone as gone:  # nobody is left to be told, and what remains of it must not stay armed
+                if gone.region is not None and gone.region._span.id in self._regions:
+                    self.remove(gone.region)
+                    continue
+            except MissedWrite as found:
+                if missed is None:
+                    missed = found
+                    continue
+            except (NotStarted, SessionClosed, UsedAfterFork):
+                pass
+            break
+        self._let_go()
+        if missed is not None and error is None:
+            raise missed
+
+    def _let_go(self) -> None:
+        """Unregister what `track` registered for this tracker alone."""
+        owned, self._owned = self._owned, ()
+        for region in owned:
+            try:
+                if region.registered:
+                    self._session.unregister(region)
+            except (SessionClosed, UsedAfterFork):
+                return
+
+    # ---- collecting
+
+    def collect(
+        self,
+        region: Region | str | None = None,
+        *,
+        budget_seconds: float | None = None,
+        exact: bool = False,
+        mirror: Mirror | None = None,
+    ) -> DirtySet:
+        """Take every page written since this tracker's last collect, re-arm, and open the next epoch.
+
+        Args:
+            region: or its name: take that region's pages only; the others' stay pending.
+            budget_seconds: stop scanning after about so long; the rest stays pending and ``complete`` is False.
+            exact, mirror: resolve what was only assumed to be dirty by comparing with a mirror. Nothing is assumed by
+                this version, so that each collect is exact.
+
+        Raises:
+            RegionGone: a mapping went away beneath a region; told once, before anything is handed out. After
+                ``remove(error.region)`` collecting goes on.
+            MissedWrite: the audit found an unreported change; all pages stay pending.
+            NotStarted, SessionClosed, UsedAfterFork.
+            InvalidMemory: the region is not one of this tracker's.
+
+        Thread safety: of two collects at once each page goes to exactly one.
+        """
+        if region is not None or budget_seconds is not None:
+            return self._collect_some(region, budget_seconds)
+        before = self._layout
+        code, cset = self._collect()
+        if code:
+            failures.raise_failure(code, cset.why, "collect", find=self._session._find)
+        try:
+            layout = self._layout
+            dirty = DirtySet(cset, layout if layout is before else before.until(layout))
+            cset.delivered = 1  # from here on the pages are the caller's
+        except BaseException:
+            core.give_back(cset)
+            raise
+        return dirty
+
+    def _collect_some(self, region: Region | str | None, budget_seconds: float | None) -> DirtySet:
+        budget = -1.0
+        if budget_seconds is not None:
+            budget = float(budget_seconds)
+            if not budget >= 0:
+                raise InvalidMemory(f"budget_seconds is not negative: {budget_seconds}")
+        before = self._layout
+        only = None if region is None else self._resolve(region)
+        cset = engine.collect(self._handle, only, budget, self._session._find)
+        return self._deliver(cset, before, only)
+
+    def _deliver(self, cset: Any, before: Layout, only: Region | None) -> DirtySet:
+        try:
+            dirty = DirtySet(cset, before.until(self._layout) if only is None else self._part(only))
+            cset.delivered = 1
+        except BaseException:
+            core.give_back(cset)
+            raise
+        return dirty
+
+    def collect_into(self, mirror: Mirror, region: Region | str | None = None) -> DirtySet:
+        """Collect, then copy the dirty bytes to a mirror, in one call without the GIL.
+
+        Re-armed first, copied after: a write that lands between is in the copy, or in the next epoch, or in both. Start
+        first, then make the mirror.
+
+        Args:
+            mirror: a writable buffer as long as the only region (or as ``region``); or a mapping from regions or their
+                names to such, for each region that is collected.
+            region: collect that one only.
+
+        Raises:
+            InvalidMemory: a mirror is missing, of another length, or overlaps tracked memory or another mirror; nothing
+                was collected then.
+            RegionGone: as for `collect`, or a page vanished beneath the copy; all pages stay pending.
+            NotStarted, MissedWrite, NotRegistered, SessionClosed, UsedAfterFork.
+        """
+        while True:
+            before = self._layout
+            only = None if region is None else self._resolve(region)
+            extents, holds = mirrors(before if only is None else self._part(only), mirror, writable=True)
+            if before is self._layout:
+                break
+        cset = engine.collect_into(self._handle, only, extents, self._session._find)
+        del holds
+        return self._deliver(cset, before, only)
+
+    def peek(self, region: Region | str | None = None) -> DirtySet:
+        """What a collect would give now; changes nothing.
+
+        Raises:
+            NotStarted, SessionClosed, UsedAfterFork.
+            InvalidMemory: the region is not one of this tracker's.
+        """
+        before = self._layout
+        only = None if region is None else self._resolve(region)
+        cset = engine.peek(self._handle, only, self._session._find)
+        return DirtySet(cset, before.until(self._layout) if only is None else self._part(only))
+
+    def put_back(self, dirty: DirtySet) -> None:
+        """Give pages back to this tracker alone, because they could not be used: its next collect has them again.
+
+        Args:
+            dirty: any set; pages that this tracker does not watch are passed over.
+
+        Raises:
+            NotStarted, SessionClosed, UsedAfterFork.
+        """
+        if not isinstance(dirty, DirtySet):
+            raise TypeError(f"put_back() takes a DirtySet, not {type(dirty).__name__}")
+        engine.put_back(self._handle, dirty._set)
+
+    # ---- growing and shrinking
+
+    def add(self, memory: Region | Trackable, *, name: str | None = None, **options: Any) -> Region:
+        """Watch more memory while running. It counts as wholly dirty in the next collect: nobody knows its past.
+
+        Args:
+            memory: a region of this session; or a buffer, which is registered first (and unregistered by leaving the
+                ``with`` of this tracker).
+            name, options: of the registration, as for `UffdSession.register`.
+
+        Returns:
+            The region.
+
+        Raises:
+            InvalidMemory: it is watched already, or cannot be tracked.
+            NotStarted, NotRegistered, RangeBusy, LimitReached, SessionClosed, UsedAfterFork.
+        """
+        own = not isinstance(memory, Region)
+        if isinstance(memory, Region):
+            region = memory
+        else:
+            given: dict[str, Any] = {"arm": None, "blind_spots": None, "strict": False, **options}
+            region = self._session._register(memory, name, stacklevel=3, **given)
+        number = region._span.id
+        known = self._regions.get(number)
+        if known is None:
+            self._regions[number] = region  # known before it is armed
+            self._publish()
+        try:
+            engine.add(self._handle, region._handle, self._session._find, region)
+        except BaseException:
+            if known is None:
+                self._regions.pop(number, None)
+                self._publish()
+            raise
+        if own:
+            self._owned += (region,)
+        return region
+
+    def remove(self, region: Region | str) -> DirtySet:
+        """Stop watching a region. It stays registered, so that the final set can be read: `UffdSession.unregister` it
+        to let go of its buffer, or leave that to the end of this tracker where `track` or `add` registered it.
+
+        Returns:
+            Its final set: what was written since the last collect.
+
+        Raises:
+            InvalidMemory: the region is not one of this tracker's.
+            NotStarted, SessionClosed, UsedAfterFork.
+        """
+        gone = self._resolve(region)
+        part = self._part(gone)
+        cset = engine.remove(self._handle, gone, self._session._find)
+        try:
+            dirty = DirtySet(cset, part)
+            self._session._settle_later(cset)
+            cset.delivered = 1
+        except BaseException:
+            core.give_back(cset)
+            raise
+        self._regions.pop(gone._span.id, None)
+        self._publish()
+        return dirty
+
+
+def track(
+    *buffers: Trackable | Mapping[str, Trackable],
+    name: str | None = None,
+    session: UffdSession | None = None,
+    adaptive: bool = False,
+    exact: bool = True,
+    audit: float = 0.0,
+    blind_spots: str | None = None,
+    strict: bool = False,
+) -> DirtyTracker:
+    """Track memory, the short way: ``with track(array) as tracker: ...`` is armed on entry, and lets go at the end.
+
+    Uses the process's default session, so that two libraries in one process that track the same or overlapping memory
+    both work.
+
+    Args:
+        buffers: writable, C-contiguous objects with the buffer protocol (numpy arrays, bytearray, mmap, SharedMemory,
+            `Memory`), (address, nbytes) pairs, or mappings from names to such.
+        name: of the region, where there is one buffer only.
+        session: another session than the default one.
+        adaptive, exact: allow or forbid that densely rewritten blocks are reported without being watched; this version
+            watches all, so that both change nothing.
+        audit: the share of clean pages whose hashes are kept to find a change that nobody reported.
+        blind_spots: ``"accepted"`` silences the warning for memory that others may write.
+        strict: raise that warning as an error.
+
+    Returns:
+        A tracker that is not running yet and owns its regions: they are unregistered when its ``with`` is left, or with
+        its last reference.
+
+    Raises:
+        InvalidMemory, RangeBusy, LimitReached: as `UffdSession.register`.
+        PermissionDenied, UnsupportedKernel: as `UffdSession`.
+
+    Warns:
+        BlindSpotWarning: shared or a file's memory, which others may write unseen.
+
+    Thread safety: may be called from any thread and from signal handlers.
+    """
+    named: list[tuple[str | None, Any]] = []
+    for buffer in buffers:
+        if isinstance(buffer, Mapping):
+            named += buffer.items()
+        else:
+            named.append((name, buffer))
+    if not named:
+        raise InvalidMemory("track() takes at least one buffer")
+    if name is not None and len(named) > 1:
+        raise InvalidMemory("name= is for one buffer: pass a mapping from names to buffers")
+    within = session if session is not None else default_session()
+    found: list[Region] = []
+    for key, buffer in named:  # a plain loop: the warning's stacklevel counts frames
+        found.append(within._register(buffer, key, None, blind_spots, strict, stacklevel=3))
+    regions = tuple(found)
+    tracker = DirtyTracker(within, regions, audit=audit)
+    tracker._owned = regions
+    return tracker
