@@ -14,9 +14,9 @@ from .memory import pin
 from .region import Region, Run
 
 if TYPE_CHECKING:
-    from typing_extensions import Buffer
+    from .memory import AnyBuffer
 
-    Mirror = Buffer | tuple[int, int] | Mapping[Region, Buffer] | Mapping[str, Buffer]
+    Mirror = AnyBuffer | tuple[int, int] | Mapping[Region, AnyBuffer] | Mapping[str, AnyBuffer]
 
 __all__ = ["DirtySet", "Run"]
 
@@ -147,7 +147,7 @@ class DirtySet:
         span = self._layout.find(region)
         return sets.bitmap(self._set, span.start, span.end)
 
-    def rows(self, array: Region | str | Buffer) -> memoryview:
+    def rows(self, array: Region | str | AnyBuffer) -> memoryview:
         """Indexes along an array's first axis of the rows that a dirty page touches, (n,).
 
         Args:
@@ -224,7 +224,7 @@ class DirtySet:
 
     # ---- bytes
 
-    def gather(self, out: Buffer | None = None) -> memoryview:
+    def gather(self, out: AnyBuffer | None = None) -> memoryview:
         """Read the dirty bytes, packed in the order of their addresses.
 
         Args:
@@ -254,7 +254,7 @@ class DirtySet:
         del holds
         return result
 
-    def scatter(self, data: Buffer) -> None:
+    def scatter(self, data: AnyBuffer) -> None:
         """Write bytes as `gather` gave them back to where they came from. What is written is dirty again.
 
         Args:
@@ -266,7 +266,7 @@ class DirtySet:
         """
         extents, holds = pinned_extents(self._layout, self._set)
         room = sets.nbytes(self._set, extents)
-        if not room and not memoryview(data).nbytes:
+        if not room and not memoryview(data).nbytes:  # type: ignore[arg-type]
             return
         source = pin(data, what="data", writable=False)
         if source.nbytes != room:

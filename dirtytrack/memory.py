@@ -14,7 +14,23 @@ from .kernel import core, mappings
 from .kernel.abi import Address, Fd
 
 if TYPE_CHECKING:
+    from typing import Protocol
+
     from typing_extensions import Buffer
+
+    class _Array(Protocol):
+        """A numpy array, which type checkers know as a buffer from Python 3.12 on only."""
+
+        @property
+        def __array_interface__(self) -> dict[str, Any]: ...
+
+    class _SharedMemory(Protocol):
+        """multiprocessing.shared_memory.SharedMemory, which has a buffer and is none."""
+
+        @property
+        def buf(self) -> memoryview | None: ...
+
+    AnyBuffer = Buffer | _Array | _SharedMemory
 
 __all__ = ["Memory", "Pinned", "allocate", "pin"]
 
@@ -211,7 +227,7 @@ class Pinned(NamedTuple):
     """The `Memory` that it is, where it is one."""
 
 
-def pin(buffer: Buffer | tuple[int, int], *, what: str = "buffer", writable: bool = True) -> Pinned:
+def pin(buffer: AnyBuffer | tuple[int, int], *, what: str = "buffer", writable: bool = True) -> Pinned:
     """Find where a buffer's bytes are, and hold them there.
 
     Args:

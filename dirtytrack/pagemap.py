@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import TracebackType
 
-    from typing_extensions import Buffer, Self
+    from typing_extensions import Self
+
+    from .memory import AnyBuffer
 
 __all__ = ["PageRegion", "Pagemap", "Scan", "huge", "present", "swapped", "written", "zero"]
 
@@ -198,7 +200,7 @@ class Pagemap:
 
 
 def _ask(
-    memory: Region | Run | Buffer | tuple[int, int], pagemap: Pagemap | None, mask: PageCategory, **options: Any
+    memory: Region | Run | AnyBuffer | tuple[int, int], pagemap: Pagemap | None, mask: PageCategory, **options: Any
 ) -> Scan:
     core.load()
     start, end, hold = range_of(memory, "memory")
@@ -212,7 +214,7 @@ def _ask(
     return found
 
 
-def written(memory: Region | Run | Buffer | tuple[int, int], pagemap: Pagemap | None = None) -> Scan:
+def written(memory: Region | Run | AnyBuffer | tuple[int, int], pagemap: Pagemap | None = None) -> Scan:
     """Pages written since they were last armed; arms nothing.
 
     Args:
@@ -225,21 +227,21 @@ def written(memory: Region | Run | Buffer | tuple[int, int], pagemap: Pagemap | 
     return _ask(memory, pagemap, PageCategory.WRITTEN, flags=ScanFlag.CHECK_WPASYNC)
 
 
-def present(memory: Region | Run | Buffer | tuple[int, int], pagemap: Pagemap | None = None) -> Scan:
+def present(memory: Region | Run | AnyBuffer | tuple[int, int], pagemap: Pagemap | None = None) -> Scan:
     """Pages in memory, the shared zero page included. Arguments as for `written`."""
     return _ask(memory, pagemap, PageCategory.PRESENT)
 
 
-def swapped(memory: Region | Run | Buffer | tuple[int, int], pagemap: Pagemap | None = None) -> Scan:
+def swapped(memory: Region | Run | AnyBuffer | tuple[int, int], pagemap: Pagemap | None = None) -> Scan:
     """Pages in swap; armed pages that were never populated count too. Arguments as for `written`."""
     return _ask(memory, pagemap, PageCategory.SWAPPED)
 
 
-def zero(memory: Region | Run | Buffer | tuple[int, int], pagemap: Pagemap | None = None) -> Scan:
+def zero(memory: Region | Run | AnyBuffer | tuple[int, int], pagemap: Pagemap | None = None) -> Scan:
     """Pages that are the kernel's zero page: read, never written. Arguments as for `written`."""
     return _ask(memory, pagemap, PageCategory.PFNZERO)
 
 
-def huge(memory: Region | Run | Buffer | tuple[int, int], pagemap: Pagemap | None = None) -> Scan:
+def huge(memory: Region | Run | AnyBuffer | tuple[int, int], pagemap: Pagemap | None = None) -> Scan:
     """Pages that are part of a huge page. Arguments as for `written`."""
     return _ask(memory, pagemap, PageCategory.HUGE)

@@ -12,7 +12,7 @@ from .kernel.abi import Address
 from .memory import Pinned, pin
 
 if TYPE_CHECKING:
-    from typing_extensions import Buffer
+    from .memory import AnyBuffer
 
 __all__ = ["Region", "Run", "Span", "Survey", "range_of", "survey"]
 
@@ -230,7 +230,7 @@ def survey(memory: Pinned) -> Survey:
     return Survey(frozenset(spots), unpinned, others)
 
 
-def range_of(memory: Region | Run | Buffer | tuple[int, int], what: str) -> tuple[int, int, Any]:
+def range_of(memory: Region | Run | AnyBuffer | tuple[int, int], what: str) -> tuple[int, int, Any]:
     """The bytes [start, end) that a region, run, buffer or (address, nbytes) pair names, and what holds them.
 
     Raises:

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from types import TracebackType
 
-    from typing_extensions import Buffer, Self
+    from typing_extensions import Self
+
+    from .memory import AnyBuffer
 
 __all__ = ["InFlight", "UffdSession", "default_session"]
 
@@ -104,7 +106,7 @@ class UffdSession:
 
     def register(
         self,
-        memory: Buffer | tuple[int, int] | Run,
+        memory: AnyBuffer | tuple[int, int] | Run,
         *,
         name: str | None = None,
         arm: str | None = None,
@@ -224,7 +226,7 @@ class UffdSession:
 
     # ---- writes that nobody saw
 
-    def mark_dirty(self, memory: Region | Run | Buffer | tuple[int, int] | Iterable[Run]) -> None:
+    def mark_dirty(self, memory: Region | Run | AnyBuffer | tuple[int, int] | Iterable[Run]) -> None:
         """Declare a write that no page table saw: dirty for every tracker of those pages.
 
         Args:
@@ -240,7 +242,7 @@ class UffdSession:
             engine.mark_dirty(self._handle, start, end)
             del hold
 
-    def in_flight(self, memory: Region | Run | Buffer | tuple[int, int]) -> InFlight:
+    def in_flight(self, memory: Region | Run | AnyBuffer | tuple[int, int]) -> InFlight:
         """A context manager around DMA into memory: O_DIRECT, registered io_uring buffers, RDMA, a GPU.
 
         While it is open the memory is dirty in every collect, and once after it.

@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from types import TracebackType
 
-    from typing_extensions import Buffer, Self
+    from typing_extensions import Self
 
     from .dirtyset import Mirror
+    from .memory import AnyBuffer
     from .region import Span
 
-    Trackable = Buffer | tuple[int, int]
+    Trackable = AnyBuffer | tuple[int, int]
 
 __all__ = ["DirtyTracker", "track"]
 
@@ -243,7 +244,9 @@ class DirtyTracker:
         before = self._layout
         code, cset = self._collect()
         if code:
-            failures.raise_failure(code, cset.why, "collect", find=self._session._find)
+            failed = failures.error_of(code, cset.why, "collect", find=self._session._find)
+            core.give_back(cset)  # now, not when the last traceback that knows it goes
+            raise failed
         try:
             layout = self._layout
             dirty = DirtySet(cset, layout if layout is before else before.until(layout))

@@ -84,10 +84,8 @@ class Statistics(NamedTuple):
     """Scans that met EFAULT; their range was taken as dirty."""
     pages_audited: int
     """Clean pages whose hashes the audit compared."""
-    scan_ns: int
-    """Time inside PAGEMAP_SCAN."""
     collect_ns: int
-    """Time inside collecting passes, scans included."""
+    """Time inside collecting passes, nearly all of it in the kernel."""
 
 
 def _check(code: int, why: CData, doing: str, find: Find | None = None, region: Region | None = None) -> None:

@@ -262,8 +262,8 @@ def _of_register(
     if number == _errno.EBUSY:
         return errors.RangeBusy(
             f"cannot {doing}: another userfaultfd of this process has part of {where} ({name} from UFFDIO_REGISTER; "
-            "the kernel allows one a mapping), for example another explicit `UffdSession`. Share one session: `track()` "
-            "does, and one session has any number of trackers",
+            "the kernel allows one a mapping), for example another explicit `UffdSession`. Share one session: "
+            "`track()` does, and one session has any number of trackers",
             **place,
         )
     if number == _errno.EPERM:

@@ -206,8 +206,7 @@ typedef struct dt_statistics {
     uint64_t scans_refused;    /* EPERM: what was found was harvested all the same */
     uint64_t scans_faulted;    /* EFAULT: the range was taken as dirty */
     uint64_t pages_audited;
-    uint64_t scan_ns;          /* inside PAGEMAP_SCAN */
-    uint64_t collect_ns;       /* inside collecting passes, scans included */
+    uint64_t collect_ns;       /* inside collecting passes, nearly all of it in the kernel */
 } dt_statistics;
 
 int dt_session_open(uint32_t remedy, dt_session **out, dt_failure *why);

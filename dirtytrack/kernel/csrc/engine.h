@@ -140,7 +140,7 @@ int dt_protect(dt_session *s, uint64_t start, uint64_t end);      /* UFFDIO_WRIT
 int dt_arm(dt_session *s, dt_region *region, dt_failure *why);    /* at first, or again with a collecting pass */
 bool dt_mapped(uint64_t start, uint64_t end);
 int dt_heal(dt_session *s, uint64_t start, uint64_t end);
-int dt_peek_range(dt_session *s, uint64_t start, uint64_t end, dt_set *out, dt_failure *why);
+int dt_peek_range(dt_session *s, uint64_t start, uint64_t end, dt_set *written, dt_set *absent, dt_failure *why);
 int dt_page_written(dt_session *s, uint64_t page);                /* 1, 0 or -errno; arms nothing */
 
 /* listener.c */

@@ -456,7 +456,6 @@ static void add_statistics(dt_statistics *to, const dt_statistics *now, const dt
     to->scans_refused += now->scans_refused - then->scans_refused;
     to->scans_faulted += now->scans_faulted - then->scans_faulted;
     to->pages_audited += now->pages_audited - then->pages_audited;
-    to->scan_ns += now->scan_ns - then->scan_ns;
 }
 
 /* Scans [range.start, range.end) from `from` on, in small pieces until the deadline. 1: time is up, cursor is set. */
@@ -624,7 +623,7 @@ int dt_peek(dt_listener *l, dt_region *region, dt_set *out)
     if (rc)
         return fail(&out->why, rc, NULL);
     selection what;
-    dt_set pending = {0}, written = {0};
+    dt_set pending = {0}, written = {0}, absent = {0};
     rc = select_watches(l, region, &what, &out->why);
     if (!rc) {
         mark_flights(s, &what);
@@ -635,14 +634,13 @@ int dt_peek(dt_listener *l, dt_region *region, dt_set *out)
     for (uint64_t i = 0; !rc && i < what.range_count; i++) {
         const dt_range *r = &what.ranges[i];
         if (!s->suspended)
-            rc = dt_peek_range(s, r->start, r->end, &written, &out->why);
+            rc = dt_peek_range(s, r->start, r->end, &written, &absent, &out->why);
         else if (!(rc = dt_set_reserve(&written, written.count + 1)))
             dt_set_append(&written, r->start, r->end);
     }
     if (!rc) {
-        dt_failure none = out->why;
-        rc = dt_set_union(&pending, &written, out);
-        out->why = none;
+        const dt_set *parts[] = {&pending, &written, &absent};
+        rc = dt_set_union_many(parts, 3, out);
         out->epoch = l->epoch;
         out->complete = 1;
         if (rc)
@@ -650,6 +648,7 @@ int dt_peek(dt_listener *l, dt_region *region, dt_set *out)
     }
     dt_set_clear(&pending);
     dt_set_clear(&written);
+    dt_set_clear(&absent);
     dt_leave(s);
     return rc;
 }

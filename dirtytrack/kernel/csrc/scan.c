@@ -115,10 +115,8 @@ static long scan_ioctl(dt_session *s, uint64_t start, uint64_t end, uint64_t fla
     int fail = dt_fail_at(DT_SITE_SCAN);
     if (fail > 0)
         return -fail;
-    uint64_t before = dt_now_ns();
     long n = ioctl(s->pagemap, K_PAGEMAP_SCAN, &arg);
     int error = errno;
-    s->statistics.scan_ns += dt_now_ns() - before;
     s->statistics.scans++;
     if (fail < 0)
         return fail;
@@ -409,16 +407,20 @@ static void add_run(void *context, uint64_t start, uint64_t end)
         dt_set_append(c->out, start, end);
 }
 
-int dt_peek_range(dt_session *s, uint64_t start, uint64_t end, dt_set *out, dt_failure *why)
+int dt_peek_range(dt_session *s, uint64_t start, uint64_t end, dt_set *written, dt_set *absent, dt_failure *why)
 {
-    peek_context c = {out, 0};
-    uint64_t kept = out->count;
+    peek_context c = {written, 0}, a = {absent, 0};
+    uint64_t kept = written->count, neither = K_PAGE_IS_PRESENT | K_PAGE_IS_SWAPPED;
     int rc = query(s, start, end, K_PM_SCAN_CHECK_WPASYNC, K_PAGE_IS_WRITTEN, 0, K_PAGE_IS_WRITTEN, add_run, &c);
     if (rc == -EPERM && !c.rc) { /* some of it is not ours any more: a collect would renew it, wholly dirty */
-        out->count = kept;
+        written->count = kept;
         add_run(&c, start, end);
         rc = 0;
     }
-    rc = rc ? rc : c.rc;
-    return rc ? dt_fail_with(why, rc, -rc, c.rc ? DT_STEP_MEMORY : DT_STEP_SCAN, start, end) : 0;
+    if (!rc && s->find_absent) /* remedy R1, as in a collect */
+        rc = query(s, start, end, 0, neither, neither, K_PAGE_IS_PRESENT, add_run, &a);
+    int memory = c.rc ? c.rc : a.rc;
+    if (memory)
+        return dt_fail_with(why, memory, -memory, DT_STEP_MEMORY, start, end);
+    return rc ? dt_fail_with(why, rc, -rc, DT_STEP_SCAN, start, end) : 0;
 }

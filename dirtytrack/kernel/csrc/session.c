@@ -75,6 +75,8 @@ static void forget_inherited(dt_session *s)
 {
     int uffd = s->uffd, pagemap = s->pagemap;
     s->uffd = s->pagemap = -1;
+    /* SAFETY: the vector was not inherited (MADV_DONTFORK), so its address may be somebody else's here: never unmap it. */
+    s->vector = NULL;
     close_inherited(uffd, "userfaultfd");
     close_inherited(pagemap, "pagemap");
 }
