@@ -104,8 +104,8 @@ sanitize-kernel: $(VENV)/.test ## the kernel tests against an extension built wi
 	cd build/sanitize && CFLAGS="-O1 -g $(SANITIZE)" LDFLAGS="$(SANITIZE)" \
 	    $(CURDIR)/$(BIN)/python setup.py -q build_ext --inplace
 	cd build/sanitize && LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) PYTHONPATH=$(CURDIR)/build/sanitize \
-	    ASAN_OPTIONS=detect_leaks=0:handle_segv=0 UBSAN_OPTIONS=print_stacktrace=1 DIRTYTRACK_SANITIZE=1 \
-	    $(CURDIR)/$(BIN)/python -m pytest tests/kernel --timeout=600 $(ARGS)
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 DIRTYTRACK_SANITIZE=1 \
+	    $(CURDIR)/$(BIN)/python -m pytest tests/kernel -p no:faulthandler --timeout=600 $(ARGS)
 
 .PHONY: pythons
 pythons: $(VENV)/.built ## one wheel from the sdist, installed and tried in each of Python 3.10-3.13 found here

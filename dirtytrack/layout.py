@@ -48,7 +48,7 @@ class Layout:
         """
         if isinstance(region, Region):
             span = region._span
-            if not any(known is span for known in self._called(span.name)):
+            if not self.knows(region):
                 self.require(span.start, span.end, f"region {span.name!r}")
             return span
         if region is None:
@@ -61,6 +61,12 @@ class Layout:
         if any((span.address, span.nbytes) != (found[0].address, found[0].nbytes) for span in found):
             raise InvalidMemory(f"{len(found)} regions are called {region!r}: pass the Region itself")
         return found[0]
+
+    def knows(self, region: Region | str | None) -> bool:
+        """Whether it is one of these regions, or the name of one, or the only one is meant."""
+        if isinstance(region, Region):
+            return any(known is region._span for known in self._called(region.name))
+        return region is None or bool(self._called(region))
 
     def _called(self, name: str) -> list[Span]:
         if self._names is None:
@@ -200,7 +206,8 @@ def mirrors(layout: Layout, mirror: Any, *, cset: Any = None, writable: bool) ->
 
     Args:
         layout: the regions.
-        mirror: a buffer for the only region, or a mapping from regions or their names to buffers.
+        mirror: a buffer for the only region, or a mapping from regions or their names to buffers. What it has for other
+            regions is passed over.
         cset: the pages in question; None: any page, so that each region needs its mirror.
         writable: whether the mirrors will be written.
 
@@ -210,7 +217,11 @@ def mirrors(layout: Layout, mirror: Any, *, cset: Any = None, writable: bool) ->
     """
     pairs = mirror.items() if isinstance(mirror, Mapping) else [(None, mirror)]
     given: dict[Span, Any] = {}
+    others: list[Any] = []
     for key, buffer in pairs:
+        if not layout.knows(key):
+            others.append(key)  # of a region that is not in question
+            continue
         span = layout.find(key)
         if span in given:
             raise InvalidMemory(f"two mirrors are given for region {span.name!r}")
@@ -222,7 +233,8 @@ def mirrors(layout: Layout, mirror: Any, *, cset: Any = None, writable: bool) ->
         touched = cset is None or sets.intersects(cset, span.address, span.address + span.nbytes)
         if span not in given:
             if touched:
-                raise InvalidMemory(f"no mirror is given for region {span.name!r}")
+                hint = f"; there is one for {others[0]!r}, which is no region here" if others else ""
+                raise InvalidMemory(f"no mirror is given for region {span.name!r}{hint}")
             continue
         pinned = pin(given[span], what=f"mirror of region {span.name!r}", writable=writable)
         if pinned.nbytes != span.nbytes:

@@ -10,7 +10,7 @@ import os
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from .errors import InvalidMemory, LimitReached, UnsupportedKernel
-from .kernel import core, mappings
+from .kernel import core, mappings, placing
 from .kernel.abi import Address, Fd
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Memory", "Pinned", "allocate", "pin"]
 
-_ALIGN_ATTEMPTS = 16
+_ALIGN_ATTEMPTS = 1024
 
 
 class Memory(mmap.mmap):
@@ -158,7 +158,7 @@ def allocate(
                 feature="transparent huge pages",
             ) from error
     if name and not shared:
-        core.name_mapping(memory.address, nbytes, name)
+        placing.name_mapping(memory.address, nbytes, name)
     return memory
 
 
@@ -195,20 +195,24 @@ def _map(fd: int, nbytes: int, alignment: int) -> Memory:
     """A mapping at a multiple of ``alignment``.
 
     Kernels that can track (Linux 6.7) align large mappings to huge pages by themselves, but not each of them always.
-    Where one lies off, a filler of as many bytes as it lies off moves the next one down to where it belongs.
     """
-    filler: mmap.mmap | None = None
-    for _ in range(_ALIGN_ATTEMPTS):
-        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        memory = Memory(fd, nbytes, flags=mmap.MAP_SHARED if fd >= 0 else private)
-        memory.address = core.address_of(core.pin(memory, writable=True))
-        off = memory.address % alignment
-        if not off:
-            return memory
-        mmap.mmap.close(memory)
-        del memory
-        filler = mmap.mmap(-1, off, flags=private)
-    raise OSError(errno.ENOMEM, f"no free range that is aligned to {alignment} bytes was found", repr(filler))
+    memory = _map_anywhere(fd, nbytes)
+    if memory.address % alignment == 0:
+        return memory
+    in_the_way = [memory]  # kept until the end, so that the kernel finds no other place for the next one
+    with placing.aligned_hole(nbytes, alignment):
+        for _ in range(_ALIGN_ATTEMPTS):
+            memory = _map_anywhere(fd, nbytes)
+            if memory.address % alignment == 0:
+                return memory
+            in_the_way.append(memory)
+    raise OSError(errno.ENOMEM, f"no free range that is aligned to {alignment} bytes was found")
+
+
+def _map_anywhere(fd: int, nbytes: int) -> Memory:
+    memory = Memory(fd, nbytes, flags=mmap.MAP_SHARED if fd >= 0 else mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.address = core.address_of(core.pin(memory, writable=True))
+    return memory
 
 
 # ---- other people's buffers ------------------------------------------------------------------------------------------
@@ -300,6 +304,7 @@ def _type_of(buffer: object) -> str:
 
 def _no_buffer(buffer: object, what: str) -> str:
     kind = _type_of(buffer)
+    does = "an array, an mmap or an (address, nbytes) pair"
     if kind.startswith("torch."):
-        return f"this {what} is a {kind}, which has no buffer protocol: pass tensor.numpy(), which shares its memory"
-    return f"this {what} is a {kind}, which has no buffer protocol: pass an array, an mmap or an (address, nbytes) pair"
+        does = "tensor.numpy(), which shares its memory"
+    return f"this {what} is of type {kind}, which has no buffer protocol: pass {does}"

@@ -82,9 +82,10 @@ class Pagemap:
     Thread safety: `scan` may be called from any thread; `close` only when no other thread scans.
     """
 
+    _fd = -1
+
     def __init__(self, pid: int | None = None) -> None:
         core.load()
-        self._fd = -1
         self.pid = None if pid is None else Pid(pid)
         self._owner = os.getpid()
         try:

@@ -33,8 +33,8 @@ _sessions: weakref.WeakSet[UffdSession] = weakref.WeakSet()
 class UffdSession:
     """A userfaultfd for asynchronous write protection, and the regions registered in it.
 
-    Any number of `DirtyTracker`s listen to one session, each at its own rhythm. Closed by `close()` or a ``with``; a
-    session that is dropped is closed with its last region and tracker.
+    Any number of `DirtyTracker`s listen to one session, each at its own rhythm. Closed by `close()`, by leaving
+    a ``with``, or with the last reference to it, which its trackers have too.
 
     Args:
         events: not in this version: to be told of discards, moves and unmaps by the kernel.
@@ -101,6 +101,13 @@ class UffdSession:
 
     def _find(self, number: int) -> Region | None:
         return self._all.get(number)
+
+    def _require(self, region: Region) -> None:
+        if self._all.get(region._span.id) is not region:
+            raise NotRegistered(
+                f"region {region.name!r} is not one of this session's: register its memory here, or use its session",
+                region=region,
+            )
 
     # ---- registering
 
@@ -185,8 +192,7 @@ class UffdSession:
             InvalidMemory: a running tracker watches it: `tracker.remove(region)` first, which gives its last pages.
             SessionClosed, UsedAfterFork.
         """
-        if self._all.get(region._span.id) is not region:
-            raise NotRegistered(f"region {region.name!r} is not one of this session's", region=region)
+        self._require(region)
         self._settle()
         if not engine.unregister(region._handle, region):
             raise InvalidMemory(
@@ -222,6 +228,7 @@ class UffdSession:
         Raises:
             NotRegistered, SessionClosed, UsedAfterFork.
         """
+        self._require(region)
         engine.write_protect(region._handle, region)
 
     # ---- writes that nobody saw

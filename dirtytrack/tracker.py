@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .dirtyset import DirtySet
-from .errors import InvalidMemory, MissedWrite, NotStarted, RegionGone, SessionClosed, UsedAfterFork
+from .errors import DirtyTrackError, InvalidMemory, MissedWrite, NotStarted, RegionGone, SessionClosed, UsedAfterFork
 from .kernel import core, engine, failures
 from .kernel.engine import Statistics
 from .layout import Layout, mirrors
@@ -84,7 +84,11 @@ class DirtyTracker:
     @property
     def epoch(self) -> int:
         """The open epoch: 1 after `start`, one more after each collect; 0 while not running."""
-        return engine.epoch(self._handle)
+        number = engine.epoch(self._handle)
+        if not number:  # perhaps it runs on, because the final set of a stop() came back undelivered
+            engine.state(self._session._handle)
+            number = engine.epoch(self._handle)
+        return number
 
     def statistics(self) -> Statistics:
         """What its collects did so far.
@@ -117,6 +121,11 @@ class DirtyTracker:
         part = self._parts.get(region._span.id)
         return part if part is not None and part.spans[0] is region._span else Layout((region._span,))
 
+    def _forget(self, region: Region) -> None:
+        if self._regions.get(region._span.id) is region:
+            del self._regions[region._span.id]
+            self._publish()
+
     def _publish(self) -> None:
         """Make the layout that of the regions. Loops, since a signal handler may change them meanwhile."""
         with self._lock:
@@ -140,15 +149,18 @@ class DirtyTracker:
             SessionClosed, UsedAfterFork.
         """
         members = self._session.regions if self._wanted is None else self._wanted
-        before = dict(self._regions)
+        for region in members:
+            self._session._require(region)
+        before, running = dict(self._regions), self.epoch
         # Known before they are armed: a collect in another thread may begin as soon as they are.
         self._regions.update((region._span.id, region) for region in members)
         self._publish()
         try:
             engine.start(self._handle, [region._handle for region in members], self._session._find)
         except BaseException:
-            self._regions = before
-            self._publish()
+            if running or not self.epoch:  # else it runs, and this is an interrupt
+                self._regions = before
+                self._publish()
             raise
 
     def stop(self) -> DirtySet:
@@ -163,17 +175,19 @@ class DirtyTracker:
             MissedWrite: the audit found an unreported change.
             SessionClosed, UsedAfterFork.
         """
-        before = self._layout
+        before, watched = self._layout, self._regions
         cset = engine.stop(self._handle, self._session._find)
         try:
             dirty = DirtySet(cset, before.until(self._layout))
             self._session._settle_later(cset)
+            self._regions = {}
+            self._publish()
             cset.delivered = 1
         except BaseException:
             core.give_back(cset)
+            self._regions = watched
+            self._publish()
             raise
-        self._regions.clear()
-        self._publish()
         return dirty
 
     def __enter__(self) -> Self:
@@ -239,42 +253,34 @@ class DirtyTracker:
 
         Thread safety: of two collects at once each page goes to exactly one.
         """
-        if region is not None or budget_seconds is not None:
-            return self._collect_some(region, budget_seconds)
-        before = self._layout
-        code, cset = self._collect()
-        if code:
-            failed = failures.error_of(code, cset.why, "collect", find=self._session._find)
-            core.give_back(cset)  # now, not when the last traceback that knows it goes
-            raise failed
+        before, only = self._layout, None
+        if region is None and budget_seconds is None:
+            code, cset = self._collect()
+            if code:
+                failed = failures.error_of(code, cset.why, "collect", find=self._session._find)
+                core.give_back(cset)  # now, not when the last traceback that knows it goes
+                raise failed
+        else:
+            only, cset = self._collect_some(region, budget_seconds)
         try:
-            layout = self._layout
-            dirty = DirtySet(cset, layout if layout is before else before.until(layout))
-            cset.delivered = 1  # from here on the pages are the caller's
-        except BaseException:
-            core.give_back(cset)
-            raise
-        return dirty
-
-    def _collect_some(self, region: Region | str | None, budget_seconds: float | None) -> DirtySet:
-        budget = -1.0
-        if budget_seconds is not None:
-            budget = float(budget_seconds)
-            if not budget >= 0:
-                raise InvalidMemory(f"budget_seconds is not negative: {budget_seconds}")
-        before = self._layout
-        only = None if region is None else self._resolve(region)
-        cset = engine.collect(self._handle, only, budget, self._session._find)
-        return self._deliver(cset, before, only)
-
-    def _deliver(self, cset: Any, before: Layout, only: Region | None) -> DirtySet:
-        try:
-            dirty = DirtySet(cset, before.until(self._layout) if only is None else self._part(only))
+            layout = self._layout if only is None else self._part(only)
+            dirty = DirtySet(cset, layout if layout is before or only is not None else before.until(layout))
+            # From here on the pages are the caller's. The last step, and in this very frame: Python looks for signals
+            # whenever a call returns, and whoever is interrupted after this has lost the set.
             cset.delivered = 1
         except BaseException:
             core.give_back(cset)
             raise
         return dirty
+
+    def _collect_some(self, region: Region | str | None, budget_seconds: float | None) -> tuple[Region | None, Any]:
+        budget = -1.0
+        if budget_seconds is not None:
+            budget = float(budget_seconds)
+            if not budget >= 0:
+                raise InvalidMemory(f"budget_seconds is not negative: {budget_seconds}")
+        only = None if region is None else self._resolve(region)
+        return only, engine.collect(self._handle, only, budget, self._session._find)
 
     def collect_into(self, mirror: Mirror, region: Region | str | None = None) -> DirtySet:
         """Collect, then copy the dirty bytes to a mirror, in one call without the GIL.
@@ -301,7 +307,13 @@ class DirtyTracker:
                 break
         cset = engine.collect_into(self._handle, only, extents, self._session._find)
         del holds
-        return self._deliver(cset, before, only)
+        try:
+            dirty = DirtySet(cset, before.until(self._layout) if only is None else self._part(only))
+            cset.delivered = 1  # as in collect
+        except BaseException:
+            core.give_back(cset)
+            raise
+        return dirty
 
     def peek(self, region: Region | str | None = None) -> DirtySet:
         """What a collect would give now; changes nothing.
@@ -347,6 +359,7 @@ class DirtyTracker:
         """
         own = not isinstance(memory, Region)
         if isinstance(memory, Region):
+            self._session._require(memory)
             region = memory
         else:
             given: dict[str, Any] = {"arm": None, "blind_spots": None, "strict": False, **options}
@@ -358,7 +371,7 @@ class DirtyTracker:
             self._publish()
         try:
             engine.add(self._handle, region._handle, self._session._find, region)
-        except BaseException:
+        except (DirtyTrackError, MemoryError):  # not after an interrupt: then it may be watched, and must stay known
             if known is None:
                 self._regions.pop(number, None)
                 self._publish()
@@ -380,16 +393,21 @@ class DirtyTracker:
         """
         gone = self._resolve(region)
         part = self._part(gone)
-        cset = engine.remove(self._handle, gone, self._session._find)
+        try:
+            cset = engine.remove(self._handle, gone, self._session._find)
+        except InvalidMemory:  # it is not watched: an interrupted add() may have left it
+            self._forget(gone)
+            raise
         try:
             dirty = DirtySet(cset, part)
             self._session._settle_later(cset)
+            self._forget(gone)
             cset.delivered = 1
         except BaseException:
             core.give_back(cset)
+            self._regions[gone._span.id] = gone
+            self._publish()
             raise
-        self._regions.pop(gone._span.id, None)
-        self._publish()
         return dirty
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     ffi: _FFI
     lib: _Lib
 
-__all__ = ["PAGE_BYTES", "address_of", "give_back", "load", "name_mapping", "new_set", "pin", "pointer_to", "view_of"]
+__all__ = ["PAGE_BYTES", "address_of", "give_back", "load", "new_set", "pin", "pointer_to", "view_of"]
 
 _INSTALL = (
     "Install dirtytrack on Linux (x86-64 or arm64) from a wheel, or from source with a C compiler and the Python "
@@ -109,17 +109,3 @@ def give_back(cset: CData) -> None:
     """Clear a set that was not delivered: its pages go back to their listener now, whoever still holds the object."""
     cset.delivered = 0
     lib.dt_set_clear(cset)
-
-
-def name_mapping(address: int, nbytes: int, name: str) -> None:
-    """Have /proc/PID/maps show private anonymous memory as [anon:name]. As far as this kernel can; never fails."""
-    allowed = bytes(c for c in name.encode() if 0x20 < c < 0x7F and c not in b"\\`$[]")[:79]
-    try:
-        import ctypes  # loaded by those who name memory, and by nobody else
-
-        pr_set_vma, pr_set_vma_anon_name = 0x53564D41, 0
-        prctl = ctypes.CDLL(None).prctl
-        prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 3, ctypes.c_char_p]
-        prctl(pr_set_vma, pr_set_vma_anon_name, address, nbytes, allowed)
-    except (ImportError, OSError, AttributeError):
-        return

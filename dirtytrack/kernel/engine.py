@@ -103,8 +103,20 @@ def _statistics(read: Callable[[CData, CData], int], handle: CData) -> Statistic
 
 
 def open_session(remedy: int) -> CData:
-    """A slot with a session; the slot must live as long as what is in it is used."""
-    slot, why = core.ffi.gc(core.ffi.new("dt_session **"), core.lib.dt_session_drop), new_failure()
+    """A slot with a session; the slot must live as long as what is in it is used. Dropping it closes the session.
+
+    Closes, because sets that were delivered keep the core's session: the memory would stay registered, and busy for the
+    next session, for as long as anybody keeps a set.
+    """
+    lib = core.lib
+
+    def finish(slot: CData) -> None:
+        # Nobody waits here: whoever is inside the session has a handle of it, and this is the last.
+        if slot[0]:
+            lib.dt_session_close(slot[0])
+        lib.dt_session_drop(slot)
+
+    slot, why = core.ffi.gc(core.ffi.new("dt_session **"), finish), new_failure()
     _check(core.lib.dt_session_open(remedy, slot, why), why, "open a session")
     return slot
 

@@ -56,6 +56,7 @@ def mapping_at(address: int) -> Mapping | None:
     out = core.ffi.new("dt_mapping *")
     code = core.lib.dt_mapping_at(address, out)
     if code == -errno.ENOENT:
+        os.close(os.open("/proc/self/maps", os.O_RDONLY))  # no /proc gives the same errno
         return None
     if code:
         raise OSError(-code, os.strerror(-code), "/proc/self/maps")

@@ -1,0 +1,131 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * What the benchmarks compare with: the shortest C that does the same job, without a library around it.
+ *
+ * Each function that is timed reads the clock itself, so that no call from Python is in its time, and returns
+ * nanoseconds, or -errno. Compiled by benchmarks/bare.py; shares no code with dirtytrack.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <time.h>
+
+/* From <linux/fs.h>, Linux 6.7; distributions ship older headers. */
+struct page_region {
+    uint64_t start, end, categories;
+};
+
+struct pm_scan_arg {
+    uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
+    uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
+};
+
+#define SCAN _IOWR('f', 16, struct pm_scan_arg)
+#define WRITTEN (UINT64_C(1) << 1)
+#define WP_MATCHING (UINT64_C(1) << 0)
+#define CHECK_WPASYNC (UINT64_C(1) << 1)
+
+struct run {
+    uint64_t start, end;
+};
+
+static int64_t now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+int bare_open(void)
+{
+    int fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+    return fd < 0 ? -errno : fd;
+}
+
+/* 4 KiB pages whatever the system's policy, each of them populated. */
+int bare_populate(uint64_t address, uint64_t nbytes)
+{
+    void *memory = (void *)(uintptr_t)address;
+    if (madvise(memory, nbytes, MADV_NOHUGEPAGE) != 0 && errno != EINVAL) /* EINVAL: a kernel without huge pages */
+        return -errno;
+    memset(memory, 1, nbytes);
+    return 0;
+}
+
+/* One store to each of `n` pages, `at` bytes into the page. */
+void bare_write(uint64_t address, uint64_t page_bytes, const uint64_t *pages, uint64_t n, uint64_t at, uint8_t value)
+{
+    for (uint64_t i = 0; i < n; i++)
+        *(volatile uint8_t *)(uintptr_t)(address + pages[i] * page_bytes + at) = value;
+}
+
+/* One pass: every written page of [start, end), re-armed, resumed when `vec` is full. With `mirror` each run is copied
+ * to the same offset there as soon as it is known. The vector is used again by each call: a bare loop keeps nothing. */
+static int64_t pass(int fd, uint64_t start, uint64_t end, struct page_region *vec, uint64_t room, uint64_t page_bytes,
+                    uint8_t *mirror, uint64_t *pages)
+{
+    struct pm_scan_arg arg = {
+        .size = sizeof arg,
+        .flags = WP_MATCHING | CHECK_WPASYNC,
+        .start = start,
+        .end = end,
+        .vec = (uintptr_t)vec,
+        .vec_len = room,
+        .category_mask = WRITTEN,
+        .return_mask = WRITTEN,
+    };
+    for (;;) {
+        int found = ioctl(fd, SCAN, &arg);
+        if (found < 0)
+            return -errno;
+        for (int i = 0; i < found; i++) {
+            uint64_t length = vec[i].end - vec[i].start;
+            *pages += length / page_bytes;
+            if (mirror)
+                memcpy(mirror + (vec[i].start - start), (const void *)(uintptr_t)vec[i].start, length);
+        }
+        if ((uint64_t)found < room || arg.walk_end >= end)
+            return 0;
+        arg.start = arg.walk_end;
+    }
+}
+
+int64_t bare_collect(int fd, uint64_t start, uint64_t end, struct page_region *vec, uint64_t room, uint64_t page_bytes,
+                     uint64_t passes, uint8_t *mirror, uint64_t *pages)
+{
+    *pages = 0;
+    int64_t begin = now();
+    for (uint64_t i = 0; i < passes; i++) {
+        int64_t failed = pass(fd, start, end, vec, room, page_bytes, mirror, pages);
+        if (failed < 0)
+            return failed;
+    }
+    return now() - begin;
+}
+
+int64_t bare_gather(const struct run *runs, uint64_t n, uint8_t *out)
+{
+    int64_t begin = now();
+    for (uint64_t i = 0; i < n; i++) {
+        uint64_t length = runs[i].end - runs[i].start;
+        memcpy(out, (const void *)(uintptr_t)runs[i].start, length);
+        out += length;
+    }
+    return now() - begin;
+}
+
+int64_t bare_changed(const struct run *runs, uint64_t n, uint64_t base, const uint8_t *mirror, uint64_t page_bytes,
+                     uint64_t *pages)
+{
+    uint64_t differ = 0;
+    int64_t begin = now();
+    for (uint64_t i = 0; i < n; i++)
+        for (uint64_t page = runs[i].start; page < runs[i].end; page += page_bytes)
+            differ += memcmp((const void *)(uintptr_t)page, mirror + (page - base), page_bytes) != 0;
+    *pages = differ;
+    return now() - begin;
+}

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: MIT
+"""`collect()` against the bare ioctl: same memory, same writes before each, in turn."""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Iterator
+
+from .bare import Bare
+from .harness import GIB, KIB, MIB, Arena, Pair, Row, Settings, arena, paired, scattered, show_bytes
+
+SHARES = (0.0, 0.0001, 0.001, 0.01, 0.03, 0.1, 0.3, 0.5, 1.0)
+MOST_RATIO, MOST_EXTRA_NS = 1.05, 2_000
+
+
+def measure(settings: Settings, bare: Bare, space: Arena, pages: array[int]) -> Pair:
+    """Every tracker collects once; the bare loop makes as many passes. Each side must find exactly what was written."""
+    region, trackers, clock = space.region, space.trackers, time.perf_counter_ns
+    tracker, passes, expected = trackers[0], len(trackers), len(pages)
+    dirty = [tracker.collect() for tracker in trackers]  # rebound below: dropping the last result is in ours
+
+    def prepare() -> None:
+        bare.write(region.address, pages)
+
+    def one() -> int:
+        begin = clock()
+        dirty[0] = tracker.collect()
+        elapsed = clock() - begin
+        assert dirty[0].page_count == expected, f"{dirty[0].page_count} pages found of {expected}"
+        return elapsed
+
+    def several() -> int:
+        begin = clock()
+        for i, tracker in enumerate(trackers):
+            dirty[i] = tracker.collect()
+        elapsed = clock() - begin
+        assert all(found.page_count == expected for found in dirty)
+        return elapsed
+
+    def loop() -> int:
+        elapsed, found = bare.collect(region.start, region.end, passes)
+        assert found == expected, f"the bare loop found {found} pages of {expected}"
+        return elapsed
+
+    return paired(settings, prepare, one if passes == 1 else several, loop)
+
+
+def rows(settings: Settings, bare: Bare, nbytes: int, listeners: int, shares: tuple[float, ...]) -> Iterator[Row]:
+    with arena(bare, nbytes, listeners) as space:
+        seen = set[int]()
+        for share in shares:
+            pages = scattered(space.page_count, share)
+            if len(pages) in seen:  # small memory: two shares that come to the same number of pages
+                continue
+            seen.add(len(pages))
+            who = "" if listeners == 1 else f", {listeners} listeners"
+            name = f"collect {show_bytes(nbytes)}, {len(pages) / space.page_count:.4g} dirty{who}"
+            yield measure(settings, bare, space, pages).cost_row(name, MOST_RATIO, MOST_EXTRA_NS * listeners)
+
+
+def collect(settings: Settings, bare: Bare) -> Iterator[Row]:
+    """One listener's collect against one bare pass, at every density."""
+    for nbytes in settings.sizes(64 * KIB, 16 * MIB, 64 * MIB, GIB):
+        yield from rows(settings, bare, nbytes, 1, SHARES)
+
+
+def listeners(settings: Settings, bare: Bare) -> Iterator[Row]:
+    """Two and four listeners, each collecting once, against as many bare passes; the 2 µs are for each collect."""
+    for nbytes in settings.sizes(16 * MIB, GIB):
+        for count in (2, 4):
+            yield from rows(settings, bare, nbytes, count, (0.0, 0.001, 0.01, 0.1, 0.5, 1.0))

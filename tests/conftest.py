@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: MIT
+"""Which tests run here, and why not: decided in this one place, and printed in the header of every run."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from dirtytrack.kernel.support import probe
+
+TESTS = Path(__file__).parent
+NEED_TRACKING = (TESTS / "kernel", TESTS / "programs")
+IN_CI = os.environ.get("CI") == "true"
+SOAK = os.environ.get("DIRTYTRACK_SOAK") == "1"
+
+# In CI a skip is a failure, so that a green run means that everything ran. Not so for these: the beginning of a test's
+# id, and why it may be skipped.
+MAY_BE_SKIPPED: dict[str, str] = {}
+
+settings.register_profile(
+    "dirtytrack", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True, derandomize=IN_CI
+)
+settings.load_profile("dirtytrack")
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    del config
+    support = probe()
+    tracking = "works" if support.tracking else f"does not work, so its tests are skipped: {support.why_not}"
+    lines = [f"kernel: {platform.system()} {os.uname().release} {platform.machine()}; tracking {tracking}"]
+    if IN_CI:
+        lines.append("CI=true: a skipped test is a failure, except " + (", ".join(MAY_BE_SKIPPED) or "none"))
+    return lines
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    support = probe()
+    kept: list[pytest.Item] = []
+    dropped: list[pytest.Item] = []
+    for item in items:
+        if any(folder in item.path.parents for folder in NEED_TRACKING):
+            item.add_marker("tracking")
+        if item.get_closest_marker("tracking") and not support.tracking:
+            item.add_marker(pytest.mark.skip(reason=support.why_not))
+        (kept if SOAK or not item.get_closest_marker("soak") else dropped).append(item)
+    items[:] = kept
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+
+
+def _fail_if_skipped(report: pytest.TestReport | pytest.CollectReport) -> None:
+    expected_failure = hasattr(report, "wasxfail")
+    if IN_CI and report.skipped and not expected_failure and not report.nodeid.startswith(tuple(MAY_BE_SKIPPED)):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        report.outcome = "failed"
+        report.longrepr = f"CI=true and this was skipped. {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    _fail_if_skipped(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    _fail_if_skipped(report)
+    return report

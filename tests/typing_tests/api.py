@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: MIT
+"""The public API as a user writes it, for the type checker alone: `make types` reads it, nothing runs it."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from multiprocessing.shared_memory import SharedMemory
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+import dirtytrack
+from dirtytrack import pagemap
+
+if TYPE_CHECKING:
+    from typing_extensions import assert_type
+
+
+def short_way(array: np.ndarray, shared: SharedMemory) -> None:
+    memory = dirtytrack.allocate(1 << 20, shared=True, huge="transparent", name="table")
+    assert_type(memory, dirtytrack.Memory)
+    memory[0] = 1
+    memory[4:6] = b"ab"
+    dirtytrack.allocate(1, huge="4K")  # type: ignore[arg-type]
+    with dirtytrack.track(array, bytearray(9), mmap.mmap(-1, 4096), shared, (4096, 10), memory) as tracker:
+        assert_type(tracker, dirtytrack.DirtyTracker)
+        dirty = tracker.collect()
+        assert_type(dirty, dirtytrack.DirtySet)
+    with dirtytrack.track({"weights": array, "state": bytearray(9)}, blind_spots="accepted", strict=True) as tracker:
+        assert_type(tracker.collect("weights", budget_seconds=0.1).complete, bool)
+
+
+def long_way(array: np.ndarray) -> None:
+    with dirtytrack.UffdSession() as session:
+        region = session.register(array, name="weights")
+        assert_type(region, dirtytrack.Region)
+        assert_type(region.blind_spots, frozenset[str])
+        assert_type(session.regions, tuple[dirtytrack.Region, ...])
+        assert_type(session.features, dirtytrack.UffdFeature)
+        tracker = dirtytrack.DirtyTracker(session, regions=[region], audit=0.01)
+        tracker.start()
+        mirror = bytearray(array.nbytes)
+        dirty = tracker.collect_into(mirror)
+        tracker.collect_into({"weights": mirror})
+        tracker.collect_into({region: mirror})
+        tracker.collect(exact=True, mirror={region: mirror})
+        tracker.put_back(dirty)
+        assert_type(tracker.add(bytearray(5), name="more"), dirtytrack.Region)
+        assert_type(tracker.remove("more"), dirtytrack.DirtySet)
+        session.mark_dirty(region)
+        session.mark_dirty((4096, 100))
+        session.mark_dirty(dirty)
+        with session.in_flight(array):
+            pass
+        session.suspend()
+        session.resume()
+        assert_type(tracker.statistics().collect_ns, int)
+        assert_type(tracker.peek(region).page_count, int)
+        assert_type(tracker.stop(), dirtytrack.DirtySet)
+        session.unregister(region)
+
+
+def sets(dirty: dirtytrack.DirtySet, region: dirtytrack.Region, array: np.ndarray) -> Iterator[int]:
+    for run in dirty:
+        assert_type(run, dirtytrack.Run)
+        yield run.end - run.start
+    for start, end in dirty:
+        yield end - start
+    assert_type(dirty.runs, memoryview)
+    assert_type(dirty.assumed | dirty.discarded, dirtytrack.DirtySet)
+    assert_type(dirty & dirty - dirty <= dirty, bool)
+    assert_type(dirtytrack.DirtySet.union([dirty]), dirtytrack.DirtySet)
+    assert_type(dirty.in_region("weights"), dirtytrack.DirtySet)
+    assert_type(dirty.bitmap(region), bytes)
+    assert_type(dirty.gather(out=bytearray(dirty.nbytes)), memoryview)
+    assert_type(dirty.changed(array, granule=8192), dirtytrack.DirtySet)
+    dirty.scatter(b"")
+    dirty.copy_to({region: array})
+    yield from dirty.rows(array)
+    yield from dirty.pages("weights")
+
+
+def raw(region: dirtytrack.Region) -> None:
+    with dirtytrack.Pagemap(1) as map_of_init:
+        scan = map_of_init.scan(0, 4096, category_mask=dirtytrack.PageCategory.PRESENT, max_pages=3)
+        assert_type(scan, dirtytrack.Scan)
+        assert_type([part.categories for part in scan], list[dirtytrack.PageCategory])
+    assert_type(pagemap.written(region).walk_end, int)
+    support = dirtytrack.probe()
+    assert_type(support.tracking, bool)
+    assert_type(support.remedies, tuple[str, ...])
+
+
+def errors(memory: dirtytrack.Memory) -> int | None:
+    try:
+        dirtytrack.track(memory).start()
+    except dirtytrack.RegionGone as gone:
+        assert_type(gone.region, dirtytrack.Region | None)
+        return gone.start
+    except (dirtytrack.PermissionDenied, dirtytrack.UnsupportedKernel) as error:
+        assert_type(error.feature, str | None)
+        return error.errno
+    return None

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: MIT
+"""README and docs say what is so: Python blocks are run, commands are run or known, links and pictures are there.
+
+`python` blocks of one file run one after the other in one process, with the file's own line numbers in a traceback.
+In `console` blocks the lines that begin with ``$ `` are commands, in `sh` blocks all lines are.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+DOCUMENTS += sorted((ROOT / "docs").rglob("*.md"))
+# Commands that are run as they stand; the rest must at least be known.
+RUN = (
+    re.compile(r"dirtytrack (doctor|scan|--version|--help)\b"),
+    re.compile(r"python3? examples/\w+\.py$"),
+    re.compile(r"make$"),
+)
+NOT_RUN = re.compile(r"(sudo )?(apt-get|pip|git|sysctl|cd|docker|podman|chmod|setfacl|systemctl|ulimit) ")
+LANGUAGES = {"python", "console", "sh", "c", "toml", "json", "ini", "text", ""}
+
+
+class Block(NamedTuple):
+    language: str
+    line: int
+    """Number of its first line of content, from 1."""
+    text: str
+
+
+def blocks(path: Path) -> Iterator[Block]:
+    language, first, lines = None, 0, list[str]()
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.lstrip().startswith("```"):
+            lines.append(line)
+        elif language is None:
+            language, first, lines = line.strip().removeprefix("```"), number + 1, []
+        else:
+            yield Block(language, first, "\n".join(lines) + "\n")
+            language = None
+    assert language is None, f"{path.name}: a code block is not closed"
+
+
+def commands(block: Block) -> Iterator[str]:
+    for line in block.text.replace("\\\n", " ").splitlines():
+        if block.language == "sh" and line.strip() and not line.startswith("#"):
+            yield line.partition(" #")[0].strip()
+        elif block.language == "console" and line.startswith(("$ ", "# ")):
+            yield line[2:].partition(" #")[0].strip()
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def environment() -> dict[str, str]:
+    """The commands of this interpreter's environment come first, as after activating it."""
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def make_targets() -> set[str]:
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    return set(re.findall(r"^([a-z][a-z-]*):", text, re.MULTILINE))
+
+
+WITH_PYTHON = [path for path in DOCUMENTS if any(block.language == "python" for block in blocks(path))]
+COMMANDS = [
+    pytest.param(command, id=f"{name_of(path)}: {command}")
+    for path in DOCUMENTS
+    for block in blocks(path)
+    for command in commands(block)
+]
+
+
+@pytest.mark.tracking
+@pytest.mark.parametrize("path", WITH_PYTHON, ids=name_of)
+def test_python_blocks_run(path: Path, tmp_path: Path) -> None:
+    script = list[str]()
+    for block in blocks(path):
+        if block.language == "python":
+            script += [""] * (block.line - 1 - len(script)) + block.text.splitlines()
+    source = tmp_path / path.name
+    source.write_text("\n".join(script) + "\n", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", source], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_run_or_are_known(command: str) -> None:
+    if any(pattern.match(command) for pattern in RUN):
+        words = shlex.split(command)
+        done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    elif command.startswith("make "):
+        targets = {word for word in shlex.split(command)[1:] if "=" not in word}
+        assert targets <= make_targets()
+    elif command.startswith("dirtytrack "):
+        help_of = [*shlex.split(command)[:2], "--help"]
+        done = subprocess.run(help_of, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    else:
+        assert NOT_RUN.match(command), f"neither run nor known: {command}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_blocks_name_their_language(path: Path) -> None:
+    assert not {block.language for block in blocks(path)} - LANGUAGES
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_links_lead_somewhere(path: Path) -> None:
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", text)
+    inside = [target for target in targets if not target.startswith(("http://", "https://"))]
+    assert not [target for target in inside if not (path.parent / target).exists()]
+
+
+def test_readme_opens_with_the_two_commands() -> None:
+    first = next(block for block in blocks(ROOT / "README.md"))
+    assert [*commands(first)] == ["make demo", "make test"]
+
+
+def test_the_picture_is_what_its_script_draws() -> None:
+    draw = runpy.run_path(str(ROOT / "docs" / "draw_epoch.py"))["draw"]
+    assert (ROOT / "docs" / "epoch.svg").read_text(encoding="utf-8") == draw()

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: MIT
+"""The tree of errors is what errors.py says, and each leaf is what a caller would catch."""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import pickle
+import re
+
+import pytest
+
+from dirtytrack import errors
+from dirtytrack.errors import DirtyTrackError
+
+LEAVES = [
+    kind
+    for name, kind in vars(errors).items()
+    if inspect.isclass(kind) and issubclass(kind, DirtyTrackError) and kind is not DirtyTrackError
+]
+BUILT_IN = {
+    "AlreadyStarted": RuntimeError,
+    "InvalidMemory": ValueError,
+    "KernelRefused": OSError,
+    "LimitReached": OSError,
+    "MissedWrite": RuntimeError,
+    "NotRegistered": ValueError,
+    "NotStarted": RuntimeError,
+    "PermissionDenied": PermissionError,
+    "RangeBusy": OSError,
+    "RegionGone": OSError,
+    "SessionClosed": RuntimeError,
+    "TargetGone": ProcessLookupError,
+    "UnsupportedKernel": NotImplementedError,
+    "UsedAfterFork": RuntimeError,
+}
+
+
+def test_the_leaves_are_those_of_the_tree() -> None:
+    assert {kind.__name__ for kind in LEAVES} == BUILT_IN.keys()
+    drawn = dict(re.findall(r"[├└]── (\w+) +(\w+)", errors.__doc__ or ""))
+    assert drawn == {name: kind.__name__ for name, kind in BUILT_IN.items()}
+
+
+@pytest.mark.parametrize("kind", LEAVES)
+def test_a_leaf_is_also_what_a_caller_would_catch(kind: type[DirtyTrackError]) -> None:
+    assert issubclass(kind, BUILT_IN[kind.__name__])
+    assert not kind.__name__.endswith("Error")
+    assert kind.__doc__
+
+
+@pytest.mark.parametrize("kind", LEAVES)
+def test_message_and_fields(kind: type[DirtyTrackError]) -> None:
+    error = kind("what happened; what to do", errno=errno.EBUSY, start=4096, end=8192, feature="x", pid=7)
+    assert str(error) == "what happened; what to do"
+    assert (error.errno, error.start, error.end, error.feature, error.pid) == (errno.EBUSY, 4096, 8192, "x", 7)
+    assert error.region is None
+    assert error.partial is None
+    bare = kind("message")
+    assert bare.errno is None
+
+
+@pytest.mark.parametrize("kind", LEAVES)
+def test_errors_travel_between_processes(kind: type[DirtyTrackError]) -> None:
+    error = kind("message", errno=errno.EPERM, start=1, end=2)
+    back = pickle.loads(pickle.dumps(error))
+    assert type(back) is kind
+    assert (str(back), back.errno, back.start, back.end) == ("message", errno.EPERM, 1, 2)
