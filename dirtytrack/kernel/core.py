@@ -49,9 +49,9 @@ def load() -> None:
         raise ImportError("dirtytrack does not work in a sub-interpreter: use it in the main one, or in a process each")
     try:
         from . import _core
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         raise UnsupportedKernel(
-            f"dirtytrack's extension module is missing ({error}). {_INSTALL}", feature="dirtytrack.kernel._core"
+            f"dirtytrack's extension module cannot be loaded ({error}). {_INSTALL}", feature="dirtytrack.kernel._core"
         ) from error
     ffi, lib = _core.ffi, _core.lib
     _loaded = True

@@ -149,6 +149,8 @@ def _of_errno(
     number: int, step: int, start: int, end: int, doing: str, region: Region | None, pid: int | None
 ) -> Exception:
     lib = core.lib
+    if step == lib.DT_STEP_MAPS and number == _errno.ENODEV:
+        number = _errno.ENOENT  # of opening /proc/self/maps; the core keeps ENOENT for "no mapping"
     name = _name(number)
     where = _where(start, end, region)
     place: dict[str, Any] = {"errno": number}

@@ -56,10 +56,10 @@ def mapping_at(address: int) -> Mapping | None:
     out = core.ffi.new("dt_mapping *")
     code = core.lib.dt_mapping_at(address, out)
     if code == -errno.ENOENT:
-        os.close(os.open("/proc/self/maps", os.O_RDONLY))  # no /proc gives the same errno
         return None
     if code:
-        raise OSError(-code, os.strerror(-code), "/proc/self/maps")
+        number = errno.ENOENT if code == -errno.ENODEV else -code  # the core keeps ENOENT for "no mapping"
+        raise OSError(number, os.strerror(number), "/proc/self/maps")
     name = core.ffi.string(out.name).decode(errors="surrogateescape")
     page_bytes = out.page_bytes
     if not page_bytes and name.startswith("/"):  # a kernel without PROCMAP_QUERY (before Linux 6.11) does not say

@@ -161,7 +161,7 @@ typedef struct dt_mapping {
     char name[256];        /* path or [heap] and the like; cut at 255 bytes */
 } dt_mapping;
 
-/* The first mapping of this process that ends after `address`; -ENOENT where there is none. */
+/* The first mapping of this process that ends after `address`; -ENOENT where there is none, -ENODEV without a /proc. */
 int dt_mapping_at(uint64_t address, dt_mapping *out);
 
 typedef struct dt_page_region {

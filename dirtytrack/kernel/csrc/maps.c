@@ -11,7 +11,9 @@
 static int open_maps(void)
 {
     int fd = open("/proc/self/maps", O_RDONLY | O_CLOEXEC);
-    return fd < 0 ? -errno : fd;
+    if (fd < 0) /* no /proc must not look like no mapping */
+        return errno == ENOENT ? -ENODEV : -errno;
+    return fd;
 }
 
 static int query(int fd, struct k_procmap_query *q, uint64_t address, char *name, uint32_t name_bytes)

@@ -650,7 +650,7 @@ int dt_session_resume(dt_session *s, dt_failure *why)
                 rc = 0; /* gone meanwhile: its listeners are told at their next collect */
             else if (rc)
                 dt_fail_with(why, rc, -rc, DT_STEP_REGISTER, r->start, r->end);
-            else if (r->armed)
+            else if ((r->armed |= r->watchers > 0)) /* those that were watched meanwhile wait for their first arming */
                 dt_protect(s, r->start, r->end); /* what it cannot arm, the next collect reports */
         }
         if (rc) {
