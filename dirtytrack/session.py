@@ -18,6 +18,7 @@ from .memory import pin
 from .region import Region, Run, Span, range_of, survey
 
 if TYPE_CHECKING:
+    import logging
     from collections.abc import Iterable
     from types import TracebackType
 
@@ -28,6 +29,12 @@ if TYPE_CHECKING:
 __all__ = ["InFlight", "UffdSession", "default_session"]
 
 _sessions: weakref.WeakSet[UffdSession] = weakref.WeakSet()
+
+
+def _logger() -> logging.Logger:
+    import logging  # at first use: it is a good part of the time that importing this package takes
+
+    return logging.getLogger("dirtytrack")
 
 
 class UffdSession:
@@ -56,7 +63,9 @@ class UffdSession:
         self._all: weakref.WeakValueDictionary[int, Region] = weakref.WeakValueDictionary()
         self._kept: dict[int, Region] = {}  # those that no tracker owns
         self._finals: deque[Any] = deque()  # of stop() and remove(), to be settled once they are delivered
+        self._log = _logger()
         _sessions.add(self)
+        self._log.debug("session opened by %s", self.opened_by)
 
     # ---- what it is
 
@@ -182,6 +191,7 @@ class UffdSession:
         )
         region = Region(span, seen.blind_spots, slot, pinned.hold)
         self._all[number] = region
+        self._log.debug("registered %r, blind spots: %s", region, "; ".join(sorted(seen.blind_spots)))
         return region
 
     def unregister(self, region: Region) -> None:
@@ -202,6 +212,7 @@ class UffdSession:
             )
         region._end("unregistered")
         self._kept.pop(region._span.id, None)
+        self._log.debug("unregistered %r", region)
 
     def _settle_later(self, cset: Any) -> None:
         """A final set is about to be delivered; its regions are let go of by the next call that cares.
@@ -271,6 +282,7 @@ class UffdSession:
             SessionClosed, UsedAfterFork.
         """
         engine.suspend(self._handle)
+        self._log.info("session suspended: until it resumes, all of its memory counts as written")
 
     def resume(self) -> None:
         """Take the userfaultfd back. All memory counts as dirty once. Does nothing when not suspended.
@@ -279,6 +291,7 @@ class UffdSession:
             As the session's making and `register` do; then it stays suspended.
         """
         engine.resume(self._handle)
+        self._log.info("session resumed")
 
     def close(self) -> None:
         """Unregister everything and close. Trackers then raise `SessionClosed`. A second call does nothing."""

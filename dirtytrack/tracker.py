@@ -203,6 +203,7 @@ class DirtyTracker:
                 self.stop()
             except RegionGone as gone:  # nobody is left to be told, and what remains of it must not stay armed
                 if gone.region is not None and gone.region._span.id in self._regions:
+                    self._session._log.warning("a tracker was left after its memory went away: %s", gone)
                     self.remove(gone.region)
                     continue
             except MissedWrite as found:

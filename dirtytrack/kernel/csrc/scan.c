@@ -337,11 +337,13 @@ int dt_scan_pass(dt_pass *pass, uint64_t start, uint64_t end, dt_failure *why)
 {
     for (uint64_t chunk = start; chunk < end; chunk += DT_CHUNK_BYTES) {
         uint64_t to = dt_min(end, chunk + DT_CHUNK_BYTES);
-        int rc = scan_chunk(pass, chunk, to);
+        int rc = scan_chunk(pass, chunk, to), step = DT_STEP_SCAN;
         for (int tries = 0; rc == -EPERM && tries < 4; tries++) {
             dt_fold(pass);
             rc = dt_heal(pass->session, start, end);
-            if (!rc)
+            if (rc)
+                step = DT_STEP_MAPS;
+            else
                 rc = scan_chunk(pass, chunk, to);
         }
         if (rc == -EPERM) { /* somebody re-maps faster than we register, or it cannot be registered */
@@ -350,7 +352,7 @@ int dt_scan_pass(dt_pass *pass, uint64_t start, uint64_t end, dt_failure *why)
         }
         if (rc) {
             dt_fold(pass);
-            return dt_fail_with(why, rc, -rc, DT_STEP_SCAN, chunk, to);
+            return dt_fail_with(why, rc, -rc, step, chunk, to);
         }
     }
     return 0;
