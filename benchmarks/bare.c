@@ -64,10 +64,12 @@ void bare_write(uint64_t address, uint64_t page_bytes, const uint64_t *pages, ui
 }
 
 /* One pass: every written page of [start, end), re-armed, resumed when `vec` is full. With `mirror` each run is copied
- * to the same offset there as soon as it is known. The vector is used again by each call: a bare loop keeps nothing. */
+ * to the same offset there as soon as it is known. What was found is kept in `kept`, an array that is large enough and
+ * used again by each pass: whoever asks wants the answer. Returns how many runs there are. */
 static int64_t pass(int fd, uint64_t start, uint64_t end, struct page_region *vec, uint64_t room, uint64_t page_bytes,
-                    uint8_t *mirror, uint64_t *pages)
+                    uint8_t *mirror, struct run *kept, uint64_t *pages)
 {
+    int64_t count = 0;
     struct pm_scan_arg arg = {
         .size = sizeof arg,
         .flags = WP_MATCHING | CHECK_WPASYNC,
@@ -85,26 +87,31 @@ static int64_t pass(int fd, uint64_t start, uint64_t end, struct page_region *ve
         for (int i = 0; i < found; i++) {
             uint64_t length = vec[i].end - vec[i].start;
             *pages += length / page_bytes;
+            kept[count++] = (struct run){vec[i].start, vec[i].end};
             if (mirror)
                 memcpy(mirror + (vec[i].start - start), (const void *)(uintptr_t)vec[i].start, length);
         }
         if ((uint64_t)found < room || arg.walk_end >= end)
-            return 0;
+            return count;
         arg.start = arg.walk_end;
     }
 }
 
+/* The first of `passes` listeners finds; each other one makes its own pass, which finds nothing, and has a copy of the
+ * list: the least that gives each of them its answer. `kept` has `each` runs for each of them. */
 int64_t bare_collect(int fd, uint64_t start, uint64_t end, struct page_region *vec, uint64_t room, uint64_t page_bytes,
-                     uint64_t passes, uint8_t *mirror, uint64_t *pages)
+                     uint64_t passes, uint8_t *mirror, struct run *kept, uint64_t each, uint64_t *pages)
 {
     *pages = 0;
     int64_t begin = now();
-    for (uint64_t i = 0; i < passes; i++) {
-        int64_t failed = pass(fd, start, end, vec, room, page_bytes, mirror, pages);
-        if (failed < 0)
-            return failed;
+    int64_t count = pass(fd, start, end, vec, room, page_bytes, mirror, kept, pages);
+    for (uint64_t i = 1; i < passes && count >= 0; i++) {
+        int64_t more = pass(fd, start, end, vec, room, page_bytes, mirror, kept + i * each, pages);
+        if (more != 0)
+            return more < 0 ? more : -EBUSY;
+        memcpy(kept + i * each, kept, (uint64_t)count * sizeof *kept);
     }
-    return now() - begin;
+    return count < 0 ? count : now() - begin;
 }
 
 int64_t bare_gather(const struct run *runs, uint64_t n, uint8_t *out)

@@ -39,10 +39,11 @@ class Bare:
         self._declare("bare_open", ctypes.c_int)
         self._declare("bare_populate", ctypes.c_int, u64, u64)
         self._declare("bare_write", None, u64, u64, pointer, u64, u64, ctypes.c_uint8)
-        self._declare("bare_collect", ctypes.c_int64, ctypes.c_int, u64, u64, pointer, u64, u64, u64, pointer, pointer)
+        self._declare("bare_collect", ctypes.c_int64, ctypes.c_int, u64, u64, pointer, u64, u64, u64, pointer, pointer, u64, pointer)
         self._declare("bare_gather", ctypes.c_int64, pointer, u64, pointer)
         self._declare("bare_changed", ctypes.c_int64, pointer, u64, u64, pointer, u64, pointer)
         self._vector = bytearray(24 * VECTOR_REGIONS)
+        self._kept = bytearray(16)
         self._pages = ctypes.c_uint64()
         self._pagemap = self._checked(self._lib.bare_open())
 
@@ -69,6 +70,9 @@ class Bare:
 
     def collect(self, start: int, end: int, passes: int = 1, mirror: int | None = None) -> tuple[int, int]:
         """`passes` scans that re-arm, and copies to the mirror if there is one: (ns, pages found)."""
+        each = (end - start) // PAGE // 2 + 1  # runs, at the worst
+        if len(self._kept) < 16 * each * passes:
+            self._kept = bytearray(16 * each * passes)
         elapsed = self._checked(
             self._lib.bare_collect(
                 self._pagemap,
@@ -79,6 +83,8 @@ class Bare:
                 PAGE,
                 passes,
                 mirror,
+                address_of(self._kept),
+                each,
                 ctypes.addressof(self._pages),
             )
         )

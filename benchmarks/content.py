@@ -32,10 +32,6 @@ def rows(settings: Settings, bare: Bare, name: str, measure: Measure, least_spee
                 yield pair.speed_row(f"{name} {show_bytes(nbytes)}, {share:.4g} dirty", least_speed)
 
 
-def nothing() -> None:
-    """Nothing to prepare."""
-
-
 def measure_gather(settings: Settings, bare: Bare, space: Arena, other: dirtytrack.Memory, pages: array[int]) -> Pair:
     bare.write(space.region.address, pages)
     dirty = space.trackers[0].collect()
@@ -47,7 +43,7 @@ def measure_gather(settings: Settings, bare: Bare, space: Arena, other: dirtytra
         dirty.gather(out)
         return clock() - begin
 
-    return paired(settings, nothing, ours, lambda: bare.gather(runs, address))
+    return paired(settings, space.rehearse, ours, lambda: bare.gather(runs, address))
 
 
 def measure_collect_into(
@@ -68,7 +64,11 @@ def measure_collect_into(
         assert found == len(pages)
         return elapsed
 
-    return paired(settings, lambda: bare.write(region.address, pages), ours, loop)
+    def prepare() -> None:
+        bare.write(region.address, pages)
+        space.rehearse()
+
+    return paired(settings, prepare, ours, loop)
 
 
 def measure_changed(
@@ -96,7 +96,7 @@ def measure_changed(
         assert found == len(different)
         return elapsed
 
-    return paired(settings, nothing, ours, loop)
+    return paired(settings, space.rehearse, ours, loop)
 
 
 def gather(settings: Settings, bare: Bare) -> Iterator[Row]:

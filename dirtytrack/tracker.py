@@ -61,7 +61,9 @@ class DirtyTracker:
         self._lock = threading.RLock()  # of _layout's replacement; never taken by a collect
         self._slot = engine.new_listener(session._handle)
         self._handle: Any = self._slot[0]
-        self._collect: Callable[[], tuple[int, Any]] = engine.collector(self._handle)
+        self._new_set: Callable[[], Any]
+        self._collect: Callable[[Any], int]
+        self._new_set, self._collect = engine.collector(self._handle)
         if not 0 <= audit <= 1:
             raise InvalidMemory(f"audit is a share of the pages, from 0 to 1, not {audit}")
         if audit:
@@ -254,34 +256,42 @@ class DirtyTracker:
 
         Thread safety: of two collects at once each page goes to exactly one.
         """
-        before, only = self._layout, None
-        if region is None and budget_seconds is None:
-            code, cset = self._collect()
-            if code:
-                failed = failures.error_of(code, cset.why, "collect", find=self._session._find)
-                core.give_back(cset)  # now, not when the last traceback that knows it goes
-                raise failed
-        else:
-            only, cset = self._collect_some(region, budget_seconds)
+        if region is not None or budget_seconds is not None:
+            return self._collect_some(region, budget_seconds)
+        # What can be done before the call is: the kernel has just flushed this processor's TLB when it returns.
+        before = self._layout
+        cset = self._new_set()
+        dirty = DirtySet(cset, before)
         try:
-            layout = self._layout if only is None else self._part(only)
-            dirty = DirtySet(cset, layout if layout is before or only is not None else before.until(layout))
+            code = self._collect(cset)
+            if code:
+                raise failures.error_of(code, cset.why, "collect", find=self._session._find)
+            if self._layout is not before:
+                dirty._layout = before.until(self._layout)
             # From here on the pages are the caller's. The last step, and in this very frame: Python looks for signals
             # whenever a call returns, and whoever is interrupted after this has lost the set.
             cset.delivered = 1
         except BaseException:
-            core.give_back(cset)
+            core.give_back(cset)  # now, not when the last traceback that knows it goes
             raise
         return dirty
 
-    def _collect_some(self, region: Region | str | None, budget_seconds: float | None) -> tuple[Region | None, Any]:
+    def _collect_some(self, region: Region | str | None, budget_seconds: float | None) -> DirtySet:
         budget = -1.0
         if budget_seconds is not None:
             budget = float(budget_seconds)
             if not budget >= 0:
                 raise InvalidMemory(f"budget_seconds is not negative: {budget_seconds}")
+        before = self._layout
         only = None if region is None else self._resolve(region)
-        return only, engine.collect(self._handle, only, budget, self._session._find)
+        cset = engine.collect(self._handle, only, budget, self._session._find)
+        try:
+            dirty = DirtySet(cset, before.until(self._layout) if only is None else self._part(only))
+            cset.delivered = 1  # as in collect
+        except BaseException:
+            core.give_back(cset)
+            raise
+        return dirty
 
     def collect_into(self, mirror: Mirror, region: Region | str | None = None) -> DirtySet:
         """Collect, then copy the dirty bytes to a mirror, in one call without the GIL.

@@ -8,6 +8,7 @@ interrupt between the C function's return and Python's next step leaks nothing. 
 from __future__ import annotations
 
 import errno
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import core
@@ -206,20 +207,14 @@ def new_listener(session: CData) -> CData:
     return slot
 
 
-def collector(listener: CData) -> Callable[[], tuple[int, CData]]:
-    """The hot path: a function that collects all of a listener's regions and returns (code, dt_set).
+def collector(listener: CData) -> tuple[Callable[[], CData], Callable[[CData], int]]:
+    """The hot path, bound once: what makes an empty dt_set, and what collects all of a listener's regions into it.
 
-    Everything it needs is bound once; per call it makes one C struct, its finaliser, and one call. The caller keeps
-    the listener's slot.
+    The second returns the core's code. The caller keeps the listener's slot.
     """
-    new, gc, clear, run, null = core.ffi.new, core.ffi.gc, core.lib.dt_set_clear, core.lib.dt_collect, core.ffi.NULL
-    kind = core.ffi.typeof("dt_set *")
-
-    def call() -> tuple[int, CData]:
-        cset = gc(new(kind), clear)
-        return run(listener, null, -1.0, cset), cset
-
-    return call
+    make = partial(core.ffi.new, core.ffi.typeof("dt_set *"))
+    gc, clear = core.ffi.gc, core.lib.dt_set_clear
+    return lambda: gc(make(), clear), partial(core.lib.dt_collect, listener, core.ffi.NULL, -1.0)
 
 
 def start(listener: CData, regions: Iterable[CData], find: Find) -> None:

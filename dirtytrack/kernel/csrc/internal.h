@@ -56,16 +56,19 @@ typedef struct dt_block {
 
 /* Room for at least `capacity` runs, keeping what is there; -ENOMEM changes nothing. Never returns less than one run. */
 int dt_set_reserve(dt_set *set, uint64_t capacity);
+/* A set may be kept for long, and its room was for the worst case. Where shrinking fails the room stays. */
+void dt_set_trim(dt_set *set);
 /* Appends a run at or after the last one's start, coalescing; there must be room. Keeps count, not pages. */
 static inline void dt_set_append(dt_set *set, uint64_t start, uint64_t end)
 {
-    if (set->count && set->runs[set->count - 1].end >= start) {
-        if (end > set->runs[set->count - 1].end)
-            set->runs[set->count - 1].end = end;
+    dt_run *next = set->runs + set->count;
+    if (set->count && next[-1].end >= start) {
+        if (end > next[-1].end)
+            next[-1].end = end;
         return;
     }
-    set->runs[set->count].start = start;
-    set->runs[set->count++].end = end;
+    *next = (dt_run){start, end};
+    set->count++;
 }
 void dt_set_count_pages(dt_set *set);             /* pages, from the runs */
 uint64_t dt_set_first(const dt_set *set, uint64_t address); /* index of the first run that ends after address */

@@ -140,7 +140,8 @@ void dt_drain_listeners(dt_session *s)
 static int claim(dt_listener *l, dt_region *only, dt_set *out)
 {
     *out = (dt_set){0};
-    int rc = dt_set_reserve(out, 16);
+    /* As many runs as last time, so that they need not be moved as they become more. */
+    int rc = dt_set_reserve(out, l->expected + l->expected / 8 + 16);
     if (rc)
         return dt_fail_with(&out->why, rc, ENOMEM, DT_STEP_MEMORY, 0, 0);
     dt_block *block = out->block_;
@@ -302,36 +303,49 @@ static int plan(dt_listener *l)
 
 /* ---- from bits to runs ------------------------------------------------------------------------------------------------ */
 
+/* Not the builtin: without the instruction, which x86-64 need not have, that is a call of a function with a table. */
+static inline uint64_t count_bits(uint64_t x)
+{
+    x -= x >> 1 & 0x5555555555555555u;
+    x = (x & 0x3333333333333333u) + (x >> 2 & 0x3333333333333333u);
+    return ((x + (x >> 4)) & 0x0f0f0f0f0f0f0f0fu) * 0x0101010101010101u >> 56;
+}
+
 static uint64_t count_runs(const dt_watch *w)
 {
     uint64_t runs = 0, carry = 0;
     for (uint64_t i = 0; w->pending && i < w->words; i++) {
         uint64_t bits = w->bits[i];
-        runs += (uint64_t)__builtin_popcountll(bits & ~(bits << 1 | carry));
+        if (bits)
+            runs += count_bits(bits & ~(bits << 1 | carry));
         carry = bits >> 63;
     }
     return runs;
 }
 
+/* Where runs start and where they end are found apart: two short loops a word, without a branch on each run's length. A
+ * run that goes on from what `out` ends with is joined to it. */
 static void emit_runs(const dt_watch *w, dt_set *out)
 {
+    if (!w->pending)
+        return;
     unsigned shift = dt_page_shift();
-    for (uint64_t i = 0; w->pending && i < w->words; i++) {
-        uint64_t bits = w->bits[i], base = w->start + (i << 6 << shift);
-        if (bits == ~(uint64_t)0) {
-            dt_set_append(out, base, base + ((uint64_t)64 << shift));
+    dt_run *runs = out->runs;
+    uint64_t carry = out->count && runs[out->count - 1].end == w->start && w->bits[0] & 1;
+    uint64_t starts = out->count, ends = out->count - carry, base = w->start;
+    for (uint64_t i = 0; i < w->words; i++, base += (uint64_t)64 << shift) {
+        uint64_t bits = w->bits[i], before = bits << 1 | carry;
+        if (!(bits | carry))
             continue;
-        }
-        while (bits) {
-            unsigned from = (unsigned)__builtin_ctzll(bits);
-            uint64_t rest = ~(bits >> from);
-            unsigned length = rest ? (unsigned)__builtin_ctzll(rest) : 64;
-            dt_set_append(out, base + ((uint64_t)from << shift), base + ((uint64_t)(from + length) << shift));
-            if (from + length >= 64)
-                break;
-            bits &= ~(uint64_t)0 << (from + length);
-        }
+        for (uint64_t up = bits & ~before; up; up &= up - 1)
+            runs[starts++].start = base + ((uint64_t)__builtin_ctzll(up) << shift);
+        for (uint64_t down = ~bits & before; down; down &= down - 1)
+            runs[ends++].end = base + ((uint64_t)__builtin_ctzll(down) << shift);
+        carry = bits >> 63;
     }
+    if (carry)
+        runs[ends++].end = base;
+    out->count = ends;
 }
 
 static int by_start(const void *a, const void *b)
@@ -542,7 +556,10 @@ static int collect_locked(dt_listener *l, dt_region *only, double budget_seconds
         dt_fold(&pass);
         return rc;
     }
-    dt_set_count_pages(out);
+    if (bits)
+        dt_set_count_pages(out);
+    dt_set_trim(out);
+    l->expected = out->count;
     if (DT_UNLIKELY(l->audit_count) && !only && out->complete && (rc = dt_audit_check(l, out))) {
         dt_pass pass = {.session = s, .self = l, .direct = out};
         dt_fold(&pass); /* not delivered: it waits for the next collect, with the page that was missed */

@@ -83,7 +83,39 @@ void dt_fold(dt_pass *pass)
     for (uint64_t w = 0; w < pass->self->watch_count; w++)
         for (uint64_t i = 0; i < direct->count; i++)
             dt_mark(pass->self->watches[w], direct->runs[i].start, direct->runs[i].end);
-    direct->count = 0;
+    direct->count = direct->pages = 0;
+}
+
+/* dt_mark of many sorted runs. Most are one page long, and neighbours share a word of bits: it is kept in a register. */
+static void mark_found(dt_watch *w, const struct k_page_region *found, uint64_t n)
+{
+    unsigned shift = dt_page_shift();
+    uint64_t i = 0, beyond = n, at = 0, word = 0;
+    while (i < beyond) { /* the first that ends in or behind this watch */
+        uint64_t middle = (i + beyond) / 2;
+        if (found[middle].end <= w->start)
+            i = middle + 1;
+        else
+            beyond = middle;
+    }
+    if (i < n && found[i].start < w->start)
+        dt_mark(w, found[i].start, found[i].end), i++;
+    for (; i < n && found[i].end <= w->end; i++) {
+        uint64_t first = (found[i].start - w->start) >> shift, last = (found[i].end - 1 - w->start) >> shift;
+        if (first >> 6 != at) {
+            w->bits[at] |= word;
+            at = first >> 6;
+            word = 0;
+        }
+        word |= mask_from(first) & (last >> 6 == at ? mask_to(last) : ~(uint64_t)0);
+        if (DT_UNLIKELY(last >> 6 != at))
+            dt_mark(w, found[i].start, found[i].end);
+        w->pending = true;
+    }
+    if (word)
+        w->bits[at] |= word;
+    for (; i < n && found[i].start < w->end; i++)
+        dt_mark(w, found[i].start, found[i].end);
 }
 
 static void tell(dt_pass *pass, const struct k_page_region *found, uint64_t n)
@@ -92,8 +124,7 @@ static void tell(dt_pass *pass, const struct k_page_region *found, uint64_t n)
         dt_watch *watch = pass->watches[w];
         if (pass->direct && watch->listener == pass->self && (!pass->only || watch->region == pass->only))
             continue;
-        for (uint64_t i = 0; i < n; i++)
-            dt_mark(watch, found[i].start, found[i].end);
+        mark_found(watch, found, n);
     }
 }
 
@@ -125,10 +156,12 @@ static long scan_ioctl(dt_session *s, uint64_t start, uint64_t end, uint64_t fla
 
 static void wipe_vector(dt_session *s, uint64_t n) { memset(s->vector, 0, n * sizeof *s->vector); }
 
-static uint64_t harvested(const dt_session *s) /* what a failed scan left in the vector: its count is lost, not its finds */
+/* What a failed scan from `at` on left in the vector: its count is lost, not its finds. Behind them is either nothing, or
+ * what an earlier call of the same pass found, before `at`. */
+static uint64_t harvested(const dt_session *s, uint64_t at)
 {
     uint64_t n = 0;
-    while (n < DT_VECTOR_LENGTH && s->vector[n].end)
+    while (n < DT_VECTOR_LENGTH && s->vector[n].end > at)
         n++;
     return n;
 }
@@ -288,6 +321,34 @@ static int find_absent(dt_pass *pass, uint64_t start, uint64_t end)
     return query(pass->session, start, end, 0, absent, absent, K_PAGE_IS_PRESENT, found_absent, pass);
 }
 
+/* To the end of `direct`, which has room, if there is one. Returns the pages found. */
+static uint64_t append(dt_set *direct, const struct k_page_region *found, uint64_t n)
+{
+    uint64_t bytes = 0, first = 0;
+    if (!direct || !direct->count) { /* so that what follows has a run before it */
+        if (direct)
+            dt_set_append(direct, found[0].start, found[0].end);
+        bytes += found[0].end - found[0].start;
+        first = 1;
+    }
+    dt_run *last = direct ? direct->runs + direct->count - 1 : NULL;
+    for (uint64_t i = first; i < n; i++) {
+        uint64_t start = found[i].start, end = found[i].end;
+        bytes += end - start;
+        if (!last)
+            continue;
+        if (last->end == start) /* where the kernel flushed its buffer, neighbours come apart */
+            last->end = end;
+        else
+            *++last = (dt_run){start, end};
+    }
+    if (direct) {
+        direct->count = (uint64_t)(last - direct->runs) + 1;
+        direct->pages += bytes >> dt_page_shift();
+    }
+    return bytes >> dt_page_shift();
+}
+
 /* One span of at most DT_CHUNK_BYTES. 0, -EPERM (some mapping in it is not registered; what was found is told), or
  * another -errno with nothing lost. */
 static int scan_chunk(dt_pass *pass, uint64_t start, uint64_t end)
@@ -296,14 +357,15 @@ static int scan_chunk(dt_pass *pass, uint64_t start, uint64_t end)
     int rc = s->find_absent ? find_absent(pass, start, end) : 0;
     if (rc)
         return rc;
+    uint64_t used = 0;
     for (uint64_t at = start; at < end;) {
         long n = scan_ioctl(s, at, end, K_PM_SCAN_WP_MATCHING | K_PM_SCAN_CHECK_WPASYNC, K_PAGE_IS_WRITTEN, 0,
                             K_PAGE_IS_WRITTEN);
         if (DT_UNLIKELY(n < 0)) {
-            uint64_t kept = harvested(s);
+            uint64_t kept = harvested(s, at);
             dt_fold(pass);
             tell(pass, s->vector, kept);
-            wipe_vector(s, kept);
+            wipe_vector(s, DT_VECTOR_LENGTH);
             if (n == -EFAULT) { /* after re-arming, before all was told (measured, Linux 6.12-7.3) */
                 s->statistics.scans_faulted++;
                 tell_range(pass, at, end);
@@ -313,23 +375,16 @@ static int scan_chunk(dt_pass *pass, uint64_t start, uint64_t end)
             return (int)n;
         }
         if (!n)
-            return 0;
+            break;
         if (pass->direct && dt_set_reserve(pass->direct, pass->direct->count + (uint64_t)n))
             dt_fold(pass); /* no memory for runs: there are always the bits */
         tell(pass, s->vector, (uint64_t)n);
-        uint64_t pages = 0;
-        dt_set *direct = pass->direct;
-        for (long i = 0; i < n; i++) {
-            struct k_page_region *r = &s->vector[i];
-            pages += r->end - r->start;
-            if (direct)
-                dt_set_append(direct, r->start, r->end);
-        }
-        s->statistics.pages_found += pages >> dt_page_shift();
+        s->statistics.pages_found += append(pass->direct, s->vector, (uint64_t)n);
+        used = dt_max(used, (uint64_t)n);
         /* Fewer than fit: done, whatever walk_end says. Else on from the last one: what lies before it was walked. */
         at = n < (long)DT_VECTOR_LENGTH ? end : s->vector[n - 1].end;
-        wipe_vector(s, (uint64_t)n);
     }
+    wipe_vector(s, used);
     return 0;
 }
 

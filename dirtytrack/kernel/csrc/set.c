@@ -36,6 +36,17 @@ int dt_set_reserve(dt_set *set, uint64_t capacity)
     return 0;
 }
 
+void dt_set_trim(dt_set *set)
+{
+    dt_block *block = block_of(set);
+    if (DT_LIKELY(block->capacity <= 2 * set->count + 64))
+        return;
+    uint64_t capacity = dt_max(set->count, 1);
+    dt_block *smaller = dt_grow(block, block_bytes(block->capacity), block_bytes(capacity));
+    if (smaller)
+        adopt(set, smaller, capacity);
+}
+
 void dt_set_clear(dt_set *set)
 {
     dt_block *block = block_of(set);
@@ -91,14 +102,7 @@ static int begin(dt_set *made, uint64_t room, dt_set *out)
 
 static void finish(dt_set *made, uint64_t epoch, uint32_t complete, dt_set *out)
 {
-    dt_block *block = block_of(made);
-    /* A result may be kept for long, its room was for the worst case. Where shrinking fails the room stays. */
-    if (block->capacity > 2 * made->count + 64) {
-        uint64_t capacity = dt_max(made->count, 1);
-        dt_block *smaller = dt_grow(block, block_bytes(block->capacity), block_bytes(capacity));
-        if (smaller)
-            adopt(made, smaller, capacity);
-    }
+    dt_set_trim(made);
     made->epoch = epoch;
     made->complete = complete;
     dt_set_count_pages(made);
