@@ -54,20 +54,36 @@ class Memory(mmap.mmap):
     address: Address
     nbytes: int
     page_bytes: int
-    name: str | None
-    shared: bool
-    huge: str | None
+    name: str | None = None
+    shared: bool = False
+    huge: str | None = None
     _fd: int = -1
+
+    def __new__(cls, *arguments: Any, **options: Any) -> Memory:
+        memory = super().__new__(cls, *arguments, **options)
+        core.load()
+        memory.address = core.address_of(core.pin(memory, writable=True))
+        memory.nbytes, memory.page_bytes = len(memory), core.PAGE_BYTES
+        return memory
 
     def fileno(self) -> Fd:
         """The descriptor by which others map shared memory; it stays this object's.
 
         Raises:
-            InvalidMemory: the memory is private.
+            InvalidMemory: the memory is private, or closed.
         """
         if self._fd < 0:
-            raise InvalidMemory("private memory has no descriptor: allocate it with shared=True")
+            why = "this memory is closed" if self.shared else "private memory has no descriptor: allocate(shared=True)"
+            raise InvalidMemory(why)
         return Fd(self._fd)
+
+    def resize(self, newsize: int) -> None:
+        """Memory keeps its place and length, so that regions and addresses stay true.
+
+        Raises:
+            InvalidMemory: always. Allocate another.
+        """
+        raise InvalidMemory(f"Memory cannot be resized, not to {newsize} bytes either: allocate() another and copy")
 
     def close(self) -> None:
         """Free the memory now.
@@ -77,6 +93,9 @@ class Memory(mmap.mmap):
         """
         super().close()
         self._close_descriptor()
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def _close_descriptor(self) -> None:
         fd, self._fd = self._fd, -1
@@ -146,8 +165,7 @@ def allocate(
     finally:
         if fd >= 0:
             os.close(fd)
-    memory.nbytes, memory.page_bytes, memory.name = nbytes, page_bytes, name
-    memory.shared, memory.huge = shared, huge
+    memory.page_bytes, memory.name, memory.shared, memory.huge = page_bytes, name, shared, huge
     if huge:
         try:
             memory.madvise(mmap.MADV_HUGEPAGE)
@@ -181,7 +199,8 @@ def _page_bytes(huge: str | None) -> int:
 def _sealed_memfd(name: str, nbytes: int) -> int:
     import fcntl  # not on every platform that can import this module
 
-    fd = os.memfd_create(name.encode()[:200].decode(errors="ignore"), os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    shown = name.encode(errors="replace").replace(b"\0", b"?")[:200].decode(errors="ignore")
+    fd = os.memfd_create(shown, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, nbytes)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
@@ -210,9 +229,7 @@ def _map(fd: int, nbytes: int, alignment: int) -> Memory:
 
 
 def _map_anywhere(fd: int, nbytes: int) -> Memory:
-    memory = Memory(fd, nbytes, flags=mmap.MAP_SHARED if fd >= 0 else mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.address = core.address_of(core.pin(memory, writable=True))
-    return memory
+    return Memory(fd, nbytes, flags=mmap.MAP_SHARED if fd >= 0 else mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 # ---- other people's buffers ------------------------------------------------------------------------------------------
@@ -268,7 +285,9 @@ def pin(buffer: AnyBuffer | tuple[int, int], *, what: str = "buffer", writable: 
     except ValueError as error:
         if isinstance(error, InvalidMemory):
             raise
-        shape, dtype = _described(source)  # a released view, or numpy types that memoryview cannot tell (datetime64)
+        if isinstance(source, memoryview):
+            raise InvalidMemory(f"this {what} cannot be used ({_type_of(buffer)}): {error}") from error
+        shape, dtype = _described(source)  # numpy types that memoryview cannot tell (datetime64)
     except BufferError as error:
         raise InvalidMemory(f"this {what} gives no buffer ({_type_of(buffer)}): {error}") from error
     try:

@@ -124,8 +124,9 @@ class Pagemap:
 
         Raises:
             NotRegistered: CHECK_WPASYNC met memory that is not registered for it. ``error.partial`` has what was found.
-            InvalidMemory: a question that the kernel refuses; or an arming scan with another mask than exactly WRITTEN
-                over hugetlb memory, which can hang a process for ever on some kernels.
+            InvalidMemory: a question that the kernel refuses; or an arming scan over hugetlb memory, with another mask
+                than exactly WRITTEN, which can hang a process for ever on some kernels, or with a ``max_pages`` that
+                ends inside a huge page, which the kernel would pass over.
             TargetGone: the process ended, or replaced itself by exec.
             UsedAfterFork: this is a child of the process whose map it is.
             UnsupportedKernel: no PAGEMAP_SCAN here.
@@ -140,8 +141,8 @@ class Pagemap:
             if not 0 <= value < 1 << 64:
                 raise InvalidMemory(f"{name} is no 64-bit number: {value}")
         exact = category_mask == return_mask == _EXACT and not category_inverted and not category_anyof_mask
-        if flags & ScanFlag.WP_MATCHING and not exact:
-            self._refuse_hugetlb(start, end)
+        if flags & ScanFlag.WP_MATCHING and (max_pages or not exact):
+            self._refuse_hugetlb(start, end, max_pages if exact else 0)
         request = {
             "start": start,
             "end": end,
@@ -160,8 +161,9 @@ class Pagemap:
             raise error
         return found
 
-    def _refuse_hugetlb(self, start: int, end: int) -> None:
-        # No probe can try it: on Linux 6.12.43-7.1.3 the caller is lost beyond SIGKILL (measured).
+    def _refuse_hugetlb(self, start: int, end: int, max_pages: int) -> None:
+        # Of another mask than the exact one: no probe can try it, on Linux 6.12.43-7.1.3 the caller is lost beyond
+        # SIGKILL (measured). Of a limit inside a huge page: the kernel passes over that page in silence (6.7-7.3).
         try:
             huge_mapping = mappings.first_hugetlb("self" if self.pid is None else str(self.pid), start, end)
         except OSError as error:
@@ -172,8 +174,20 @@ class Pagemap:
                 "= return_mask = PageCategory.WRITTEN",
                 errno=error.errno,
             ) from error
-        if huge_mapping is not None:
-            scans.refuse_hugetlb(huge_mapping[0], huge_mapping[1])
+        if huge_mapping is None:
+            return
+        huge_start, huge_end, page_bytes = huge_mapping
+        huge_pages = page_bytes // core.PAGE_BYTES
+        if not max_pages:
+            scans.refuse_hugetlb(huge_start, huge_end)
+        if max_pages % huge_pages:
+            raise InvalidMemory(
+                f"an arming scan over the hugetlb mapping {failures.describe(huge_start, huge_end)} takes a max_pages "
+                f"that is a multiple of its page, {huge_pages} base pages, not {max_pages}: the kernel passes over "
+                "a huge page that does not fit",
+                start=huge_start,
+                end=huge_end,
+            )
 
     def fileno(self) -> Fd:
         """The descriptor, which stays this object's; -1 when closed."""

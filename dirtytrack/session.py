@@ -301,6 +301,7 @@ class UffdSession:
         self._kept.clear()
 
     def __enter__(self) -> Self:
+        engine.require(self._handle)
         return self
 
     def __exit__(

@@ -46,6 +46,7 @@ __all__ = [
     "register",
     "registered",
     "remove",
+    "require",
     "resume",
     "session_statistics",
     "set_audit",
@@ -129,6 +130,11 @@ def close(session: CData) -> None:
 def state(session: CData) -> int:
     """0, or not when it is closed or another process's; closes what a child inherited."""
     return core.lib.dt_session_state(session)
+
+
+def require(session: CData) -> None:
+    """Raise where it is closed, or another process's."""
+    _check(state(session), None, "use the session")
 
 
 def door(session: CData) -> str:

@@ -94,10 +94,11 @@ class Watch:
         differ = (self._world.frames(self.first, self.last) != self._before).any(axis=1)
         return {self.first + int(i) for i in numpy.flatnonzero(differ)}
 
-    def delivered(self, pages: set[int]) -> None:
+    def delivered(self, pages: set[int], complete: bool) -> None:
         mine = pages & self.pages
         self.owed -= mine
-        self.allowed -= mine
+        if complete:  # else the scan did not come to some of them, which come again
+            self.allowed -= mine
         if mine:
             rows = numpy.fromiter(mine, dtype=numpy.int64) - self.first
             self._before[rows] = self._world.frames(self.first, self.last)[rows]
@@ -299,7 +300,7 @@ class World:
 
     def _took(self, watches: list[Watch], pages: set[int], complete: bool) -> None:
         for watch in watches:
-            watch.delivered(pages)
+            watch.delivered(pages, complete)
             if complete:
                 assert self.own_bytes(watch.region) == watch.mirror, "the mirror is the memory"
 
@@ -331,7 +332,7 @@ class World:
         dirty = listener.tracker.collect(region)
         pages = self.check(listener.selected(region), dirty)
         for watch in listener.selected(region):
-            watch.delivered(pages)
+            watch.delivered(pages, complete=True)
         listener.tracker.put_back(dirty)
         for watch in listener.watches.values():
             watch.owe(pages)

@@ -96,6 +96,9 @@ struct dt_session {
     uint64_t flight_count, flight_room;
     dt_run *bridges;              /* registered beyond any region, to spare the kernel mappings */
     uint64_t bridge_count, bridge_room;
+    dt_run *foreign;              /* beneath our regions, but by now registered by another session */
+    uint64_t foreign_count, foreign_room;
+    uint64_t registrations, thefts; /* what of dt_registrations and dt_thefts has been looked at */
     struct k_page_region *vector; /* zeroed and faulted in whenever a scan begins */
     dt_statistics statistics;
     _Atomic(dt_block *) returned;
@@ -126,6 +129,9 @@ int dt_uffd_api(int fd, uint64_t features, uint64_t *all); /* 0 or -errno */
 int dt_open_pagemap(void);
 void dt_region_unwatch(dt_region *region);    /* one watcher less; unregisters a dropped region with the last */
 int dt_uffd_register(dt_session *s, uint64_t start, uint64_t end);
+int dt_uffd_owns(dt_session *s, uint64_t start, uint64_t end); /* of a registered mapping: 1, 0 or -errno */
+/* Of all sessions of this process: how often memory was registered, and how often a scan may have taken another's bits. */
+extern _Atomic uint64_t dt_registrations, dt_thefts;
 /* The next part of [*at, end) that no region which `counts` holds; false at the end. */
 typedef bool (*dt_counts)(const dt_region *region, const dt_region *except);
 bool dt_next_uncovered(const dt_session *s, dt_counts counts, const dt_region *except, uint64_t *at, uint64_t end,
@@ -143,6 +149,7 @@ int dt_protect(dt_session *s, uint64_t start, uint64_t end);      /* UFFDIO_WRIT
 int dt_arm(dt_session *s, dt_region *region, dt_failure *why);    /* at first, or again with a collecting pass */
 bool dt_mapped(uint64_t start, uint64_t end);
 int dt_heal(dt_session *s, uint64_t start, uint64_t end);
+int dt_look_for_strangers(dt_session *s);     /* 0, or -errno of dt_heal */
 int dt_peek_range(dt_session *s, uint64_t start, uint64_t end, dt_set *written, dt_set *absent, dt_failure *why);
 int dt_page_written(dt_session *s, uint64_t page);                /* 1, 0 or -errno; arms nothing */
 

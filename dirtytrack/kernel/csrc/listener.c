@@ -395,6 +395,9 @@ static int fail(dt_failure *why, int code, const dt_region *region)
 static int look_for_holes(dt_session *s, dt_watch *const *watches, uint64_t n, const dt_range *ranges, uint64_t range_count,
                           bool tell, dt_failure *why)
 {
+    int strange = dt_look_for_strangers(s);
+    if (strange)
+        return dt_fail_with(why, strange, -strange, DT_STEP_MAPS, 0, 0);
     for (uint64_t i = 0; i < range_count; i++) {
         if (DT_LIKELY(dt_mapped(ranges[i].start, ranges[i].end)))
             continue;
@@ -540,6 +543,8 @@ static int collect_locked(dt_listener *l, dt_region *only, double budget_seconds
         for (uint64_t i = 0; direct && i < what.watch_count; i++)
             direct = !what.watches[i]->pending;
         rc = scan_selection(l, &what, budget_seconds, direct, out);
+        if (!rc && (rc = dt_look_for_strangers(s)))
+            dt_fail_with(&out->why, rc, -rc, DT_STEP_MAPS, 0, 0);
     }
     /* Either all of it went to the set, or a fold put all of it into the bits. Bits set in both cases (a region of this
      * listener overlaps one that alone was asked for) stay where they are. */

@@ -204,7 +204,7 @@ int dt_page_written(dt_session *s, uint64_t page)
     return rc ? rc : written;
 }
 
-static int is_ours(dt_session *s, uint64_t page) /* 1: its mapping is registered with WP_ASYNC */
+static int is_armable(dt_session *s, uint64_t page) /* 1: its mapping is registered with WP_ASYNC, by whomever */
 {
     bool allowed = false;
     int rc = query(s, page, page + dt_page_bytes(), 0, K_PAGE_IS_WPALLOWED, 0, K_PAGE_IS_WPALLOWED, remember_yes, &allowed);
@@ -257,10 +257,80 @@ static void note_hole(dt_session *s, uint64_t within_start, uint64_t within_end,
     }
 }
 
+/* Never too much stays: what is foreign is not scanned. */
+static void forget_foreign(dt_session *s, uint64_t start, uint64_t end)
+{
+    for (uint64_t i = 0; i < s->foreign_count;) {
+        dt_run *f = &s->foreign[i];
+        if (f->end <= start || f->start >= end)
+            i++;
+        else if (f->start < start)
+            f->end = start, i++;
+        else
+            *f = s->foreign[--s->foreign_count];
+    }
+}
+
+static int note_foreign(dt_session *s, uint64_t within_start, uint64_t within_end, uint64_t start, uint64_t end)
+{
+    int rc = dt_room((void **)&s->foreign, &s->foreign_room, s->foreign_count + 1, sizeof *s->foreign);
+    if (rc)
+        return rc;
+    s->foreign[s->foreign_count++] = (dt_run){start, end};
+    note_hole(s, within_start, within_end, start, end);
+    return 0;
+}
+
+/* The next part of [*at, end) that is not foreign; false at the end. */
+static bool next_own(const dt_session *s, uint64_t *at, uint64_t end, uint64_t *from, uint64_t *to)
+{
+    while (*at < end) {
+        uint64_t next = end, behind = *at;
+        for (uint64_t i = 0; i < s->foreign_count; i++) {
+            const dt_run *f = &s->foreign[i];
+            if (f->start <= *at && f->end > *at)
+                behind = dt_max(behind, f->end);
+            else if (f->start > *at)
+                next = dt_min(next, f->start);
+        }
+        if (behind > *at) {
+            *at = behind;
+            continue;
+        }
+        *from = *at;
+        *to = *at = next;
+        return true;
+    }
+    return false;
+}
+
+/* Where an address that went away beneath a region was used again and registered by another session, the kernel lets us
+ * scan and arm it all the same, and take that session's bits. So whenever another session registered something, ours is
+ * looked at again before it is scanned; and after, since it may have been meanwhile. */
+int dt_look_for_strangers(dt_session *s)
+{
+    uint64_t registrations = atomic_load(&dt_registrations), thefts = atomic_load(&dt_thefts);
+    if (DT_LIKELY(registrations == s->registrations && thefts == s->thefts && !s->foreign_count) || s->suspended)
+        return 0;
+    for (uint64_t i = 0; i < s->region_count; i++) {
+        int rc = s->regions[i]->registered ? dt_heal(s, s->regions[i]->start, s->regions[i]->end) : 0;
+        if (rc)
+            return rc;
+    }
+    if (registrations != s->registrations && s->foreign_count)
+        thefts = atomic_fetch_add(&dt_thefts, 1) + 1;
+    s->registrations = registrations;
+    for (uint64_t i = 0; thefts != s->thefts && i < s->watch_count; i++)
+        dt_mark(s->watches[i], s->watches[i]->start, s->watches[i]->end);
+    s->thefts = thefts;
+    return 0;
+}
+
 /* Looks at what is mapped in [start, end), which holds whole regions: what was replaced is registered again and counts
  * as written, what is gone is noted in its regions. */
 int dt_heal(dt_session *s, uint64_t start, uint64_t end)
 {
+    forget_foreign(s, start, end);
     for (uint64_t i = 0; i < s->region_count; i++)
         s->regions[i]->seen_start = s->regions[i]->seen_end = s->regions[i]->seen_bytes = 0;
     for (uint64_t at = start; at < end;) {
@@ -275,10 +345,16 @@ int dt_heal(dt_session *s, uint64_t start, uint64_t end)
             continue;
         }
         next = dt_min(end, m.end);
-        rc = is_ours(s, at);
+        rc = is_armable(s, at);
         if (rc < 0)
             return rc;
-        if (!rc) {
+        if (rc) {
+            rc = dt_uffd_owns(s, at, next);
+            if (!rc)
+                rc = note_foreign(s, start, end, at, next);
+            if (rc < 0)
+                return rc;
+        } else {
             dt_mark_all(s->watches, s->watch_count, at, next);
             s->statistics.mappings_renewed++;
             /* What cannot be registered (a special mapping, another's userfaultfd) counts as written at each collect:
@@ -388,45 +464,56 @@ static int scan_chunk(dt_pass *pass, uint64_t start, uint64_t end)
     return 0;
 }
 
+/* [start, end) of a pass over [whole_start, whole_end). */
+static int scan_part(dt_pass *pass, uint64_t whole_start, uint64_t whole_end, uint64_t start, uint64_t end, int tries,
+                     dt_failure *why)
+{
+    uint64_t at = start, from, to;
+    while (next_own(pass->session, &at, end, &from, &to))
+        for (uint64_t chunk = from; chunk < to; chunk += DT_CHUNK_BYTES) {
+            uint64_t chunk_end = dt_min(to, chunk + DT_CHUNK_BYTES);
+            int rc = scan_chunk(pass, chunk, chunk_end), step = DT_STEP_SCAN;
+            if (rc == -EPERM && tries < 4) {
+                dt_fold(pass);
+                rc = dt_heal(pass->session, whole_start, whole_end);
+                if (!rc) {
+                    rc = scan_part(pass, whole_start, whole_end, chunk, chunk_end, tries + 1, why);
+                    if (rc)
+                        return rc;
+                }
+                step = DT_STEP_MAPS;
+            } else if (rc == -EPERM) { /* somebody re-maps faster than we register, or it cannot be registered */
+                tell_range(pass, chunk, chunk_end);
+                rc = 0;
+            }
+            if (rc) {
+                dt_fold(pass);
+                return dt_fail_with(why, rc, -rc, step, chunk, chunk_end);
+            }
+        }
+    return 0;
+}
+
 int dt_scan_pass(dt_pass *pass, uint64_t start, uint64_t end, dt_failure *why)
 {
-    for (uint64_t chunk = start; chunk < end; chunk += DT_CHUNK_BYTES) {
-        uint64_t to = dt_min(end, chunk + DT_CHUNK_BYTES);
-        int rc = scan_chunk(pass, chunk, to), step = DT_STEP_SCAN;
-        for (int tries = 0; rc == -EPERM && tries < 4; tries++) {
-            dt_fold(pass);
-            rc = dt_heal(pass->session, start, end);
-            if (rc)
-                step = DT_STEP_MAPS;
-            else
-                rc = scan_chunk(pass, chunk, to);
-        }
-        if (rc == -EPERM) { /* somebody re-maps faster than we register, or it cannot be registered */
-            tell_range(pass, chunk, to);
-            rc = 0;
-        }
-        if (rc) {
-            dt_fold(pass);
-            return dt_fail_with(why, rc, -rc, step, chunk, to);
-        }
-    }
-    return 0;
+    return scan_part(pass, start, end, start, end, 0, why);
 }
 
 int dt_arm(dt_session *s, dt_region *region, dt_failure *why)
 {
     dt_pass pass = {.session = s, .watches = s->watches, .watch_count = s->watch_count};
-    int rc = 0;
-    if (!dt_mapped(region->start, region->end)) {
+    int rc = dt_look_for_strangers(s);
+    if (!rc && (region->gone_bytes || !dt_mapped(region->start, region->end)))
         rc = dt_heal(s, region->start, region->end);
-        if (!rc && region->gone_bytes) {
-            if (why)
-                why->region = region->id;
-            return dt_fail_with(why, DT_GONE, 0, DT_STEP_PROTECT, region->gone_start, region->gone_end);
-        }
+    if (rc)
+        return dt_fail_with(why, rc, -rc, DT_STEP_MAPS, region->start, region->end);
+    if (region->gone_bytes) {
+        if (why)
+            why->region = region->id;
+        return dt_fail_with(why, DT_GONE, 0, DT_STEP_PROTECT, region->gone_start, region->gone_end);
     }
     if (region->armed)
-        return rc ? rc : dt_scan_pass(&pass, region->start, region->end, why);
+        return dt_scan_pass(&pass, region->start, region->end, why);
     /* What another armed region holds has listeners who wait for its bits: there only a collecting scan may arm. Twice
      * over the span: the parts that nobody armed yet, then all of it, where the first kind is quick. */
     uint64_t at = region->start, from, to;

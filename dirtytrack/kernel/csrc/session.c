@@ -81,6 +81,8 @@ static void forget_inherited(dt_session *s)
     close_inherited(pagemap, "pagemap");
 }
 
+_Atomic uint64_t dt_registrations, dt_thefts;
+
 /* ---- small things ------------------------------------------------------------------------------------------- */
 
 int dt_room(void **array, uint64_t *room, uint64_t wanted, size_t item_bytes)
@@ -197,6 +199,7 @@ static void free_session(dt_session *s)
     dt_free(s->watches);
     dt_free(s->flights);
     dt_free(s->bridges);
+    dt_free(s->foreign);
     pthread_mutex_destroy(&s->lock);
     dt_free(s);
 }
@@ -210,6 +213,8 @@ int dt_session_open(uint32_t remedy, dt_session **out, dt_failure *why)
     s->refs = 1;
     s->uffd = s->pagemap = -1;
     s->generation = this_generation();
+    s->registrations = atomic_load(&dt_registrations);
+    s->thefts = atomic_load(&dt_thefts);
     pthread_mutex_init(&s->lock, NULL);
     int rc = s->generation ? 0 : dt_fail_with(why, -ENOMEM, ENOMEM, DT_STEP_MEMORY, 0, 0);
     if (!rc) {
@@ -410,10 +415,28 @@ int dt_session_statistics(dt_session *s, dt_statistics *out)
 
 /* ---- registering ---------------------------------------------------------------------------------------------- */
 
-static int register_ioctl(dt_session *s, uint64_t start, uint64_t end)
+static int bare_register(dt_session *s, uint64_t start, uint64_t end)
 {
     struct k_uffdio_register request = {.range = {start, end - start}, .mode = K_UFFDIO_REGISTER_MODE_WP};
     return checked_ioctl(DT_SITE_REGISTER, s->uffd, K_UFFDIO_REGISTER, &request);
+}
+
+static int register_ioctl(dt_session *s, uint64_t start, uint64_t end)
+{
+    int rc = bare_register(s, start, end);
+    if (!rc) { /* the others look whether it was theirs; we need not look at our own */
+        uint64_t before = atomic_fetch_add(&dt_registrations, 1);
+        s->registrations += s->registrations == before;
+    }
+    return rc;
+}
+
+/* No scan and no UFFDIO_WRITEPROTECT asks whose a mapping is (Linux 6.7 to 7.3), only UFFDIO_REGISTER does: on what is
+ * ours already it does nothing, on another's it answers EBUSY. */
+int dt_uffd_owns(dt_session *s, uint64_t start, uint64_t end)
+{
+    int rc = s->suspended ? 0 : bare_register(s, start, end);
+    return rc == -EBUSY ? 0 : rc ? rc : 1;
 }
 
 static int add_bridge(dt_session *s, uint64_t start, uint64_t end)
