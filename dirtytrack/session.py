@@ -8,6 +8,7 @@ import threading
 import warnings
 import weakref
 from collections import deque
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from .errors import BlindSpotWarning, InvalidMemory, NotRegistered
@@ -223,15 +224,13 @@ class UffdSession:
         self._finals.append(cset)
 
     def _settle(self) -> None:
-        for _ in range(len(self._finals)):
-            try:
-                cset = self._finals.popleft()
-            except IndexError:
-                return
+        for cset in tuple(self._finals):
             if cset.delivered:
-                engine.settle(cset)
+                engine.settle(cset)  # first: whoever no longer finds it here relies on its being settled
             elif cset.block_:
-                self._finals.append(cset)
+                continue
+            with suppress(ValueError):  # another thread was quicker
+                self._finals.remove(cset)
 
     def write_protect(self, region: Region) -> None:
         """Arm a region's pages now. What was written before goes to every tracker of those pages first.
