@@ -39,7 +39,21 @@ class Bare:
         self._declare("bare_open", ctypes.c_int)
         self._declare("bare_populate", ctypes.c_int, u64, u64)
         self._declare("bare_write", None, u64, u64, pointer, u64, u64, ctypes.c_uint8)
-        self._declare("bare_collect", ctypes.c_int64, ctypes.c_int, u64, u64, pointer, u64, u64, u64, pointer, pointer, u64, pointer)
+        self._declare(
+            "bare_collect",
+            ctypes.c_int64,
+            ctypes.c_int,
+            u64,
+            u64,
+            pointer,
+            u64,
+            u64,
+            u64,
+            pointer,
+            pointer,
+            u64,
+            pointer,
+        )
         self._declare("bare_gather", ctypes.c_int64, pointer, u64, pointer)
         self._declare("bare_changed", ctypes.c_int64, pointer, u64, u64, pointer, u64, pointer)
         self._vector = bytearray(24 * VECTOR_REGIONS)

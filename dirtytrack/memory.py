@@ -60,6 +60,7 @@ class Memory(mmap.mmap):
     _fd: int = -1
 
     def __new__(cls, *arguments: Any, **options: Any) -> Memory:
+        """As mmap.mmap; `allocate` is the way to call it."""
         memory = super().__new__(cls, *arguments, **options)
         core.load()
         memory.address = core.address_of(core.pin(memory, writable=True))

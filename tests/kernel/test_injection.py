@@ -11,7 +11,6 @@ import ctypes
 import errno
 import gc
 import mmap
-import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -130,7 +129,7 @@ class World:
         libc.munmap(self.base, PAGES * PAGE)
 
 
-# ---- each public operation; what it gives out is the consumer's -------------------------------------------------------
+# ---- each public operation; what it gives out is the consumer's -----------------------------------------------------
 
 
 def register(w: World) -> None:
@@ -377,11 +376,11 @@ def test_every_call_fails_for_good_and_then_no_more() -> None:
             world.close()
 
 
-# ---- leaks -------------------------------------------------------------------------------------------------------------
+# ---- leaks ----------------------------------------------------------------------------------------------------------
 
 
 def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def mapping_count() -> int:
@@ -454,7 +453,7 @@ def test_ten_thousand_failing_calls_leak_nothing() -> None:
     world.close()
 
 
-# ---- bits that nobody knows yet -------------------------------------------------------------------------------------------
+# ---- bits that nobody knows yet -------------------------------------------------------------------------------------
 
 UNKNOWN = 1 << 40
 

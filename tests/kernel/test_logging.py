@@ -15,17 +15,16 @@ if TYPE_CHECKING:
 
 def test_what_a_session_does_is_logged_and_collects_are_not(caplog: pytest.LogCaptureFixture) -> None:
     memory = dirtytrack.allocate(4 * PAGE, name="grid")
-    with caplog.at_level(logging.DEBUG, logger="dirtytrack"):
-        with dirtytrack.UffdSession() as session:
-            region = session.register(memory)
-            with dirtytrack.DirtyTracker(session) as tracker:
-                before = len(caplog.records)
-                for _ in range(10):
-                    tracker.collect()
-                assert len(caplog.records) == before
-                session.suspend()
-                session.resume()
-            session.unregister(region)
+    with caplog.at_level(logging.DEBUG, logger="dirtytrack"), dirtytrack.UffdSession() as session:
+        region = session.register(memory)
+        with dirtytrack.DirtyTracker(session) as tracker:
+            before = len(caplog.records)
+            for _ in range(10):
+                tracker.collect()
+            assert len(caplog.records) == before
+            session.suspend()
+            session.resume()
+        session.unregister(region)
     assert all(record.name == "dirtytrack" for record in caplog.records)
     told = [(record.levelname, record.getMessage()) for record in caplog.records]
     assert [level for level, _ in told] == ["DEBUG", "DEBUG", "INFO", "INFO", "DEBUG"]

@@ -10,7 +10,6 @@ import ctypes
 import gc
 import mmap
 import os
-import sys
 from pathlib import Path
 from typing import Any
 

@@ -15,10 +15,11 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from unittest import mock
 
-import numpy
-import numpy.typing
+import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
@@ -52,7 +53,7 @@ for line in sys.stdin:
 
     def __init__(self) -> None:
         oracle.allow_any_tracer()
-        root = os.path.dirname(os.path.dirname(os.path.abspath(oracle.__file__)))
+        root = str(Path(oracle.__file__).resolve().parents[1])
         command = [sys.executable, "-c", self._SCRIPT, root]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -92,7 +93,7 @@ class Watch:
 
     def changed(self) -> set[int]:
         differ = (self._world.frames(self.first, self.last) != self._before).any(axis=1)
-        return {self.first + int(i) for i in numpy.flatnonzero(differ)}
+        return {self.first + int(i) for i in np.flatnonzero(differ)}
 
     def delivered(self, pages: set[int], complete: bool) -> None:
         mine = pages & self.pages
@@ -100,7 +101,7 @@ class Watch:
         if complete:  # else the scan did not come to some of them, which come again
             self.allowed -= mine
         if mine:
-            rows = numpy.fromiter(mine, dtype=numpy.int64) - self.first
+            rows = np.fromiter(mine, dtype=np.int64) - self.first
             self._before[rows] = self._world.frames(self.first, self.last)[rows]
 
 
@@ -117,7 +118,7 @@ def pages_of(dirty: dirtytrack.DirtySet) -> set[int]:
     """The pages, by number from address 0; and that the runs are what they are said to be."""
     pages: set[int] = set()
     end = -1
-    for start, following in dirty.runs.tolist():
+    for start, following in dirty:
         assert start > end, "sorted, disjoint, coalesced"
         assert start % PAGE == following % PAGE == 0
         end = following
@@ -134,11 +135,11 @@ class World:
         self.kind = kind
         self.other = other
         shared, huge = kind.value
-        self.memory = dirtytrack.allocate(PAGES[kind] * PAGE, shared=shared, huge=huge)  # type: ignore[arg-type]
+        self.memory = dirtytrack.allocate(PAGES[kind] * PAGE, shared=shared, huge=huge)
         self.nbytes = self.memory.nbytes
         self.base = self.memory.address
         self._view = memoryview(self.memory)
-        self._frames: numpy.typing.NDArray[numpy.uint8] = numpy.frombuffer(self.memory, numpy.uint8).reshape(-1, PAGE)
+        self._frames: npt.NDArray[np.uint8] = np.frombuffer(self.memory, np.uint8).reshape(-1, PAGE)
         self.session = dirtytrack.UffdSession()
         self.regions: list[dirtytrack.Region] = []
         self.listeners: list[Listener] = []
@@ -148,7 +149,7 @@ class World:
         self._proc_mem = os.open("/proc/self/mem", os.O_RDWR | os.O_CLOEXEC)
         self._count = 0
         if populated:
-            self._frames[:] = numpy.arange(len(self._frames), dtype=numpy.uint64)[:, None].astype(numpy.uint8)
+            self._frames[:] = np.arange(len(self._frames), dtype=np.uint64)[:, None].astype(np.uint8)
 
     def close(self) -> None:
         for fd in (*self._pipe, self._proc_mem):
@@ -159,7 +160,7 @@ class World:
 
     # ---- looking
 
-    def frames(self, first: int, last: int) -> numpy.typing.NDArray[numpy.uint8]:
+    def frames(self, first: int, last: int) -> npt.NDArray[np.uint8]:
         page = self.base // PAGE
         return self._frames[first - page : last - page]
 
@@ -343,10 +344,7 @@ class World:
         pages = self.check(watches, listener.tracker.peek(region))
         mirrors = {watch.region: watch.mirror for watch in watches}
         with mock.patch("dirtytrack.tracker.DirtySet", side_effect=MemoryError), pytest.raises(MemoryError):
-            if into:
-                listener.tracker.collect_into(mirrors, region)
-            else:
-                listener.tracker.collect(region)
+            (listener.tracker.collect_into(mirrors, region) if into else listener.tracker.collect(region))
         for watch in watches:  # of overlapping regions, each gets back what any of them had
             watch.allow(pages)
 
@@ -586,7 +584,7 @@ def machine_of(kind: Kind) -> type[Machine]:
 def run(kind: Kind, chosen: settings) -> None:
     from hypothesis.stateful import run_state_machine_as_test
 
-    run_state_machine_as_test(machine_of(kind), settings=chosen)  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(machine_of(kind), settings=chosen)
 
 
 @pytest.mark.parametrize("kind", Kind, ids=lambda kind: kind.name.lower())
