@@ -17,6 +17,7 @@ TESTS = Path(__file__).parent
 NEED_TRACKING = (TESTS / "kernel", TESTS / "programs")
 IN_CI = os.environ.get("CI") == "true"
 SOAK = os.environ.get("DIRTYTRACK_SOAK") == "1"
+SANITIZED = os.environ.get("DIRTYTRACK_SANITIZE") == "1"
 
 # In CI a skip is a failure, so that a green run means that everything ran. Not so for these: the beginning of a test's
 # id, and why it may be skipped.
@@ -47,7 +48,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("tracking")
         if item.get_closest_marker("tracking") and not support.tracking:
             item.add_marker(pytest.mark.skip(reason=support.why_not))
-        (kept if SOAK or not item.get_closest_marker("soak") else dropped).append(item)
+        runs = SOAK or not item.get_closest_marker("soak")
+        runs = runs and not (SANITIZED and item.get_closest_marker("unsanitized"))
+        (kept if runs else dropped).append(item)
     items[:] = kept
     if dropped:
         config.hook.pytest_deselected(items=dropped)

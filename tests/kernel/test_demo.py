@@ -241,6 +241,7 @@ def test_protected_pages_are_found_one_by_one() -> None:
     assert compare_into(memory, mirror) == 0
 
 
+@pytest.mark.unsanitized("its handler of SIGSEGV is in the way")
 def test_foreign_fault_goes_to_the_handler_before() -> None:
     program = """
         import faulthandler, mmap, ctypes

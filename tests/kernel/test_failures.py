@@ -405,6 +405,7 @@ def test_so_many_mappings_that_regions_must_share_them() -> None:
     run_in_child(islands_where_mappings_run_out, timeout=100)
 
 
+@pytest.mark.unsanitized("it needs mappings of its own")
 def test_vm_max_map_count_is_reached() -> None:
     assert "sysctl vm.max_map_count" in run_in_child(no_mapping_left, timeout=100)
 

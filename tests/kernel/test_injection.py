@@ -11,6 +11,7 @@ import ctypes
 import errno
 import gc
 import mmap
+import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -387,6 +388,9 @@ def mapping_count() -> int:
     return Path("/proc/self/maps").read_text().count("\n")
 
 
+SANITIZED = os.environ.get("DIRTYTRACK_SANITIZE") == "1"
+
+
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
@@ -448,7 +452,8 @@ def test_ten_thousand_failing_calls_leak_nothing() -> None:
     gc.collect()
     assert abs(descriptors() - before[0]) <= 0
     assert mapping_count() <= before[1] + 4
-    assert resident_bytes() <= resident + (2 << 20)
+    if not SANITIZED:  # the address sanitizer keeps what is freed for a while
+        assert resident_bytes() <= resident + (2 << 20)
     world.verify()
     world.close()
 

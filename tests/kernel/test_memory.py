@@ -169,6 +169,7 @@ def test_closing_waits_for_whoever_holds_it(kind: Kind) -> None:
 
 @kinds
 def test_the_last_reference_frees_it(kind: Kind) -> None:
+    gc.collect()
     before = set(Path("/proc/self/fd").iterdir())
     memory = allocate(PAGE, kind)
     view, address = memoryview(memory), memory.address
