@@ -501,14 +501,14 @@ class CopiesFirst(Listener):
 
 
 class Robbed(Listener):
-    """Somebody else arms a page, and keeps to itself that it was written."""
+    """Somebody else arms pages, and keeps to itself that they were written."""
 
     def take(self) -> Ranges:
         fd = os.open("/proc/self/pagemap", os.O_RDONLY)
         written, flags = oracle.WRITTEN, oracle.WP_MATCHING | oracle.CHECK_WPASYNC
         start = self.storm.held.address
         end = start + self.ranges[0][1] * PAGE
-        oracle.scan_once(fd, start, end, mask=written, returned=written, flags=flags, max_pages=1)
+        oracle.scan_once(fd, start, end, mask=written, returned=written, flags=flags, room=64)
         os.close(fd)
         return super().take()
 
@@ -523,7 +523,7 @@ class NeverPutsBack(Unreliable):
 def losing(library: ctypes.CDLL, weather: Weather, loser: type[Listener], check: str) -> None:
     with storm_of(library, weather, 1, [loser, Slow]) as storm:
         storm.checks = (check,)
-        for _ in range(20):
+        for _ in range(200):  # the first is enough, as a rule
             storm.round(10**5)
 
 

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT
- * The session's own structures, shared by session.c, scan.c, listener.c and audit.c.
+ * The session's own structures, shared by session.c, region.c, scan.c, heal.c, listener.c, collect.c and audit.c.
  *
  * Who owns what. A session lives while a handle to it, to one of its regions or to one of its listeners lives, or a set
  * that one of its listeners delivered. Everything below is guarded by session->lock, but for the three queues, which
@@ -123,12 +123,15 @@ bool dt_forked(const dt_session *s);
 void dt_retain(dt_session *s);
 void dt_release(dt_session *s);
 int dt_room(void **array, uint64_t *room, uint64_t wanted, size_t item_bytes); /* grow an array; -ENOMEM */
+int dt_checked_ioctl(enum dt_site site, int fd, unsigned long request, void *argument); /* 0 or -errno */
 int dt_open_door(enum dt_door door);          /* a descriptor or -errno */
 int dt_open_any_door(dt_failure *why, int *door);
 int dt_uffd_api(int fd, uint64_t features, uint64_t *all); /* 0 or -errno */
 int dt_open_pagemap(void);
-void dt_region_unwatch(dt_region *region);    /* one watcher less; unregisters a dropped region with the last */
+
+/* region.c */
 int dt_uffd_register(dt_session *s, uint64_t start, uint64_t end);
+int dt_uffd_unregister(dt_session *s, uint64_t start, uint64_t end);
 int dt_uffd_owns(dt_session *s, uint64_t start, uint64_t end); /* of a registered mapping: 1, 0 or -errno */
 /* Of all sessions of this process: how often memory was registered, and how often a scan may have taken another's bits. */
 extern _Atomic uint64_t dt_registrations, dt_thefts;
@@ -137,6 +140,9 @@ typedef bool (*dt_counts)(const dt_region *region, const dt_region *except);
 bool dt_next_uncovered(const dt_session *s, dt_counts counts, const dt_region *except, uint64_t *at, uint64_t end,
                        uint64_t *from, uint64_t *to);
 bool dt_counts_armed(const dt_region *region, const dt_region *except);
+void dt_region_unwatch(dt_region *region);    /* one watcher less; unregisters a dropped region with the last */
+void dt_free_region(dt_session *s, dt_region *region);
+void dt_drain_regions(dt_session *s);
 
 /* scan.c */
 uint64_t dt_now_ns(void);
@@ -147,13 +153,23 @@ void dt_fold(dt_pass *pass);      /* what went to pass->direct goes to the bits,
 int dt_scan_pass(dt_pass *pass, uint64_t start, uint64_t end, dt_failure *why);
 int dt_protect(dt_session *s, uint64_t start, uint64_t end);      /* UFFDIO_WRITEPROTECT, in chunks */
 int dt_arm(dt_session *s, dt_region *region, dt_failure *why);    /* at first, or again with a collecting pass */
+int dt_peek_range(dt_session *s, uint64_t start, uint64_t end, dt_set *written, dt_set *absent, dt_failure *why);
+int dt_page_written(dt_session *s, uint64_t page);                /* 1, 0 or -errno; arms nothing */
+int dt_page_armable(dt_session *s, uint64_t page);                /* 1: somebody registered its mapping for WP_ASYNC */
+
+/* heal.c */
 bool dt_mapped(uint64_t start, uint64_t end);
 int dt_heal(dt_session *s, uint64_t start, uint64_t end);
 int dt_look_for_strangers(dt_session *s);     /* 0, or -errno of dt_heal */
-int dt_peek_range(dt_session *s, uint64_t start, uint64_t end, dt_set *written, dt_set *absent, dt_failure *why);
-int dt_page_written(dt_session *s, uint64_t page);                /* 1, 0 or -errno; arms nothing */
+bool dt_next_own(const dt_session *s, uint64_t *at, uint64_t end, uint64_t *from, uint64_t *to);
 
 /* listener.c */
+int dt_fail_region(dt_failure *why, int code, const dt_region *region);
+void dt_mark_whole(dt_watch *w);
+void dt_forget(dt_watch *w);                  /* nothing is pending */
+dt_watch *dt_watch_of(const dt_listener *l, const dt_region *region);
+int dt_claim(dt_listener *l, dt_region *only, dt_set *out);
+void dt_detach(dt_listener *l, dt_watch *w, dt_block *block);
 void dt_drain_blocks(dt_session *s);
 void dt_drain_listeners(dt_session *s);
 void dt_free_watch(dt_session *s, dt_watch *w);

@@ -4,6 +4,14 @@
 #include "engine.h"
 #include <unistd.h>
 
+int dt_fail_region(dt_failure *why, int code, const dt_region *region)
+{
+    dt_fail_with(why, code, code > DT_CLOSED ? -code : 0, DT_STEP_NONE, region ? region->start : 0, region ? region->end : 0);
+    if (why && region)
+        why->region = region->id;
+    return code;
+}
+
 /* ---- watches ---------------------------------------------------------------------------------------------------- */
 
 static dt_watch *make_watch(dt_listener *l, dt_region *region)
@@ -21,9 +29,9 @@ static dt_watch *make_watch(dt_listener *l, dt_region *region)
     return w;
 }
 
-static void mark_whole(dt_watch *w) { dt_mark(w, w->start, w->end); }
+void dt_mark_whole(dt_watch *w) { dt_mark(w, w->start, w->end); }
 
-static void forget(dt_watch *w)
+void dt_forget(dt_watch *w)
 {
     if (w->pending)
         memset(w->bits, 0, w->words * 8);
@@ -59,7 +67,7 @@ void dt_free_watch(dt_session *s, dt_watch *w)
     dt_free(w);
 }
 
-static void detach(dt_listener *l, dt_watch *w, dt_block *block)
+void dt_detach(dt_listener *l, dt_watch *w, dt_block *block)
 {
     uint64_t i = 0;
     while (l->watches[i] != w)
@@ -71,7 +79,7 @@ static void detach(dt_listener *l, dt_watch *w, dt_block *block)
     l->session->layout_version++;
 }
 
-static dt_watch *watch_of(const dt_listener *l, const dt_region *region)
+dt_watch *dt_watch_of(const dt_listener *l, const dt_region *region)
 {
     for (uint64_t i = 0; i < l->watch_count; i++)
         if (l->watches[i]->region == region)
@@ -137,7 +145,7 @@ void dt_drain_listeners(dt_session *s)
 /* ---- sets on their way out and back --------------------------------------------------------------------------------- */
 
 /* The set that a collect fills: it belongs to the listener, and keeps it and the session. */
-static int claim(dt_listener *l, dt_region *only, dt_set *out)
+int dt_claim(dt_listener *l, dt_region *only, dt_set *out)
 {
     *out = (dt_set){0};
     /* As many runs as last time, so that they need not be moved as they become more. */
@@ -214,7 +222,7 @@ static void take_back(dt_session *s, dt_block *block)
     for (dt_watch *w = block->detached; w; w = next) {
         next = w->next_detached;
         l->detached_count--;
-        dt_watch *again = watch_of(l, w->region);
+        dt_watch *again = dt_watch_of(l, w->region);
         if (again) { /* watched anew meanwhile */
             for (uint64_t i = 0; i < w->words; i++)
                 again->bits[i] |= w->bits[i];
@@ -244,437 +252,6 @@ void dt_drain_blocks(dt_session *s)
     }
 }
 
-/* ---- the plan: which spans to scan, and who watches each ------------------------------------------------------------- */
-
-static int plan(dt_listener *l)
-{
-    dt_session *s = l->session;
-    if (DT_LIKELY(l->plan_version == s->layout_version))
-        return 0;
-    if (dt_room((void **)&l->ranges, &l->range_room, l->watch_count, sizeof *l->ranges))
-        return -ENOMEM;
-    l->range_count = 0;
-    l->overlapping = false;
-    for (uint64_t i = 0; i < l->watch_count; i++) {
-        const dt_watch *w = l->watches[i];
-        dt_range *last = l->range_count ? &l->ranges[l->range_count - 1] : NULL;
-        if (last && w->start <= last->end) {
-            l->overlapping |= w->start < last->end;
-            last->end = dt_max(last->end, w->end);
-        } else {
-            l->ranges[l->range_count++] = (dt_range){.start = w->start, .end = w->end};
-        }
-    }
-    /* Watches and ranges are many-to-many; both counts are small or, with thousands of regions, mostly one to one: find
-     * each watch's first range by bisection. Two rounds: count, then place. */
-    uint64_t total = 0;
-    for (int place = 0; place < 2; place++) {
-        if (place) {
-            if (dt_room((void **)&l->overlaps, &l->overlap_room, total, sizeof *l->overlaps))
-                return -ENOMEM;
-            uint64_t first = 0;
-            for (uint64_t r = 0; r < l->range_count; r++) {
-                l->ranges[r].first = first;
-                first += l->ranges[r].count;
-                l->ranges[r].count = 0;
-            }
-        }
-        for (uint64_t i = 0; i < s->watch_count; i++) {
-            dt_watch *w = s->watches[i];
-            uint64_t low = 0, high = l->range_count;
-            while (low < high) {
-                uint64_t middle = (low + high) / 2;
-                if (l->ranges[middle].end <= w->start)
-                    low = middle + 1;
-                else
-                    high = middle;
-            }
-            for (; low < l->range_count && l->ranges[low].start < w->end; low++) {
-                if (place)
-                    l->overlaps[l->ranges[low].first + l->ranges[low].count] = w;
-                l->ranges[low].count++;
-                total += !place;
-            }
-        }
-    }
-    l->plan_version = s->layout_version;
-    return 0;
-}
-
-/* ---- from bits to runs ------------------------------------------------------------------------------------------------ */
-
-/* Not the builtin: without the instruction, which x86-64 need not have, that is a call of a function with a table. */
-static inline uint64_t count_bits(uint64_t x)
-{
-    x -= x >> 1 & 0x5555555555555555u;
-    x = (x & 0x3333333333333333u) + (x >> 2 & 0x3333333333333333u);
-    return ((x + (x >> 4)) & 0x0f0f0f0f0f0f0f0fu) * 0x0101010101010101u >> 56;
-}
-
-static uint64_t count_runs(const dt_watch *w)
-{
-    uint64_t runs = 0, carry = 0;
-    for (uint64_t i = 0; w->pending && i < w->words; i++) {
-        uint64_t bits = w->bits[i];
-        if (bits)
-            runs += count_bits(bits & ~(bits << 1 | carry));
-        carry = bits >> 63;
-    }
-    return runs;
-}
-
-/* Where runs start and where they end are found apart: two short loops a word, without a branch on each run's length. A
- * run that goes on from what `out` ends with is joined to it. */
-static void emit_runs(const dt_watch *w, dt_set *out)
-{
-    if (!w->pending)
-        return;
-    unsigned shift = dt_page_shift();
-    dt_run *runs = out->runs;
-    uint64_t carry = out->count && runs[out->count - 1].end == w->start && w->bits[0] & 1;
-    uint64_t starts = out->count, ends = out->count - carry, base = w->start;
-    for (uint64_t i = 0; i < w->words; i++, base += (uint64_t)64 << shift) {
-        uint64_t bits = w->bits[i], before = bits << 1 | carry;
-        if (!(bits | carry))
-            continue;
-        for (uint64_t up = bits & ~before; up; up &= up - 1)
-            runs[starts++].start = base + ((uint64_t)__builtin_ctzll(up) << shift);
-        for (uint64_t down = ~bits & before; down; down &= down - 1)
-            runs[ends++].end = base + ((uint64_t)__builtin_ctzll(down) << shift);
-        carry = bits >> 63;
-    }
-    if (carry)
-        runs[ends++].end = base;
-    out->count = ends;
-}
-
-static int by_start(const void *a, const void *b)
-{
-    uint64_t x = ((const dt_run *)a)->start, y = ((const dt_run *)b)->start;
-    return (x > y) - (x < y);
-}
-
-/* Everything pending in these watches, appended to `out`; clears nothing. */
-static int extract(dt_watch *const *watches, uint64_t n, bool overlapping, dt_set *out)
-{
-    uint64_t runs = out->count;
-    for (uint64_t i = 0; i < n; i++)
-        runs += count_runs(watches[i]);
-    if (dt_set_reserve(out, runs))
-        return -ENOMEM;
-    if (!overlapping) {
-        for (uint64_t i = 0; i < n; i++)
-            emit_runs(watches[i], out);
-        return 0;
-    }
-    for (uint64_t i = 0; i < n; i++) { /* each by itself, without coalescing with what another put there */
-        dt_set own = {.runs = out->runs + out->count};
-        emit_runs(watches[i], &own);
-        out->count += own.count;
-    }
-    qsort(out->runs, out->count, sizeof *out->runs, by_start);
-    uint64_t all = out->count;
-    out->count = 0;
-    for (uint64_t i = 0; i < all; i++)
-        dt_set_append(out, out->runs[i].start, out->runs[i].end);
-    return 0;
-}
-
-/* ---- collecting ----------------------------------------------------------------------------------------------------- */
-
-static int fail(dt_failure *why, int code, const dt_region *region)
-{
-    dt_fail_with(why, code, code > DT_CLOSED ? -code : 0, DT_STEP_NONE, region ? region->start : 0, region ? region->end : 0);
-    if (why && region)
-        why->region = region->id;
-    return code;
-}
-
-/* Holes are looked for before the scan, which passes over them in silence: a mapping that goes away after this look is
- * concurrent with the collect, and found by the next one. */
-static int look_for_holes(dt_session *s, dt_watch *const *watches, uint64_t n, const dt_range *ranges, uint64_t range_count,
-                          bool tell, dt_failure *why)
-{
-    int strange = dt_look_for_strangers(s);
-    if (strange)
-        return dt_fail_with(why, strange, -strange, DT_STEP_MAPS, 0, 0);
-    for (uint64_t i = 0; i < range_count; i++) {
-        if (DT_LIKELY(dt_mapped(ranges[i].start, ranges[i].end)))
-            continue;
-        int rc = dt_heal(s, ranges[i].start, ranges[i].end);
-        if (rc)
-            return dt_fail_with(why, rc, -rc, DT_STEP_MAPS, ranges[i].start, ranges[i].end);
-    }
-    for (uint64_t i = 0; tell && i < n; i++) {
-        dt_watch *w = watches[i];
-        const dt_region *r = w->region;
-        if (DT_LIKELY(w->told == r->gone_version))
-            continue;
-        w->told = r->gone_version;
-        if (!r->gone_bytes)
-            continue;
-        fail(why, DT_GONE, r);
-        why->start = r->gone_start;
-        why->end = r->gone_end;
-        return DT_GONE;
-    }
-    return 0;
-}
-
-typedef struct selection {
-    dt_watch *const *watches;
-    uint64_t watch_count;
-    const dt_range *ranges;
-    uint64_t range_count;
-    bool overlapping;
-    dt_range one;
-    dt_watch *own;
-} selection;
-
-static int select_watches(dt_listener *l, dt_region *only, selection *out, dt_failure *why)
-{
-    *out = (selection){0};
-    if (!l->running)
-        return fail(why, DT_NOT_STARTED, NULL);
-    if (plan(l))
-        return dt_fail_with(why, -ENOMEM, ENOMEM, DT_STEP_MEMORY, 0, 0);
-    if (!only) {
-        out->watches = l->watches;
-        out->watch_count = l->watch_count;
-        out->ranges = l->ranges;
-        out->range_count = l->range_count;
-        out->overlapping = l->overlapping;
-        return 0;
-    }
-    out->own = watch_of(l, only);
-    if (!out->own)
-        return fail(why, DT_NOT_WATCHED, only);
-    out->watches = &out->own;
-    out->watch_count = 1;
-    out->one = (dt_range){.start = only->start, .end = only->end};
-    out->ranges = &out->one;
-    out->range_count = 1;
-    return 0;
-}
-
-static void mark_flights(dt_session *s, const selection *what)
-{
-    for (uint64_t f = 0; f < s->flight_count; f++)
-        dt_mark_all(what->watches, what->watch_count, s->flights[f].start, s->flights[f].end);
-}
-
-static void add_statistics(dt_statistics *to, const dt_statistics *now, const dt_statistics *then)
-{
-    to->scans += now->scans - then->scans;
-    to->protects += now->protects - then->protects;
-    to->pages_found += now->pages_found - then->pages_found;
-    to->pages_absent += now->pages_absent - then->pages_absent;
-    to->mappings_renewed += now->mappings_renewed - then->mappings_renewed;
-    to->scans_refused += now->scans_refused - then->scans_refused;
-    to->scans_faulted += now->scans_faulted - then->scans_faulted;
-    to->pages_audited += now->pages_audited - then->pages_audited;
-}
-
-/* Scans [range.start, range.end) from `from` on, in small pieces until the deadline. 1: time is up, cursor is set. */
-static int scan_on_budget(dt_listener *l, dt_pass *pass, const dt_range *range, uint64_t from, uint64_t to, uint64_t deadline,
-                          dt_failure *why)
-{
-    for (uint64_t at = dt_max(from, range->start); at < dt_min(to, range->end); at += DT_BUDGET_CHUNK_BYTES) {
-        uint64_t end = dt_min(dt_min(to, range->end), at + DT_BUDGET_CHUNK_BYTES);
-        int rc = dt_scan_pass(pass, at, end, why);
-        if (rc)
-            return rc;
-        l->cursor = end;
-        if (dt_now_ns() >= deadline)
-            return 1;
-    }
-    return 0;
-}
-
-static int scan_selection(dt_listener *l, const selection *what, double budget_seconds, bool direct, dt_set *out)
-{
-    dt_session *s = l->session;
-    bool limited = budget_seconds >= 0;
-    double nanoseconds = (budget_seconds < 1e6 ? budget_seconds : 1e6) * 1e9;
-    uint64_t deadline = limited ? dt_now_ns() + (uint64_t)nanoseconds : 0;
-    uint64_t cursor = limited ? l->cursor : 0;
-    for (int lap = 0; lap < (limited ? 2 : 1); lap++)
-        for (uint64_t i = 0; i < what->range_count; i++) {
-            const dt_range *range = &what->ranges[i];
-            dt_pass pass = {.session = s, .self = l, .only = what->own ? what->own->region : NULL, .direct = direct ? out : NULL,
-                            .watches = what->own ? s->watches : l->overlaps + range->first,
-                            .watch_count = what->own ? s->watch_count : range->count};
-            int rc = limited ? scan_on_budget(l, &pass, range, lap ? 0 : cursor, lap ? cursor : UINT64_MAX, deadline, &out->why)
-                             : dt_scan_pass(&pass, range->start, range->end, &out->why);
-            if (rc > 0) {
-                bool rest = false; /* was that the end of it all? */
-                for (uint64_t j = 0; j < what->range_count; j++)
-                    rest |= lap ? what->ranges[j].start < cursor && what->ranges[j].end > l->cursor && l->cursor < cursor
-                                : what->ranges[j].end > l->cursor || what->ranges[j].start < cursor;
-                out->complete = !rest;
-                return 0;
-            }
-            if (rc)
-                return rc;
-            direct = direct && pass.direct;
-        }
-    return 0;
-}
-
-static int collect_locked(dt_listener *l, dt_region *only, double budget_seconds, bool tell, dt_set *out)
-{
-    dt_session *s = l->session;
-    selection what;
-    uint64_t begun = dt_now_ns();
-    dt_statistics before = s->statistics;
-    int rc = select_watches(l, only, &what, &out->why);
-    if (!rc)
-        rc = look_for_holes(s, what.watches, what.watch_count, what.ranges, what.range_count, tell, &out->why);
-    if (rc)
-        return rc;
-    if (DT_UNLIKELY(s->flight_count))
-        mark_flights(s, &what);
-    out->complete = 1;
-    if (DT_UNLIKELY(s->suspended)) {
-        for (uint64_t i = 0; i < what.watch_count; i++)
-            mark_whole(what.watches[i]);
-    } else {
-        bool direct = budget_seconds < 0;
-        for (uint64_t i = 0; direct && i < what.watch_count; i++)
-            direct = !what.watches[i]->pending;
-        rc = scan_selection(l, &what, budget_seconds, direct, out);
-        if (!rc && (rc = dt_look_for_strangers(s)))
-            dt_fail_with(&out->why, rc, -rc, DT_STEP_MAPS, 0, 0);
-    }
-    /* Either all of it went to the set, or a fold put all of it into the bits. Bits set in both cases (a region of this
-     * listener overlaps one that alone was asked for) stay where they are. */
-    bool bits = false;
-    for (uint64_t i = 0; i < what.watch_count; i++)
-        bits |= what.watches[i]->pending;
-    if (!rc && bits) {
-        rc = extract(what.watches, what.watch_count, what.overlapping || out->count, out);
-        if (rc)
-            dt_fail_with(&out->why, rc, ENOMEM, DT_STEP_MEMORY, 0, 0);
-    }
-    if (rc) {
-        dt_pass pass = {.session = s, .self = l, .direct = out};
-        dt_fold(&pass);
-        return rc;
-    }
-    if (bits)
-        dt_set_count_pages(out);
-    dt_set_trim(out);
-    l->expected = out->count;
-    if (DT_UNLIKELY(l->audit_count) && !only && out->complete && (rc = dt_audit_check(l, out))) {
-        dt_pass pass = {.session = s, .self = l, .direct = out};
-        dt_fold(&pass); /* not delivered: it waits for the next collect, with the page that was missed */
-        return rc;
-    }
-    for (uint64_t i = 0; bits && i < what.watch_count; i++)
-        forget(what.watches[i]);
-    out->epoch = l->epoch++;
-    s->statistics.collects++;
-    l->statistics.collects++;
-    uint64_t took = dt_now_ns() - begun;
-    s->statistics.collect_ns += took;
-    l->statistics.collect_ns += took;
-    add_statistics(&l->statistics, &s->statistics, &before);
-    return 0;
-}
-
-int dt_collect(dt_listener *l, dt_region *region, double budget_seconds, dt_set *out)
-{
-    *out = (dt_set){0};
-    int rc = dt_enter(l->session);
-    if (rc)
-        return fail(&out->why, rc, NULL);
-    rc = claim(l, region, out);
-    if (!rc)
-        rc = collect_locked(l, region, budget_seconds, true, out);
-    dt_leave(l->session);
-    return rc;
-}
-
-int dt_collect_into(dt_listener *l, dt_region *region, const dt_extent *extents, uint64_t n, dt_set *out)
-{
-    int rc = dt_collect(l, region, -1, out);
-    /* Re-armed, then copied: a write between the two is in the copy, or in the next epoch, or in both. */
-    return rc ? rc : dt_copy_out(out, extents, n, &out->why);
-}
-
-int dt_remove(dt_listener *l, dt_region *region, dt_set *out)
-{
-    *out = (dt_set){0};
-    int rc = dt_enter(l->session);
-    if (rc)
-        return fail(&out->why, rc, region);
-    rc = claim(l, region, out);
-    if (!rc)
-        rc = collect_locked(l, region, -1, false, out);
-    if (!rc)
-        detach(l, watch_of(l, region), out->block_);
-    dt_leave(l->session);
-    return rc;
-}
-
-int dt_stop(dt_listener *l, dt_set *out)
-{
-    *out = (dt_set){0};
-    int rc = dt_enter(l->session);
-    if (rc)
-        return fail(&out->why, rc, NULL);
-    rc = claim(l, NULL, out);
-    if (!rc)
-        rc = collect_locked(l, NULL, -1, true, out);
-    if (!rc) {
-        dt_block *block = out->block_;
-        while (l->watch_count)
-            detach(l, l->watches[l->watch_count - 1], block);
-        block->stopped = 1;
-        l->running = false;
-    }
-    dt_leave(l->session);
-    return rc;
-}
-
-int dt_peek(dt_listener *l, dt_region *region, dt_set *out)
-{
-    *out = (dt_set){0};
-    dt_session *s = l->session;
-    int rc = dt_enter(s);
-    if (rc)
-        return fail(&out->why, rc, NULL);
-    selection what;
-    dt_set pending = {0}, written = {0}, absent = {0};
-    rc = select_watches(l, region, &what, &out->why);
-    if (!rc) {
-        mark_flights(s, &what);
-        rc = extract(what.watches, what.watch_count, what.overlapping, &pending);
-        if (rc)
-            dt_fail_with(&out->why, rc, ENOMEM, DT_STEP_MEMORY, 0, 0);
-    }
-    for (uint64_t i = 0; !rc && i < what.range_count; i++) {
-        const dt_range *r = &what.ranges[i];
-        if (!s->suspended)
-            rc = dt_peek_range(s, r->start, r->end, &written, &absent, &out->why);
-        else if (!(rc = dt_set_reserve(&written, written.count + 1)))
-            dt_set_append(&written, r->start, r->end);
-    }
-    if (!rc) {
-        const dt_set *parts[] = {&pending, &written, &absent};
-        rc = dt_set_union_many(parts, 3, out);
-        out->epoch = l->epoch;
-        out->complete = 1;
-        if (rc)
-            dt_fail_with(&out->why, rc, ENOMEM, DT_STEP_MEMORY, 0, 0);
-    }
-    dt_set_clear(&pending);
-    dt_set_clear(&written);
-    dt_set_clear(&absent);
-    dt_leave(s);
-    return rc;
-}
-
 /* ---- starting, adding ------------------------------------------------------------------------------------------------ */
 
 static int room_for(dt_listener *l, uint64_t more)
@@ -688,9 +265,9 @@ static int room_for(dt_listener *l, uint64_t more)
 static int watch_region(dt_listener *l, dt_region *region, dt_failure *why)
 {
     if (region->session != l->session || !region->registered)
-        return fail(why, DT_UNREGISTERED, region);
-    if (watch_of(l, region))
-        return fail(why, DT_WATCHED, region);
+        return dt_fail_region(why, DT_UNREGISTERED, region);
+    if (dt_watch_of(l, region))
+        return dt_fail_region(why, DT_WATCHED, region);
     dt_watch *w = make_watch(l, region);
     if (!w)
         return dt_fail_with(why, -ENOMEM, ENOMEM, DT_STEP_MEMORY, region->start, region->end);
@@ -701,11 +278,11 @@ static int watch_region(dt_listener *l, dt_region *region, dt_failure *why)
 
 static void unwatch_region(dt_listener *l, dt_region *region)
 {
-    dt_watch *w = watch_of(l, region);
+    dt_watch *w = dt_watch_of(l, region);
     if (!w)
         return;
     dt_block none = {0};
-    detach(l, w, &none);
+    dt_detach(l, w, &none);
     l->detached_count--;
     dt_free_watch(l->session, w);
 }
@@ -715,10 +292,10 @@ int dt_start(dt_listener *l, dt_region *const *regions, uint64_t n, dt_failure *
     dt_session *s = l->session;
     int rc = dt_enter(s);
     if (rc)
-        return fail(why, rc, NULL);
+        return dt_fail_region(why, rc, NULL);
     uint64_t done = 0;
     if (l->running)
-        rc = fail(why, DT_RUNNING, NULL);
+        rc = dt_fail_region(why, DT_RUNNING, NULL);
     else if (room_for(l, n))
         rc = dt_fail_with(why, -ENOMEM, ENOMEM, DT_STEP_MEMORY, 0, 0);
     else
@@ -732,9 +309,9 @@ int dt_start(dt_listener *l, dt_region *const *regions, uint64_t n, dt_failure *
     } else if (!rc) {
         for (uint64_t i = 0; i < l->watch_count; i++) {
             if (!s->suspended)
-                forget(l->watches[i]);
+                dt_forget(l->watches[i]);
             else
-                mark_whole(l->watches[i]);
+                dt_mark_whole(l->watches[i]);
         }
         l->running = true;
         l->epoch = 1;
@@ -748,15 +325,15 @@ int dt_add(dt_listener *l, dt_region *region, dt_failure *why)
 {
     int rc = dt_enter(l->session);
     if (rc)
-        return fail(why, rc, region);
+        return dt_fail_region(why, rc, region);
     if (!l->running)
-        rc = fail(why, DT_NOT_STARTED, region);
+        rc = dt_fail_region(why, DT_NOT_STARTED, region);
     else if (room_for(l, 1))
         rc = dt_fail_with(why, -ENOMEM, ENOMEM, DT_STEP_MEMORY, region->start, region->end);
     else {
         rc = watch_region(l, region, why);
         if (!rc)
-            mark_whole(watch_of(l, region)); /* nobody knows its past */
+            dt_mark_whole(dt_watch_of(l, region)); /* nobody knows its past */
         else if (rc != DT_WATCHED)
             unwatch_region(l, region);
     }

@@ -66,12 +66,6 @@ void dt_mark_all(dt_watch *const *watches, uint64_t n, uint64_t start, uint64_t 
         dt_mark(watches[i], start, end);
 }
 
-static void unmark_all(dt_session *s, uint64_t start, uint64_t end)
-{
-    for (uint64_t i = 0; i < s->watch_count; i++)
-        dt_unmark(s->watches[i], start, end);
-}
-
 /* ---- telling everybody ------------------------------------------------------------------------------------------ */
 
 void dt_fold(dt_pass *pass)
@@ -204,7 +198,7 @@ int dt_page_written(dt_session *s, uint64_t page)
     return rc ? rc : written;
 }
 
-static int is_armable(dt_session *s, uint64_t page) /* 1: its mapping is registered with WP_ASYNC, by whomever */
+int dt_page_armable(dt_session *s, uint64_t page)
 {
     bool allowed = false;
     int rc = query(s, page, page + dt_page_bytes(), 0, K_PAGE_IS_WPALLOWED, 0, K_PAGE_IS_WPALLOWED, remember_yes, &allowed);
@@ -228,151 +222,6 @@ int dt_protect(dt_session *s, uint64_t start, uint64_t end)
         } while (rc == -EAGAIN);
         if (rc)
             return rc;
-    }
-    return 0;
-}
-
-/* ---- mappings that went away or were replaced ---------------------------------------------------------------------- */
-
-/* msync(MS_ASYNC) writes nothing since Linux 2.6.19; it says ENOMEM where part of the range is not mapped, at the cost
- * of one system call. A scan would pass over such a hole in silence. */
-bool dt_mapped(uint64_t start, uint64_t end)
-{
-    return msync((void *)start, end - start, MS_ASYNC) == 0 || errno != ENOMEM;
-}
-
-static void note_hole(dt_session *s, uint64_t within_start, uint64_t within_end, uint64_t start, uint64_t end)
-{
-    unmark_all(s, start, end); /* nobody can read them any more */
-    for (uint64_t i = 0; i < s->region_count; i++) {
-        dt_region *r = s->regions[i];
-        uint64_t a = dt_max(start, r->start), b = dt_min(end, r->end);
-        if (a >= b || r->start < within_start || r->end > within_end)
-            continue;
-        if (!r->seen_bytes) {
-            r->seen_start = a;
-            r->seen_end = b;
-        }
-        r->seen_bytes += b - a;
-    }
-}
-
-/* Never too much stays: what is foreign is not scanned. */
-static void forget_foreign(dt_session *s, uint64_t start, uint64_t end)
-{
-    for (uint64_t i = 0; i < s->foreign_count;) {
-        dt_run *f = &s->foreign[i];
-        if (f->end <= start || f->start >= end)
-            i++;
-        else if (f->start < start)
-            f->end = start, i++;
-        else
-            *f = s->foreign[--s->foreign_count];
-    }
-}
-
-static int note_foreign(dt_session *s, uint64_t within_start, uint64_t within_end, uint64_t start, uint64_t end)
-{
-    int rc = dt_room((void **)&s->foreign, &s->foreign_room, s->foreign_count + 1, sizeof *s->foreign);
-    if (rc)
-        return rc;
-    s->foreign[s->foreign_count++] = (dt_run){start, end};
-    note_hole(s, within_start, within_end, start, end);
-    return 0;
-}
-
-/* The next part of [*at, end) that is not foreign; false at the end. */
-static bool next_own(const dt_session *s, uint64_t *at, uint64_t end, uint64_t *from, uint64_t *to)
-{
-    while (*at < end) {
-        uint64_t next = end, behind = *at;
-        for (uint64_t i = 0; i < s->foreign_count; i++) {
-            const dt_run *f = &s->foreign[i];
-            if (f->start <= *at && f->end > *at)
-                behind = dt_max(behind, f->end);
-            else if (f->start > *at)
-                next = dt_min(next, f->start);
-        }
-        if (behind > *at) {
-            *at = behind;
-            continue;
-        }
-        *from = *at;
-        *to = *at = next;
-        return true;
-    }
-    return false;
-}
-
-/* Where an address that went away beneath a region was used again and registered by another session, the kernel lets us
- * scan and arm it all the same, and take that session's bits. So whenever another session registered something, ours is
- * looked at again before it is scanned; and after, since it may have been meanwhile. */
-int dt_look_for_strangers(dt_session *s)
-{
-    uint64_t registrations = atomic_load(&dt_registrations), thefts = atomic_load(&dt_thefts);
-    if (DT_LIKELY(registrations == s->registrations && thefts == s->thefts && !s->foreign_count) || s->suspended)
-        return 0;
-    for (uint64_t i = 0; i < s->region_count; i++) {
-        int rc = s->regions[i]->registered ? dt_heal(s, s->regions[i]->start, s->regions[i]->end) : 0;
-        if (rc)
-            return rc;
-    }
-    if (registrations != s->registrations && s->foreign_count)
-        thefts = atomic_fetch_add(&dt_thefts, 1) + 1;
-    s->registrations = registrations;
-    for (uint64_t i = 0; thefts != s->thefts && i < s->watch_count; i++)
-        dt_mark(s->watches[i], s->watches[i]->start, s->watches[i]->end);
-    s->thefts = thefts;
-    return 0;
-}
-
-/* Looks at what is mapped in [start, end), which holds whole regions: what was replaced is registered again and counts
- * as written, what is gone is noted in its regions. */
-int dt_heal(dt_session *s, uint64_t start, uint64_t end)
-{
-    forget_foreign(s, start, end);
-    for (uint64_t i = 0; i < s->region_count; i++)
-        s->regions[i]->seen_start = s->regions[i]->seen_end = s->regions[i]->seen_bytes = 0;
-    for (uint64_t at = start; at < end;) {
-        dt_mapping m;
-        int rc = dt_mapping_at(at, &m);
-        if (rc && rc != -ENOENT)
-            return rc;
-        uint64_t next = rc ? end : dt_min(end, m.start);
-        if (next > at) {
-            note_hole(s, start, end, at, next);
-            at = next;
-            continue;
-        }
-        next = dt_min(end, m.end);
-        rc = is_armable(s, at);
-        if (rc < 0)
-            return rc;
-        if (rc) {
-            rc = dt_uffd_owns(s, at, next);
-            if (!rc)
-                rc = note_foreign(s, start, end, at, next);
-            if (rc < 0)
-                return rc;
-        } else {
-            dt_mark_all(s->watches, s->watch_count, at, next);
-            s->statistics.mappings_renewed++;
-            /* What cannot be registered (a special mapping, another's userfaultfd) counts as written at each collect:
-             * its scan fails with EPERM each time and comes here. */
-            if (!dt_uffd_register(s, at, next))
-                dt_protect(s, at, next);
-        }
-        at = next;
-    }
-    for (uint64_t i = 0; i < s->region_count; i++) {
-        dt_region *r = s->regions[i];
-        if (r->start < start || r->end > end)
-            continue;
-        if (r->seen_bytes && (r->seen_start != r->gone_start || r->seen_end != r->gone_end || r->seen_bytes != r->gone_bytes))
-            r->gone_version++;
-        r->gone_start = r->seen_start;
-        r->gone_end = r->seen_end;
-        r->gone_bytes = r->seen_bytes;
     }
     return 0;
 }
@@ -469,7 +318,7 @@ static int scan_part(dt_pass *pass, uint64_t whole_start, uint64_t whole_end, ui
                      dt_failure *why)
 {
     uint64_t at = start, from, to;
-    while (next_own(pass->session, &at, end, &from, &to))
+    while (dt_next_own(pass->session, &at, end, &from, &to))
         for (uint64_t chunk = from; chunk < to; chunk += DT_CHUNK_BYTES) {
             uint64_t chunk_end = dt_min(to, chunk + DT_CHUNK_BYTES);
             int rc = scan_chunk(pass, chunk, chunk_end), step = DT_STEP_SCAN;
