@@ -74,12 +74,19 @@ static bool read_hash(uint64_t page, uint64_t *hash)
     return true;
 }
 
-static bool watched(const dt_listener *l, uint64_t page)
+static const dt_watch *watching(const dt_listener *l, uint64_t page)
 {
     for (uint64_t i = 0; i < l->watch_count; i++)
         if (l->watches[i]->start <= page && page < l->watches[i]->end)
-            return true;
-    return false;
+            return l->watches[i];
+    return NULL;
+}
+
+void dt_audit_skip(dt_listener *l, const dt_set *found)
+{
+    for (uint64_t i = 0; i < l->audit_count; i++)
+        if (dt_set_contains(found, l->audit[i].page))
+            l->audit[i].valid = false;
 }
 
 /* After the scan re-armed. A hash that changed is no proof by itself: a thread may have written since the scan. Then the
@@ -93,7 +100,8 @@ int dt_audit_check(dt_listener *l, dt_set *found)
         dt_audit_slot *slot = &l->audit[i];
         uint64_t hash = 0;
         bool reported = dt_set_contains(found, slot->page);
-        if (!watched(l, slot->page)) {
+        const dt_watch *w = watching(l, slot->page);
+        if (!w) {
             slot->valid = false;
         } else if (!slot->valid || reported) {
             slot->valid = read_hash(slot->page, &slot->hash);
@@ -101,6 +109,7 @@ int dt_audit_check(dt_listener *l, dt_set *found)
             if (dt_page_written(s, slot->page) == 0) {
                 missed = slot->page;
                 any = true;
+                found->why.region = w->region->id;
                 dt_mark_all(s->watches, s->watch_count, slot->page, slot->page + dt_page_bytes());
             }
             slot->hash = hash;

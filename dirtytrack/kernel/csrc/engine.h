@@ -178,4 +178,5 @@ void dt_listener_unref(dt_listener *listener);
 /* audit.c */
 int dt_audit_start(dt_listener *l);
 int dt_audit_check(dt_listener *l, dt_set *found);                /* 0 or DT_MISSED with found->why */
+void dt_audit_skip(dt_listener *l, const dt_set *found);          /* of a part: these were reported, so look anew */
 #endif
