@@ -7,11 +7,15 @@ import errno
 import mmap
 import operator
 import os
+import sys
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from .errors import InvalidMemory, LimitReached, UnsupportedKernel
 from .kernel import core, mappings, placing
 from .kernel.abi import Address, Fd
+
+if sys.platform != "win32":
+    import fcntl
 
 if TYPE_CHECKING:
     from typing import Protocol
@@ -198,8 +202,6 @@ def _page_bytes(huge: str | None) -> int:
 
 
 def _sealed_memfd(name: str, nbytes: int) -> int:
-    import fcntl  # not on every platform that can import this module
-
     shown = name.encode(errors="replace").replace(b"\0", b"?")[:200].decode(errors="ignore")
     fd = os.memfd_create(shown, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:

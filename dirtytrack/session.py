@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import warnings
@@ -19,7 +20,6 @@ from .memory import pin
 from .region import Region, Run, Span, range_of, survey
 
 if TYPE_CHECKING:
-    import logging
     from collections.abc import Iterable
     from types import TracebackType
 
@@ -31,11 +31,8 @@ __all__ = ["InFlight", "UffdSession", "default_session"]
 
 _sessions: weakref.WeakSet[UffdSession] = weakref.WeakSet()
 
-
-def _logger() -> logging.Logger:
-    import logging  # at first use: it is a good part of the time that importing this package takes
-
-    return logging.getLogger("dirtytrack")
+# Imported with the module, not at first use: by then a process may have given up the right to read the library.
+_log = logging.getLogger("dirtytrack")
 
 
 class UffdSession:
@@ -64,9 +61,8 @@ class UffdSession:
         self._all: weakref.WeakValueDictionary[int, Region] = weakref.WeakValueDictionary()
         self._kept: dict[int, Region] = {}  # those that no tracker owns
         self._finals: deque[Any] = deque()  # of stop() and remove(), to be settled once they are delivered
-        self._log = _logger()
         _sessions.add(self)
-        self._log.debug("session opened by %s", self.opened_by)
+        _log.debug("session opened by %s", self.opened_by)
 
     # ---- what it is
 
@@ -192,7 +188,7 @@ class UffdSession:
         )
         region = Region(span, seen.blind_spots, slot, pinned.hold)
         self._all[number] = region
-        self._log.debug("registered %r, blind spots: %s", region, "; ".join(sorted(seen.blind_spots)))
+        _log.debug("registered %r, blind spots: %s", region, "; ".join(sorted(seen.blind_spots)))
         return region
 
     def unregister(self, region: Region) -> None:
@@ -213,7 +209,7 @@ class UffdSession:
             )
         region._end("unregistered")
         self._kept.pop(region._span.id, None)
-        self._log.debug("unregistered %r", region)
+        _log.debug("unregistered %r", region)
 
     def _settle_later(self, cset: Any) -> None:
         """A final set is about to be delivered; its regions are let go of by the next call that cares.
@@ -281,7 +277,7 @@ class UffdSession:
             SessionClosed, UsedAfterFork.
         """
         engine.suspend(self._handle)
-        self._log.info("session suspended: until it resumes, all of its memory counts as written")
+        _log.info("session suspended: until it resumes, all of its memory counts as written")
 
     def resume(self) -> None:
         """Take the userfaultfd back. All memory counts as dirty once. Does nothing when not suspended.
@@ -290,7 +286,7 @@ class UffdSession:
             As the session's making and `register` do; then it stays suspended.
         """
         engine.resume(self._handle)
-        self._log.info("session resumed")
+        _log.info("session resumed")
 
     def close(self) -> None:
         """Unregister everything and close. Trackers then raise `SessionClosed`. A second call does nothing."""

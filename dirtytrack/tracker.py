@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     Trackable = AnyBuffer | tuple[int, int]
 
 __all__ = ["DirtyTracker", "track"]
+
+_log = logging.getLogger("dirtytrack")
 
 
 class DirtyTracker:
@@ -205,7 +208,7 @@ class DirtyTracker:
                 self.stop()
             except RegionGone as gone:  # nobody is left to be told, and what remains of it must not stay armed
                 if gone.region is not None and gone.region._span.id in self._regions:
-                    self._session._log.warning("a tracker was left after its memory went away: %s", gone)
+                    _log.warning("a tracker was left after its memory went away: %s", gone)
                     self.remove(gone.region)
                     continue
             except MissedWrite as found:

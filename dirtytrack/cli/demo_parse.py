@@ -13,7 +13,7 @@ import warnings
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing import connection, get_context
+from multiprocessing import connection, get_context, resource_tracker
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,6 +108,7 @@ def parsing(root: str, paths: Sequence[str], workers: int | None = None) -> Iter
     its userfaultfd.
     """
     context = get_context("spawn")
+    resource_tracker.ensure_running()  # Starting it lets go of the signals that are held below (CPython 3.10-3.13).
     count = max(1, min(workers or os.cpu_count() or 1, 8, len(paths)))
     processes = []
     readers: list[connection.Connection] = []
