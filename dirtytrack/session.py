@@ -33,6 +33,7 @@ _sessions: weakref.WeakSet[UffdSession] = weakref.WeakSet()
 
 # Imported with the module, not at first use: by then a process may have given up the right to read the library.
 _log = logging.getLogger("dirtytrack")
+_log.addHandler(logging.NullHandler())
 
 
 class UffdSession:
@@ -188,7 +189,7 @@ class UffdSession:
         )
         region = Region(span, seen.blind_spots, slot, pinned.hold)
         self._all[number] = region
-        _log.debug("registered %r, blind spots: %s", region, "; ".join(sorted(seen.blind_spots)))
+        _log.debug("registered %r, blind spots: %s", span.name, "; ".join(sorted(seen.blind_spots)))
         return region
 
     def unregister(self, region: Region) -> None:
@@ -209,7 +210,7 @@ class UffdSession:
             )
         region._end("unregistered")
         self._kept.pop(region._span.id, None)
-        _log.debug("unregistered %r", region)
+        _log.debug("unregistered %r", region.name)
 
     def _settle_later(self, cset: Any) -> None:
         """A final set is about to be delivered; its regions are let go of by the next call that cares.

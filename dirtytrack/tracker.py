@@ -9,7 +9,16 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .dirtyset import DirtySet
-from .errors import DirtyTrackError, InvalidMemory, MissedWrite, NotStarted, RegionGone, SessionClosed, UsedAfterFork
+from .errors import (
+    DirtyTrackError,
+    InvalidMemory,
+    MissedWrite,
+    NotRegistered,
+    NotStarted,
+    RegionGone,
+    SessionClosed,
+    UsedAfterFork,
+)
 from .kernel import core, engine, failures
 from .kernel.engine import Statistics
 from .layout import Layout, mirrors
@@ -153,7 +162,18 @@ class DirtyTracker:
             NotRegistered: a region was unregistered.
             SessionClosed, UsedAfterFork.
         """
-        members = self._session.regions if self._wanted is None else self._wanted
+        while True:
+            members = self._wanted
+            if members is None:
+                members = tuple(region for region in self._session.regions if region.registered)
+            try:
+                return self._start(members)
+            except NotRegistered:
+                if self._wanted is not None or all(region.registered for region in members):
+                    raise
+                # one that nobody named was unregistered meanwhile: those that the session has now
+
+    def _start(self, members: tuple[Region, ...]) -> None:
         for region in members:
             self._session._require(region)
         before, running = dict(self._regions), self.epoch
@@ -208,7 +228,7 @@ class DirtyTracker:
                 self.stop()
             except RegionGone as gone:  # nobody is left to be told, and what remains of it must not stay armed
                 if gone.region is not None and gone.region._span.id in self._regions:
-                    _log.warning("a tracker was left after its memory went away: %s", gone)
+                    _log.warning("a tracker was left after its memory went away: %s", str(gone))
                     self.remove(gone.region)
                     continue
             except MissedWrite as found:
@@ -229,6 +249,8 @@ class DirtyTracker:
             try:
                 if region.registered:
                     self._session.unregister(region)
+            except InvalidMemory:  # another tracker watches it: it goes with that one's last reference to it
+                _log.warning("region %r stays registered: another tracker still watches it", region.name)
             except (SessionClosed, UsedAfterFork):
                 return
 

@@ -46,21 +46,6 @@ static uint64_t pages_of(const dt_listener *l)
     return pages;
 }
 
-int dt_audit_start(dt_listener *l)
-{
-    uint64_t pages = pages_of(l), count = (uint64_t)ceil((double)pages * l->audit_fraction);
-    dt_audit_slot *slots = dt_alloc(count * sizeof *slots);
-    if (!slots)
-        return -ENOMEM;
-    dt_free(l->audit);
-    l->audit = slots;
-    l->audit_count = count;
-    l->audit_random = dt_now_ns() | 1;
-    for (uint64_t i = 0; i < count; i++)
-        slots[i].page = page_by_number(l, count == pages ? i : next_random(l) % pages);
-    return 0;
-}
-
 static bool read_hash(uint64_t page, uint64_t *hash)
 {
     uint64_t words[8192]; /* pages of up to 64 KiB */
@@ -80,6 +65,35 @@ static const dt_watch *watching(const dt_listener *l, uint64_t page)
         if (l->watches[i]->start <= page && page < l->watches[i]->end)
             return l->watches[i];
     return NULL;
+}
+
+int dt_audit_add(dt_listener *l, const dt_watch *w)
+{
+    uint64_t kept = 0, pages = (w->end - w->start) >> dt_page_shift();
+    uint64_t more = (uint64_t)ceil((double)pages * l->audit_fraction);
+    for (uint64_t i = 0; i < l->audit_count; i++) /* those of regions that were removed go */
+        if (watching(l, l->audit[i].page))
+            l->audit[kept++] = l->audit[i];
+    l->audit_count = kept;
+    if (dt_room((void **)&l->audit, &l->audit_room, kept + more, sizeof *l->audit))
+        return -ENOMEM;
+    for (uint64_t i = 0; i < more; i++) {
+        uint64_t number = more == pages ? i : next_random(l) % pages;
+        dt_audit_slot *slot = &l->audit[l->audit_count++];
+        slot->page = w->start + (number << dt_page_shift());
+        slot->valid = read_hash(slot->page, &slot->hash);
+    }
+    return 0;
+}
+
+int dt_audit_start(dt_listener *l)
+{
+    l->audit_count = 0;
+    l->audit_random = dt_now_ns() | 1;
+    for (uint64_t i = 0; i < l->watch_count; i++)
+        if (dt_audit_add(l, l->watches[i]))
+            return -ENOMEM;
+    return 0;
 }
 
 void dt_audit_skip(dt_listener *l, const dt_set *found)

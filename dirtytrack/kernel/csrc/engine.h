@@ -70,7 +70,7 @@ struct dt_listener {
     uint64_t expected;            /* runs in the next collect: those of the last */
     double audit_fraction;
     dt_audit_slot *audit;
-    uint64_t audit_count, audit_random;
+    uint64_t audit_count, audit_room, audit_random;
     dt_statistics statistics;
     dt_listener *next_dropped;
 };
@@ -176,7 +176,9 @@ void dt_free_watch(dt_session *s, dt_watch *w);
 void dt_listener_unref(dt_listener *listener);
 
 /* audit.c */
+/* Both after arming: a write between that and the hash is reported, and then the hash is taken again. -ENOMEM. */
 int dt_audit_start(dt_listener *l);
+int dt_audit_add(dt_listener *l, const dt_watch *w);
 int dt_audit_check(dt_listener *l, dt_set *found);                /* 0 or DT_MISSED with found->why */
 void dt_audit_skip(dt_listener *l, const dt_set *found);          /* of a part: these were reported, so look anew */
 #endif

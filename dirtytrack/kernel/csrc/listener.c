@@ -332,6 +332,8 @@ int dt_add(dt_listener *l, dt_region *region, dt_failure *why)
         rc = dt_fail_with(why, -ENOMEM, ENOMEM, DT_STEP_MEMORY, region->start, region->end);
     else {
         rc = watch_region(l, region, why);
+        if (!rc && l->audit_fraction > 0 && (rc = dt_audit_add(l, dt_watch_of(l, region))))
+            dt_fail_with(why, rc, ENOMEM, DT_STEP_MEMORY, region->start, region->end);
         if (!rc)
             dt_mark_whole(dt_watch_of(l, region)); /* nobody knows its past */
         else if (rc != DT_WATCHED)
