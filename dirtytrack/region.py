@@ -6,7 +6,7 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .errors import InvalidMemory, PermissionDenied
+from .errors import InvalidMemory
 from .kernel import core, engine, failures, mappings
 from .kernel.abi import Address
 from .memory import Pinned, pin
@@ -189,7 +189,7 @@ def survey(memory: Pinned) -> Survey:
 
     Raises:
         InvalidMemory: nothing is mapped at part of it, or it is hugetlb memory.
-        PermissionDenied: /proc/self/maps cannot be read.
+        PermissionDenied, LimitReached: /proc/self/maps cannot be read.
     """
     page = core.PAGE_BYTES
     start = memory.address - memory.address % page
@@ -218,9 +218,7 @@ def survey(memory: Pinned) -> Survey:
             unpinned = unpinned or not (sealed or mapping.name.startswith("/dev/zero"))
             others = f"{'shared' if mapping.shared else 'private'} mapping {mapping}"
     except OSError as error:
-        raise PermissionDenied(
-            f"cannot look at this memory: {error}. Mount /proc in this container", errno=error.errno
-        ) from error
+        raise failures.unreadable_maps(error, start, end) from error
     if at < end:
         raise InvalidMemory(
             f"cannot register the memory {failures.describe(start, end)}: nothing is mapped at {at:#x}",

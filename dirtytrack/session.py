@@ -80,7 +80,9 @@ class UffdSession:
     @property
     def regions(self) -> tuple[Region, ...]:
         """The registered regions, in the order of their registration."""
-        return tuple(region for _, region in sorted(self._all.items()) if not region._ended)
+        # valuerefs(): in one step, whatever other threads register meanwhile.
+        there = [region for ref in self._all.valuerefs() if (region := ref()) is not None and region.registered]
+        return tuple(sorted(there, key=lambda region: region._span.id))
 
     @property
     def closed(self) -> bool:
@@ -148,6 +150,8 @@ class UffdSession:
         """
         region = self._register(memory, name, arm, blind_spots, strict, stacklevel=3)
         self._kept[region._span.id] = region
+        if self.closed:  # by another thread, which may have come too early to let go of it
+            self._kept.clear()
         return region
 
     def _register(
@@ -189,6 +193,8 @@ class UffdSession:
         )
         region = Region(span, seen.blind_spots, slot, pinned.hold)
         self._all[number] = region
+        if self.closed:
+            region._end("closed")
         _log.debug("registered %r, blind spots: %s", span.name, "; ".join(sorted(seen.blind_spots)))
         return region
 
@@ -202,14 +208,22 @@ class UffdSession:
         """
         self._require(region)
         self._settle()
-        if not engine.unregister(region._handle, region):
-            raise InvalidMemory(
-                f"region {region.name!r} is watched by a running tracker: `tracker.remove(region)` first, which gives "
-                "its last pages, or `tracker.stop()`",
-                region=region,
-            )
-        region._end("unregistered")
-        self._kept.pop(region._span.id, None)
+        # First: an interrupt from here on leaves nothing that only the session would hold.
+        kept = self._kept.pop(region._span.id, None)
+        try:
+            if not engine.unregister(region._handle, region):
+                raise InvalidMemory(
+                    f"region {region.name!r} is watched by a running tracker: `tracker.remove(region)` first, which "
+                    "gives its last pages, or `tracker.stop()`",
+                    region=region,
+                )
+            region._end("unregistered")
+        except BaseException:
+            if not region.registered:  # done before, or it is done and this is an interrupt
+                region._end("unregistered")
+            elif kept is not None:
+                self._kept[region._span.id] = kept
+            raise
         _log.debug("unregistered %r", region.name)
 
     def _settle_later(self, cset: Any) -> None:
@@ -292,8 +306,10 @@ class UffdSession:
     def close(self) -> None:
         """Unregister everything and close. Trackers then raise `SessionClosed`. A second call does nothing."""
         engine.close(self._handle)
-        for region in list(self._all.values()):
-            region._end("closed")
+        for ref in self._all.valuerefs():
+            region = ref()
+            if region is not None:
+                region._end("closed")
         self._kept.clear()
 
     def __enter__(self) -> Self:
@@ -338,7 +354,8 @@ def _warn(name: str | None, others: str, spots: frozenset[str], strict: bool, st
 # ---- the session that everybody shares
 
 _default: weakref.ref[UffdSession] | None = None
-_default_lock = threading.RLock()  # reentrant: a signal handler may come here while its thread does
+_locks: dict[int, Any] = {}
+"""One a process: a forked child must not wait for a thread that is not there. No hook sees each fork."""
 
 
 def default_session() -> UffdSession:
@@ -348,7 +365,9 @@ def default_session() -> UffdSession:
         As `UffdSession`.
     """
     global _default
-    with _default_lock:
+    core.load()
+    # Reentrant: a signal handler may come here while its thread does.
+    with _locks.setdefault(engine.generation(), threading.RLock()):
         session = _usable_default()
         if session is None:
             made = UffdSession()
@@ -365,9 +384,8 @@ def _usable_default() -> UffdSession | None:
 
 
 def _after_fork_in_child() -> None:
-    global _default, _default_lock
+    global _default
     _default = None
-    _default_lock = threading.RLock()
     for session in list(_sessions):
         engine.state(session._handle)  # closes the inherited descriptors, without using them
 

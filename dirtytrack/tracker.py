@@ -6,11 +6,11 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from .dirtyset import DirtySet
 from .errors import (
-    DirtyTrackError,
     InvalidMemory,
     MissedWrite,
     NotRegistered,
@@ -70,7 +70,8 @@ class DirtyTracker:
         self._regions: dict[int, Region] = {}  # by the session's number; what is watched now
         self._parts: dict[int, Layout] = {}  # each region by itself
         self._layout = Layout(())
-        self._lock = threading.RLock()  # of _layout's replacement; never taken by a collect
+        self._coming: list[tuple[Region, ...]] = []  # of each start or add under way
+        self._lock = threading.RLock()  # of what is watched; never taken by a collect
         self._slot = engine.new_listener(session._handle)
         self._handle: Any = self._slot[0]
         self._new_set: Callable[[], Any]
@@ -91,7 +92,8 @@ class DirtyTracker:
     @property
     def regions(self) -> tuple[Region, ...]:
         """The regions that it watches; before `start`, those that `start` will watch."""
-        if self._regions or self.epoch:
+        if self.epoch:
+            self._refresh()  # an interrupt may have kept the last change from being told
             return tuple(self._regions.values())
         return self._session.regions if self._wanted is None else self._wanted
 
@@ -135,16 +137,37 @@ class DirtyTracker:
         part = self._parts.get(region._span.id)
         return part if part is not None and part.spans[0] is region._span else Layout((region._span,))
 
-    def _forget(self, region: Region) -> None:
-        if self._regions.get(region._span.id) is region:
-            del self._regions[region._span.id]
-            self._publish()
+    def _alone(self) -> threading.RLock:
+        """What excludes other threads from changing what is watched. Not asked for in a forked child, where whoever has
+        it may not be there.
+
+        Raises:
+            SessionClosed, UsedAfterFork.
+        """
+        engine.require(self._session._handle)
+        return self._lock
+
+    def _refresh(self) -> None:
+        """Know the regions that the core watches, and those that are about to be. By the core's word, since signal
+        handlers may have come between whatever was done and this; and they may come now, so it loops."""
+        with suppress(SessionClosed, UsedAfterFork):
+            numbers: tuple[int, ...] | None = None
+            while numbers != (numbers := engine.watched(self._handle)):
+                known, members = self._regions, {}
+                for number in numbers:
+                    region = known.get(number) or self._session._find(number)
+                    if region is not None:
+                        members[number] = region
+                for regions in tuple(self._coming):
+                    members.update((region._span.id, region) for region in regions)
+                self._regions = {number: members[number] for number in known if number in members} | members
+                self._publish()
 
     def _publish(self) -> None:
         """Make the layout that of the regions. Loops, since a signal handler may change them meanwhile."""
         with self._lock:
             while True:
-                members: tuple[Span, ...] = tuple(region._span for region in self._regions.values())
+                members: tuple[Span, ...] = tuple(region._span for region in tuple(self._regions.values()))
                 if members == self._layout.spans:
                     return
                 layout, before = Layout(members), self._layout
@@ -165,7 +188,7 @@ class DirtyTracker:
         while True:
             members = self._wanted
             if members is None:
-                members = tuple(region for region in self._session.regions if region.registered)
+                members = self._session.regions
             try:
                 return self._start(members)
             except NotRegistered:
@@ -174,19 +197,16 @@ class DirtyTracker:
                 # one that nobody named was unregistered meanwhile: those that the session has now
 
     def _start(self, members: tuple[Region, ...]) -> None:
-        for region in members:
-            self._session._require(region)
-        before, running = dict(self._regions), self.epoch
-        # Known before they are armed: a collect in another thread may begin as soon as they are.
-        self._regions.update((region._span.id, region) for region in members)
-        self._publish()
-        try:
-            engine.start(self._handle, [region._handle for region in members], self._session._find)
-        except BaseException:
-            if running or not self.epoch:  # else it runs, and this is an interrupt
-                self._regions = before
-                self._publish()
-            raise
+        with self._alone():
+            for region in members:
+                self._session._require(region)
+            try:
+                self._coming.append(members)  # known before they are armed: a collect may begin as soon as they are
+                self._refresh()
+                engine.start(self._handle, [region._handle for region in members], self._session._find)
+            finally:
+                self._coming.remove(members)
+                self._refresh()
 
     def stop(self) -> DirtySet:
         """Stop listening, and let go of the regions.
@@ -200,18 +220,19 @@ class DirtyTracker:
             MissedWrite: the audit found an unreported change.
             SessionClosed, UsedAfterFork.
         """
-        before, watched = self._layout, self._regions
-        cset = engine.stop(self._handle, self._session._find)
+        cset: Any = None
         try:
-            dirty = DirtySet(cset, before.until(self._layout))
-            self._session._settle_later(cset)
-            self._regions = {}
-            self._publish()
-            cset.delivered = 1
+            with self._alone():
+                before = self._layout
+                cset = engine.stop(self._handle, self._session._find)
+                dirty = DirtySet(cset, before.until(self._layout))
+                self._session._settle_later(cset)
+                self._refresh()
+            cset.delivered = 1  # as in collect
         except BaseException:
-            core.give_back(cset)
-            self._regions = watched
-            self._publish()
+            if cset is not None:
+                core.give_back(cset)
+            self._refresh()
             raise
         return dirty
 
@@ -400,18 +421,15 @@ class DirtyTracker:
         else:
             given: dict[str, Any] = {"arm": None, "blind_spots": None, "strict": False, **options}
             region = self._session._register(memory, name, stacklevel=3, **given)
-        number = region._span.id
-        known = self._regions.get(number)
-        if known is None:
-            self._regions[number] = region  # known before it is armed
-            self._publish()
-        try:
-            engine.add(self._handle, region._handle, self._session._find, region)
-        except (DirtyTrackError, MemoryError):  # not after an interrupt: then it may be watched, and must stay known
-            if known is None:
-                self._regions.pop(number, None)
-                self._publish()
-            raise
+        coming = (region,)
+        with self._alone():
+            try:
+                self._coming.append(coming)  # known before it is armed
+                self._refresh()
+                engine.add(self._handle, region._handle, self._session._find, region)
+            finally:
+                self._coming.remove(coming)
+                self._refresh()
         if own:
             self._owned += (region,)
         return region
@@ -427,22 +445,20 @@ class DirtyTracker:
             InvalidMemory: the region is not one of this tracker's.
             NotStarted, SessionClosed, UsedAfterFork.
         """
-        gone = self._resolve(region)
-        part = self._part(gone)
+        cset: Any = None
         try:
-            cset = engine.remove(self._handle, gone, self._session._find)
-        except InvalidMemory:  # it is not watched: an interrupted add() may have left it
-            self._forget(gone)
-            raise
-        try:
-            dirty = DirtySet(cset, part)
-            self._session._settle_later(cset)
-            self._forget(gone)
-            cset.delivered = 1
+            with self._alone():
+                gone = self._resolve(region)
+                part = self._part(gone)
+                cset = engine.remove(self._handle, gone, self._session._find)
+                dirty = DirtySet(cset, part)
+                self._session._settle_later(cset)
+                self._refresh()
+            cset.delivered = 1  # as in collect
         except BaseException:
-            core.give_back(cset)
-            self._regions[gone._span.id] = gone
-            self._publish()
+            if cset is not None:
+                core.give_back(cset)
+            self._refresh()
             raise
         return dirty
 

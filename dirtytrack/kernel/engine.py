@@ -37,6 +37,7 @@ __all__ = [
     "features",
     "fileno",
     "flight",
+    "generation",
     "listener_statistics",
     "mark_dirty",
     "new_listener",
@@ -56,6 +57,7 @@ __all__ = [
     "stop",
     "suspend",
     "unregister",
+    "watched",
     "write_protect",
 ]
 
@@ -121,6 +123,11 @@ def open_session(remedy: int) -> CData:
     slot, why = core.ffi.gc(core.ffi.new("dt_session **"), finish), new_failure()
     _check(core.lib.dt_session_open(remedy, slot, why), why, "open a session")
     return slot
+
+
+def generation() -> int:
+    """A number of this process, which no forked child shares."""
+    return core.lib.dt_generation()
 
 
 def close(session: CData) -> None:
@@ -239,11 +246,13 @@ def _filled(
 ) -> CData:
     """A set that a call filled. Where it failed, what it took goes back to its listener at once."""
     cset = core.new_set()
-    code = call(*arguments, cset)
-    if code:
-        error = error_of(code, cset.why, doing, find=find, region=region)
-        core.give_back(cset)
-        raise error
+    try:
+        code = call(*arguments, cset)
+        if code:
+            raise error_of(code, cset.why, doing, find=find, region=region)
+    except BaseException:  # an interrupt too
+        core.give_back(cset)  # now, not when the last traceback that knows it goes
+        raise
     return cset
 
 
@@ -279,6 +288,19 @@ def put_back(listener: CData, cset: CData) -> None:
 def settle(cset: CData) -> None:
     """Let go of the regions of a final set that was delivered."""
     core.lib.dt_settle(cset)
+
+
+def watched(listener: CData) -> tuple[int, ...]:
+    """The numbers of the regions that it watches."""
+    room = 0
+    while True:
+        ids = core.ffi.new("uint64_t[]", room)
+        count = core.lib.dt_watched(listener, ids, room)
+        if count < 0:
+            _check(count, None, "look what is watched")
+        if count <= room:
+            return tuple(ids[i] for i in range(count))
+        room = count
 
 
 def epoch(listener: CData) -> int:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from ..region import Region
 
-__all__ = ["WAYS_TO_A_USERFAULTFD", "describe", "error_of", "forked", "raise_failure"]
+__all__ = ["WAYS_TO_A_USERFAULTFD", "describe", "error_of", "forked", "raise_failure", "unreadable_maps"]
 
 WAYS_TO_A_USERFAULTFD = (
     (
@@ -53,6 +53,13 @@ def forked(what: str) -> errors.UsedAfterFork:
         f"this {what} was made before a fork, and this is the child: here it would act on the parent's memory. "
         "Make a new one in the child; what the child inherited is closed, the parent is undisturbed"
     )
+
+
+def unreadable_maps(error: OSError, start: int, end: int) -> Exception:
+    """The exception for a failed look at the mappings of [start, end)."""
+    why = core.new_failure()
+    why.step, why.start, why.end = core.lib.DT_STEP_MAPS, start, end
+    return error_of(-(error.errno or _errno.EIO), why, "look at the memory")
 
 
 def raise_failure(

@@ -271,7 +271,7 @@ def test_the_first_epoch_is_audited_and_so_is_added_memory() -> None:
 
 def test_leaving_a_tracker_whose_memory_another_watches(caplog: pytest.LogCaptureFixture) -> None:
     memory = dirtytrack.allocate(4 * PAGE)
-    with pytest.raises(KeyError, match="its own"), dirtytrack.track(memory, name="both") as tracker:  # noqa: PT012
+    with pytest.raises(KeyError, match="its own"), dirtytrack.track(memory, name="both") as tracker:
         session = tracker.session
         other = dirtytrack.DirtyTracker(session)
         other.start()

@@ -211,6 +211,7 @@ typedef struct dt_statistics {
 
 int dt_session_open(uint32_t remedy, dt_session **out, dt_failure *why);
 void dt_session_drop(dt_session **session);
+uint64_t dt_generation(void);                          /* of this process: another after each fork; 0: no memory */
 int dt_session_close(dt_session *session);             /* unregisters everything; the second call does nothing */
 int dt_session_state(dt_session *session);             /* 0, DT_CLOSED or DT_FORKED (which closes what it inherited) */
 int dt_session_fd(dt_session *session);                /* -1 when closed or suspended */
@@ -251,6 +252,9 @@ int dt_peek(dt_listener *listener, dt_region *region, dt_set *out);
 int dt_settle(dt_set *set);
 int dt_put_back(dt_listener *listener, const dt_set *set);
 uint64_t dt_epoch(dt_listener *listener);              /* the open epoch, 0 when not running */
+/* The ids of the regions that it watches, at most room of them, in the order of their addresses; returns how many there
+ * are, or DT_CLOSED or DT_FORKED. */
+int64_t dt_watched(dt_listener *listener, uint64_t *ids, uint64_t room);
 int dt_audit(dt_listener *listener, double fraction);  /* of the clean pages, 0 turns it off; before dt_start */
 int dt_listener_statistics(dt_listener *listener, dt_statistics *out);
 

@@ -358,6 +358,18 @@ int dt_put_back(dt_listener *l, const dt_set *set)
 
 uint64_t dt_epoch(dt_listener *l) { return l->running ? l->epoch : 0; }
 
+int64_t dt_watched(dt_listener *l, uint64_t *ids, uint64_t room)
+{
+    int rc = dt_enter(l->session);
+    if (rc)
+        return rc;
+    uint64_t count = l->watch_count;
+    for (uint64_t i = 0; i < dt_min(count, room); i++)
+        ids[i] = l->watches[i]->region->id;
+    dt_leave(l->session);
+    return (int64_t)count;
+}
+
 int dt_audit(dt_listener *l, double fraction)
 {
     if (!(fraction >= 0 && fraction <= 1))

@@ -50,6 +50,8 @@ static uint64_t this_generation(void)
     return now;
 }
 
+uint64_t dt_generation(void) { return this_generation(); }
+
 bool dt_forked(const dt_session *s)
 {
     return atomic_load_explicit(fork_word, memory_order_relaxed) != s->generation;
