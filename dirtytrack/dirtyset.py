@@ -80,7 +80,11 @@ class DirtySet:
 
     @property
     def complete(self) -> bool:
-        """False where a time budget ended the collect early: the rest is pending still."""
+        """False where a time budget ended the collect early: the rest is pending still.
+
+        It is about that one collect. A loop ``until complete`` over memory that is written meanwhile may never end:
+        give it an end of its own, or collect the last part without a budget.
+        """
         return bool(self._set.complete)
 
     @property
@@ -215,6 +219,9 @@ class DirtySet:
     def union(dirty_sets: Iterable[DirtySet]) -> DirtySet:
         """The union of any number of sets, in one pass. Of none: an empty set that knows no region."""
         parts = list(dirty_sets)
+        for part in parts:
+            if not isinstance(part, DirtySet):
+                raise TypeError(f"a DirtySet is united with DirtySets, not with a {type(part).__name__}")
         if not parts:
             return DirtySet()
         layout = parts[0]._layout

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -169,6 +170,8 @@ class Pagemap:
         except OSError as error:
             if self.pid is not None and isinstance(error, (FileNotFoundError, ProcessLookupError)):
                 raise TargetGone(f"the process {self.pid} ended", errno=error.errno, pid=self.pid) from error
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                raise failures.unreadable_maps(error, start, end) from error
             raise InvalidMemory(
                 f"cannot look for hugetlb memory, over which this scan could hang for ever: {error}. Use category_mask "
                 "= return_mask = PageCategory.WRITTEN",

@@ -2,7 +2,7 @@
 """Every kind of buffer is tracked to the page, and whose bytes are whose on the pages that it shares.
 
 By stores and by the kernel's own writes; a buffer that begins and ends anywhere has its boundary pages tracked and
-every answer in bytes clipped to its own. Which buffers are refused is in test_failures.py, but for a few. Takes about
+every answer in bytes clipped to its own. Which buffers are refused is in failures/, but for a few. Takes about
 2 s of CI's 20 min.
 """
 

@@ -281,7 +281,7 @@ def test_leaving_a_tracker_whose_memory_another_watches(caplog: pytest.LogCaptur
     (region,) = other.regions
     assert pages_of(other.collect(), region) == [2]
     other.stop()
-    assert session.regions == (region,)
+    assert list(session.regions) == [region]
     del region, tracker
     session.mark_dirty(memory)  # any call: what was dropped is let go of
-    assert session.regions == ()
+    assert not session.regions

@@ -24,6 +24,7 @@ import pytest
 
 import dirtytrack
 from dirtytrack import DirtySet, DirtyTracker, Memory, Region, UffdSession
+from dirtytrack.kernel import engine
 from tests.oracle import PAGE
 
 
@@ -77,7 +78,7 @@ def test_of_collects_at_once_each_page_goes_to_exactly_one() -> None:
         for _ in range(rounds):
             written = set(random.choices(range(pages), k=random.randrange(1, 100)))
             write(memory, written)
-            taken = list(pool.map(take, range(takers)))
+            taken = list(pool.map(take, random.sample(range(takers), takers)))  # the last to come tends to go first
             assert sorted(itertools.chain(*taken)) == sorted(written), "each once, none lost"
             winners |= {number for number, found in enumerate(taken) if found}
         assert tracker.epoch == 1 + rounds * takers * 4
@@ -362,6 +363,34 @@ def test_a_set_that_reached_nobody_is_pending_again() -> None:
             assert pages_of(tracker.collect(), region) == [number]
             assert not tracker.peek(), "a set that was delivered does not come back"
         assert pages_of(other.collect(), region) == [0, 1, 2, 3]
+
+
+def test_a_call_waits_for_the_settling_that_another_thread_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A final set that is being settled elsewhere still stands between its region and `unregister`."""
+    memory, extra = dirtytrack.allocate(PAGE), dirtytrack.allocate(PAGE)
+    settle, reached, go_on = engine.settle, threading.Event(), threading.Event()
+
+    def slow(cset: object) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            reached.set()
+            go_on.wait()
+        settle(cset)
+
+    with UffdSession() as session:
+        tracker = DirtyTracker(session, [session.register(memory)])
+        tracker.start()
+        region = tracker.add(extra)
+        tracker.remove(region)
+        monkeypatch.setattr(engine, "settle", slow)
+        elsewhere = threading.Thread(target=session._settle)
+        elsewhere.start()
+        reached.wait()
+        try:
+            session.unregister(region)
+        finally:
+            go_on.set()
+            elsewhere.join()
+        assert extra.address not in [each.address for each in session.regions]
 
 
 # ---- signal handlers ------------------------------------------------------------------------------------------------

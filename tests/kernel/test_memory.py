@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What `allocate` makes: sizes, places and names, the buffer protocol, and how each kind is shared and let go of.
 
-What it refuses is in test_failures.py, how it is tracked in test_buffers.py. Takes about 1 s of CI's 20 min.
+What it refuses is in failures/, how it is tracked in test_buffers.py. Takes about 1 s of CI's 20 min.
 """
 
 from __future__ import annotations

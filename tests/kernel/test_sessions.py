@@ -2,7 +2,7 @@
 """Each sentence of the contract about sessions: doors, registering, pins, regions, arming, coming and going.
 
 What a session has after each call, and what the kernel has registered, asked by the independent client. How calls fail
-is in test_failures.py, what cannot be seen in test_blind_spots.py. Takes about 2 s of CI's 20 min.
+is in failures/, what cannot be seen in test_blind_spots.py. Takes about 2 s of CI's 20 min.
 """
 
 from __future__ import annotations

@@ -33,7 +33,8 @@ def example() -> None:
             assert run == (memory.address + 5 * 4096, memory.address + 6 * 4096)
         assert not tracker.collect()
 
-    array = bytearray(100_000)
+    # Pages of its own: on the heap, a neighbour's write makes the first or the last page dirty.
+    array = memoryview(dirtytrack.allocate(100_000)).cast("B")
     with dirtytrack.UffdSession() as session:
         region = session.register(array, name="weights")
         listener = dirtytrack.DirtyTracker(session)

@@ -261,3 +261,5 @@ def test_runs_outlive_their_set() -> None:
     empty = DirtySet()
     assert (empty.runs.shape, len(empty), empty.nbytes, list(empty)) == ((0, 2), 0, 0, [])
     assert DirtySet.union([]) == empty
+    with pytest.raises(TypeError, match="not with a int"):
+        DirtySet.union([empty, 1])  # type: ignore[list-item]

@@ -151,7 +151,7 @@ def test_a_granule_that_is_no_multiple_of_the_page(world: World, granule: int) -
 
 
 def test_ask_a_set_for_a_region_that_it_does_not_know(world: World) -> None:
-    second = world.tracker.add(bytearray(PAGE), name="second")
+    second = world.tracker.add(dirtytrack.allocate(PAGE), name="second")
     dirty = world.tracker.collect()
     assert world.tracker.remove(second) == world.tracker.peek().in_region(world.region) - dirty
     for call in (dirty.in_region, dirty.offsets, dirty.pages, dirty.bitmap, dirty.rows):
