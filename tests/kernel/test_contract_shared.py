@@ -258,7 +258,7 @@ def test_the_first_epoch_is_audited_and_so_is_added_memory() -> None:
         with pytest.raises(MissedWrite):
             tracker.collect()
         tracker.stop()
-        first = session.register(bytearray(PAGE))
+        first = session.register(dirtytrack.allocate(PAGE))
         tracker = dirtytrack.DirtyTracker(session, [first], audit=1.0)
         tracker.start()
         tracker.add(region)

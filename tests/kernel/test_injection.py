@@ -141,6 +141,8 @@ def descriptors() -> int:
 
 
 def mapping_count() -> int:
+    if SANITIZED:
+        return 0  # it maps as it likes
     return Path("/proc/self/maps").read_text().count("\n")
 
 

@@ -129,6 +129,7 @@ def no_mapping_left() -> None:
         assert tracker.collect().page_count == 1
 
 
+@pytest.mark.unsanitized("it needs mappings of its own")
 def test_so_many_mappings_that_regions_must_share_them() -> None:
     run_in_child(islands_where_mappings_run_out, timeout=100)
 

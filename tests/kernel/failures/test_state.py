@@ -96,7 +96,7 @@ def test_a_region_that_was_unregistered(world: World) -> None:
 
 def test_a_region_of_another_session(world: World) -> None:
     with UffdSession() as other:
-        region = other.register(bytearray(PAGES * PAGE), name="foreign")
+        region = other.register(dirtytrack.allocate(PAGES * PAGE), name="foreign")
         for refuses in (
             lambda: world.session.unregister(region),
             lambda: world.session.write_protect(region),
