@@ -6,6 +6,7 @@
  * goes to a ring, and from there to the listeners by the next call that holds the lock. */
 #include "engine.h"
 #include <poll.h>
+#include <sched.h>
 #include <signal.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
@@ -21,6 +22,7 @@ struct dt_events {
     pthread_t thread;
     bool running;
     int uffd, stop;               /* an eventfd that ends the thread */
+    _Atomic uint64_t begun, done; /* reads of the descriptor; equal while the thread waits for an event */
     _Atomic uint64_t written, read;
     _Atomic bool overflow;
     event ring[RING];
@@ -39,6 +41,21 @@ static void push(dt_events *e, uint64_t start, uint64_t end, uint64_t other)
     atomic_store_explicit(&e->written, at + 1, memory_order_release);
 }
 
+static bool read_one(dt_events *e)
+{
+    struct k_uffd_msg message;
+    /* Whoever discards goes on as soon as the event is read, which is before it is in the ring: a collect waits for
+     * reads that were begun. */
+    atomic_fetch_add(&e->begun, 1);
+    bool any = read(e->uffd, &message, sizeof message) == sizeof message;
+    if (any && (message.event == K_UFFD_EVENT_REMOVE || message.event == K_UFFD_EVENT_UNMAP))
+        push(e, message.arg.remove.start, message.arg.remove.end, 0);
+    else if (any && message.event == K_UFFD_EVENT_REMAP)
+        push(e, message.arg.remap.from, message.arg.remap.from + message.arg.remap.len, message.arg.remap.to);
+    atomic_fetch_add(&e->done, 1);
+    return any;
+}
+
 static void *read_events(void *context)
 {
     dt_events *e = context;
@@ -48,13 +65,8 @@ static void *read_events(void *context)
             return NULL;
         if (fds[1].revents)
             return NULL;
-        struct k_uffd_msg message;
-        while (read(e->uffd, &message, sizeof message) == sizeof message) {
-            if (message.event == K_UFFD_EVENT_REMOVE || message.event == K_UFFD_EVENT_UNMAP)
-                push(e, message.arg.remove.start, message.arg.remove.end, 0);
-            else if (message.event == K_UFFD_EVENT_REMAP)
-                push(e, message.arg.remap.from, message.arg.remap.from + message.arg.remap.len, message.arg.remap.to);
-        }
+        while (read_one(e))
+            ;
     }
 }
 
@@ -119,6 +131,8 @@ static void let_go(dt_session *s, uint64_t start, uint64_t end)
 void dt_events_drain(dt_session *s)
 {
     dt_events *e = s->events;
+    for (uint64_t begun = atomic_load(&e->begun); atomic_load(&e->done) < begun;)
+        sched_yield(); /* the thread needs no lock of ours */
     uint64_t written = atomic_load_explicit(&e->written, memory_order_acquire), read = atomic_load(&e->read);
     if (DT_LIKELY(written == read && !e->recent_count && !atomic_load(&e->overflow)))
         return;

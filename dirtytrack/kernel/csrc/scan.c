@@ -356,24 +356,35 @@ static int scan_part(dt_pass *pass, uint64_t whole_start, uint64_t whole_end, ui
     return 0;
 }
 
-typedef struct lost_context { dt_pass *pass; dt_watch *content; } lost_context;
+static void forget_content(dt_session *s, uint64_t start, uint64_t end)
+{
+    for (uint64_t i = 0; i < s->watch_count; i++)
+        if (!s->watches[i]->listener)
+            dt_unmark(s->watches[i], start, end);
+}
 
 static void found_lost(void *context, uint64_t start, uint64_t end, bool keep)
 {
-    const lost_context *c = context;
-    tell_range(c->pass, start, end);
-    if (!keep)
-        dt_unmark(c->content, start, end);
-    c->pass->session->statistics.pages_lost += (end - start) >> dt_page_shift();
+    dt_pass *pass = context;
+    dt_session *s = pass->session;
+    tell_range(pass, start, end);
+    if (!keep) { /* at each address and in each region that has it, lest they tell each other for ever */
+        uint64_t next = 0;
+        dt_run elsewhere;
+        forget_content(s, start, end);
+        while (pass->aliased && dt_alias_next(s, start, end, &next, &elsewhere))
+            forget_content(s, elsewhere.start, elsewhere.end);
+    }
+    s->statistics.pages_lost += (end - start) >> dt_page_shift();
 }
 
 static int find_lost(dt_pass *pass, uint64_t start, uint64_t end)
 {
     int rc = 0;
     for (uint64_t i = 0; i < pass->watch_count && !rc; i++) {
-        lost_context c = {pass, pass->watches[i]};
-        if (!c.content->listener && c.content->region->armed)
-            rc = dt_find_lost(pass->session, c.content, start, end, true, found_lost, &c);
+        dt_watch *content = pass->watches[i];
+        if (!content->listener && content->region->armed)
+            rc = dt_find_lost(pass->session, content, start, end, true, found_lost, pass);
     }
     return rc;
 }
