@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.kernel.kinds import POOLS, Area, Kind, NotHere
-from tests.kernel.watched import Watched
+from tests.kernel.watched import Bare, Watched
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,6 +31,13 @@ def area(kind: Kind, tmp_path: Path) -> Iterator[Area]:
         yield made
     finally:
         mapping.__exit__(None, None, None)
+
+
+@pytest.fixture
+def bare(area: Area) -> Iterator[Bare]:
+    """The same, registered and armed by the oracle."""
+    with Bare(area) as made:
+        yield made
 
 
 @pytest.fixture

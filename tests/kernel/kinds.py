@@ -234,7 +234,7 @@ def _file_in(folder: Path, nbytes: int) -> int:
 
 
 def _disk_file(flags: int) -> Mapper:
-    return lambda nbytes, _folder: _mapped(nbytes, flags, _file_in(_on_disk(folder), nbytes))
+    return lambda nbytes, folder: _mapped(nbytes, flags, _file_in(_on_disk(folder), nbytes))
 
 
 def _on_disk(folder: Path) -> Path:
@@ -407,6 +407,8 @@ class Kind:
     """What a mapping's length is a multiple of."""
     pinnable: bool = True
     """The kernel may take its pages for itself: O_DIRECT, process_vm_writev."""
+    kept: bool = False
+    """There is one of it in a process, which stays: no test may map anything in its place."""
 
     @property
     def private_file(self) -> bool:
@@ -440,8 +442,8 @@ class Kind:
 _hugetlb_kind = functools.partial(Kind, backing="hugetlb", granule=HUGE_PAGE, page_bytes=HUGE_PAGE)
 KINDS: tuple[Kind, ...] = (
     Kind("private anonymous", _anonymous, "anonymous"),
-    Kind("brk heap", _kept(_heap_at), "anonymous"),
-    Kind("stack", _kept(_stack_at), "anonymous"),
+    Kind("brk heap", _kept(_heap_at), "anonymous", kept=True),
+    Kind("stack", _kept(_stack_at), "anonymous", kept=True),
     Kind("/dev/zero private", _zero_device(mmap.MAP_PRIVATE), "anonymous"),
     Kind("transparent huge private", _transparent(False), "anonymous", page_bytes=HUGE_PAGE),
     Kind("shared anonymous", _anonymous_shared, "shmem", shared=True),

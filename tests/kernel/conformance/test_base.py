@@ -7,8 +7,6 @@ Through `Pagemap`, on memory that the oracle registered and armed, and through `
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -16,46 +14,8 @@ import pytest
 from dirtytrack import PageCategory, Pagemap, ScanFlag
 from tests import oracle
 from tests.kernel.kinds import GIGANTIC, KINDS, TRACKABLE, Area, Kind, NotHere, some
-from tests.kernel.watched import Watched
+from tests.kernel.watched import ARMING, EXACT, Bare, Watched
 from tests.oracle import PAGE
-
-EXACT = {"category_mask": PageCategory.WRITTEN, "return_mask": PageCategory.WRITTEN}
-ARMING = ScanFlag.WP_MATCHING | ScanFlag.CHECK_WPASYNC
-
-
-class Bare:
-    """An area of which the oracle holds the userfaultfd; asked about by `Pagemap` and by the oracle."""
-
-    def __init__(self, area: Area) -> None:
-        self.area = area
-        self._things = ExitStack()
-        self.pagemap = self._things.enter_context(Pagemap())
-        uffd = self._things.enter_context(oracle.userfaultfd())
-        oracle.register(uffd, area.address, area.end)
-        oracle.arm(uffd, area.address, area.end)
-
-    def written(self) -> set[int]:
-        """Without arming; Pagemap and the oracle agree."""
-        scan = self.pagemap.scan(self.area.address, self.area.end, **EXACT)
-        assert self.area.of_pages(oracle.written(self.area.address, self.area.end)) == self.area.of_runs(scan)
-        assert scan.page_count % self.area.unit_pages == 0, "whole units"
-        return self.area.of_runs(scan)
-
-    def take(self, max_units: int = 0) -> set[int]:
-        """And arm what was returned."""
-        most = max_units * self.area.unit_pages
-        scan = self.pagemap.scan(self.area.address, self.area.end, **EXACT, flags=ARMING, max_pages=most)
-        return self.area.of_runs(scan)
-
-    def close(self) -> None:
-        self._things.close()
-
-
-@pytest.fixture
-def bare(area: Area) -> Iterator[Bare]:
-    made = Bare(area)
-    yield made
-    made.close()
 
 
 def the_six_base_cases(bare: Bare) -> None:
@@ -111,10 +71,8 @@ def test_the_base_cases_by_a_tracker(area: Area) -> None:
 
 def test_the_base_cases_on_many_pages(tmp_path: Path) -> None:
     [kind] = some("private anonymous")
-    with kind.map(5120, tmp_path) as area:
-        bare = Bare(area)
+    with kind.map(5120, tmp_path) as area, Bare(area) as bare:
         the_six_base_cases(bare)
-        bare.close()
 
 
 def test_the_base_cases_on_a_gibibyte_page(tmp_path: Path) -> None:
