@@ -28,6 +28,7 @@ _READ_WRITE = 3 << 30
 _PAGEMAP_SCAN = _READ_WRITE | 96 << 16 | ord("f") << 8 | 16
 _UFFDIO_API = _READ_WRITE | 24 << 16 | 0xAA << 8 | 0x3F
 _UFFDIO_REGISTER = _READ_WRITE | 32 << 16 | 0xAA << 8
+_UFFDIO_UNREGISTER = 2 << 30 | 16 << 16 | 0xAA << 8 | 1
 _UFFDIO_WRITEPROTECT = _READ_WRITE | 24 << 16 | 0xAA << 8 | 6
 _USERFAULTFD = {"x86_64": 323, "aarch64": 282}
 _WP_HUGETLBFS_SHMEM, _WP_UNPOPULATED, _WP_ASYNC = 1 << 12, 1 << 13, 1 << 15
@@ -141,6 +142,15 @@ def register(uffd: int, start: int, end: int) -> None:
     fcntl.ioctl(uffd, _UFFDIO_REGISTER, struct.pack("4Q", start, end - start, 2, 0))
 
 
+def unregister(uffd: int, start: int, end: int) -> None:
+    fcntl.ioctl(uffd, _UFFDIO_UNREGISTER, struct.pack("2Q", start, end - start))
+
+
+def disarm(uffd: int, start: int, end: int) -> None:
+    """UFFDIO_WRITEPROTECT, the other way round: pages may be written without a fault."""
+    fcntl.ioctl(uffd, _UFFDIO_WRITEPROTECT, struct.pack("3Q", start, end - start, 0))
+
+
 def arm(uffd: int, start: int, end: int) -> None:
     """UFFDIO_WRITEPROTECT: arms pages and *erases* what was written before, so that nobody is told."""
     fcntl.ioctl(uffd, _UFFDIO_WRITEPROTECT, struct.pack("3Q", start, end - start, 1))
@@ -199,6 +209,13 @@ def move(address: int, nbytes: int) -> int:
     """mremap to a place of the kernel's choice, which the old mapping leaves."""
     to = map_at(0, nbytes)
     at = _libc.mremap(address, nbytes, nbytes, 3, to)  # MREMAP_MAYMOVE | MREMAP_FIXED
+    _check(-1 if at == MAP_FAILED else 0, "mremap")
+    return int(at)
+
+
+def remap(address: int, old_nbytes: int, new_nbytes: int, flags: int = 1, to: int = 0) -> int:
+    """mremap as it is: MREMAP_MAYMOVE (1), MREMAP_FIXED (2), MREMAP_DONTUNMAP (4)."""
+    at = _libc.mremap(address, old_nbytes, new_nbytes, flags, to)
     _check(-1 if at == MAP_FAILED else 0, "mremap")
     return int(at)
 
