@@ -224,6 +224,11 @@ def discard(address: int, nbytes: int, advice: int = mmap.MADV_DONTNEED) -> None
     _check(_libc.madvise(address, nbytes, advice), "madvise")
 
 
+def synchronise(address: int, nbytes: int) -> None:
+    """msync: a file's pages are written back now."""
+    _check(_libc.msync(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), 4), "msync")
+
+
 @contextmanager
 def mapped(nbytes: int) -> Iterator[int]:
     """The address of private anonymous memory that nobody pins."""

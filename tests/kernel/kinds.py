@@ -234,10 +234,10 @@ def _file_in(folder: Path, nbytes: int) -> int:
 
 
 def _disk_file(flags: int) -> Mapper:
-    return lambda nbytes, folder: _mapped(nbytes, flags, _file_in(_on_disk(folder), nbytes))
+    return lambda nbytes, folder: _mapped(nbytes, flags, _file_in(on_disk(folder), nbytes))
 
 
-def _on_disk(folder: Path) -> Path:
+def on_disk(folder: Path) -> Path:
     """A folder that is not in memory: there a file's pages are written back, and read again."""
     for choice in (folder, Path("/var/tmp"), Path.cwd()):
         if file_system(choice) != "tmpfs" and os.access(choice, os.W_OK):

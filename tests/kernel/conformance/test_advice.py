@@ -27,7 +27,6 @@ GUARD_INSTALL, GUARD_REMOVE = 102, 103
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mlock.argtypes = _libc.munlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_libc.msync.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 3, ctypes.c_char_p]
 
 ANONYMOUS = [kind for kind in TRACKABLE if kind.backing == "anonymous"]
@@ -195,13 +194,13 @@ def test_writing_a_file_back_is_no_write_to_memory(watched: Watched, how: str) -
     for unit in (1, 2):
         area.store(unit)
         if how == "msync":
-            assert _libc.msync(area.address, area.nbytes, 4) == 0
+            oracle.synchronise(area.address, area.nbytes)
         else:
             os.fsync(area.fd)
         if how == "fadvise":
             os.posix_fadvise(area.fd, 0, 0, os.POSIX_FADV_DONTNEED)
         assert watched.collect() == {unit}, "written back, and dirty for us still"
-        assert _libc.msync(area.address, area.nbytes, 4) == 0
+        oracle.synchronise(area.address, area.nbytes)
         assert watched.collect() == set()
 
 

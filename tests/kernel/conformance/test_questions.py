@@ -6,7 +6,6 @@ Takes about 2 s of CI's 20 min.
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from tests.oracle import PAGE
 
 EVERY = PageCategory(oracle.KNOWN)
 WRITTEN, PRESENT, FILE = PageCategory.WRITTEN, PageCategory.PRESENT, PageCategory.FILE
-_libc = ctypes.CDLL(None, use_errno=True)
 
 on_every_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
 
@@ -165,7 +163,7 @@ def mapping_address(mapping: mmap.mmap) -> int:
 def test_a_file_written_to_through_memory_and_synchronised(bare: Bare) -> None:
     area = bare.area
     area.fill(ord("z"))
-    assert _libc.msync(ctypes.c_void_p(area.address), ctypes.c_size_t(area.nbytes), 4) == 0
+    oracle.synchronise(area.address, area.nbytes)
     question = masks(
         category_mask=WRITTEN,
         category_anyof_mask=PRESENT | PageCategory.SWAPPED | FILE,
@@ -175,7 +173,7 @@ def test_a_file_written_to_through_memory_and_synchronised(bare: Bare) -> None:
     assert area.of_runs(scan) == set(range(area.units))
     assert all(found.categories & WRITTEN for found in scan)
     assert bare.take() == set(range(area.units))
-    assert _libc.msync(ctypes.c_void_p(area.address), ctypes.c_size_t(area.nbytes), 4) == 0
+    oracle.synchronise(area.address, area.nbytes)
     area.store(3)
     assert bare.take() == {3}, "written back in between, and armed still"
 
