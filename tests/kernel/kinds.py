@@ -164,7 +164,10 @@ class Pool:
         """Have so many pages free; to be called, and the pages mapped, under the lock."""
         if not self._folder.exists():
             raise NotHere(f"no hugetlb pages of {self.page_bytes >> 20} MiB on this machine")
-        lacks = pages - (self._number("free_hugepages") - self._number("resv_hugepages"))
+        reserved = self._number("resv_hugepages")
+        if reserved >> 63:  # below 0 for a moment, while something still holds pages of a mapping that has gone
+            reserved = 0
+        lacks = pages - (self._number("free_hugepages") - reserved)
         if lacks > 0:
             before = self._number("nr_hugepages")
             try:

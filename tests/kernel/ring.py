@@ -12,7 +12,7 @@ from tests import oracle
 
 _SETUP, _ENTER, _REGISTER = 425, 426, 427
 _READ_FIXED, _READ = 4, 22
-_GETEVENTS = 1
+_GETEVENTS, _UNREGISTER_BUFFERS = 1, 1
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -41,7 +41,7 @@ class Ring:
         self._head, self._completed = numbers[20], numbers[21]
         self._ring = mmap.mmap(self._fd, max(self._array + 4 * numbers[0], self._cqes + 16 * numbers[1]))
         self._entries = mmap.mmap(self._fd, 64 * numbers[0], offset=0x10000000)
-        self._fixed = registered is not None
+        self._fixed = False
         if registered is not None:
             iovec = bytearray(struct.pack("2Q", *registered))
             try:
@@ -49,6 +49,7 @@ class Ring:
             except OSError:
                 self.close()
                 raise
+            self._fixed = True
 
     def submit(self, fd: int, address: int, nbytes: int, offset: int = 0) -> None:
         """Begin a read."""
@@ -72,6 +73,8 @@ class Ring:
         return int(done)
 
     def close(self) -> None:
+        if self._fixed:
+            _call("io_uring_register", _REGISTER, self._fd, _UNREGISTER_BUFFERS, 0, 0)  # closing does so later
         self._entries.close()
         self._ring.close()
         os.close(self._fd)
