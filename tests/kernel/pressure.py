@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What a kernel short of memory does, brought about: swapping, compaction and merging; each put back afterwards."""
+"""What a machine short of memory or of speed does, brought about: swapping, compaction, merging, slow disks.
+
+Each is put back afterwards.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import ctypes
 import errno
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -120,3 +123,43 @@ def allow_merging(area: Area) -> None:
 def merged_pages() -> int:
     """Of this process."""
     return int(Path("/proc/self/ksm_merging_pages").read_text())
+
+
+# ---- a slow disk ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def slow_disk(path: Path, bytes_per_second: int = 1024) -> Iterator[Callable[[], None]]:
+    """Reads of this process from the disk that a file is on take their time, until what is given is called.
+
+    Raises:
+        NotHere: only root may, and by the block controller of control groups, version 1.
+    """
+    root = Path("/sys/fs/cgroup/blkio")
+    lines = Path("/proc/self/cgroup").read_text().splitlines()
+    here = [line.split(":", 2)[2] for line in lines if "blkio" in line.split(":", 2)[1].split(",")]
+    if not here or not (root / "blkio.throttle.read_bps_device").exists():
+        raise NotHere(f"no disk can be slowed down here: {root} is no block controller")
+    device = path.stat().st_dev
+    group = root / f"slow-disk-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError as error:
+        raise NotHere(f"no disk can be slowed down here: {error}") from error
+    home = root / here[0].lstrip("/") / "cgroup.procs"
+    limit, number = group / "blkio.throttle.read_bps_device", f"{os.major(device)}:{os.minor(device)}"
+    try:
+        try:
+            limit.write_text(f"{number} {bytes_per_second}")
+            (group / "cgroup.procs").write_text(str(os.getpid()))
+        except OSError as error:
+            raise NotHere(f"the disk beneath {path} cannot be slowed down: {error}") from error
+        yield lambda: _lift(limit, number)
+    finally:
+        _lift(limit, number)
+        home.write_text(str(os.getpid()))
+        group.rmdir()
+
+
+def _lift(limit: Path, number: str) -> None:
+    limit.write_text(f"{number} 0")
