@@ -49,10 +49,11 @@ def test_the_base_cases_asked_of_the_page_map(bare: Bare) -> None:
 
 
 @pytest.mark.parametrize("kind", TRACKABLE, ids=str)
-def test_the_base_cases_by_a_tracker(area: Area) -> None:
+def test_the_base_cases_by_a_tracker(kind: Kind, area: Area) -> None:
     everything, middle = set(range(area.units)), area.units // 2
     with Watched(area, compare=False) as watched:
-        assert watched.collect() == set(), "started is clean"
+        new = watched.collect()
+        assert not new or kind.backing == "secret", "of which nobody can ask what has content: all may count once"
         area.fill(0xFF)
         assert watched.peek() == everything
         assert watched.collect() == everything
@@ -110,6 +111,7 @@ def test_a_hundred_flips(bare: Bare, kind: Kind) -> None:
 @pytest.mark.parametrize("kind", TRACKABLE, ids=str)
 def test_a_hundred_flips_by_a_tracker(area: Area) -> None:
     unit = area.units // 2
+    area.fill(3)
     with Watched(area, compare=False) as watched:
         for number in range(100):
             area.store(unit, bytes([number]))

@@ -50,6 +50,7 @@ def test_three_trackers_at_their_own_pace_each_get_all(watched: Watched) -> None
 def test_two_regions_of_one_memory(area: Area) -> None:
     """Halves that overlap by two units: each tracker is told of its own, and of what both have."""
     middle = area.units // 2
+    area.fill(3)
     with UffdSession() as session:
         low = session.register((area.address, (middle + 1) * area.granule), blind_spots="accepted")
         high = session.register((area.at(middle - 1), area.end - area.at(middle - 1)), blind_spots="accepted")

@@ -39,23 +39,30 @@ def swap_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 # ---- swap -----------------------------------------------------------------------------------------------------------
 
 
+def assert_dirty(kind: Kind, found: set[int], wanted: set[int]) -> None:
+    """A copy of a file's page that is in swap looks like one that was discarded: it may be reported beside (EXTRA)."""
+    assert found >= wanted if kind.private_file else found == wanted
+
+
 @swappable
-def test_armed_pages_go_out_and_come_in_armed(watched: Watched, swap_file: Path) -> None:
+def test_armed_pages_go_out_and_come_in_armed(kind: Kind, watched: Watched, swap_file: Path) -> None:
     area = watched.area
     pressure.swap_out(area, range(area.units))
     assert pressure.swapped_bytes(area) > 0, "they are really out"
-    assert watched.tracker.peek().page_count == 0
+    assert_dirty(kind, watched.peek(), set())
     assert area.load(1) == b"\x03", "in again, by reading"
-    assert watched.collect() == set()
+    assert_dirty(kind, watched.collect(), set())
     area.store(1)
     assert watched.collect() == {1}
     pressure.swap_out(area, range(area.units))
     area.store(2)
-    assert watched.collect() == {2}, "in again, by a store"
+    assert_dirty(kind, watched.collect(), {2})
+    area.store(3)
+    assert watched.collect() == {3}
 
 
 @swappable
-def test_dirty_pages_that_went_out_are_dirty(watched: Watched, swap_file: Path) -> None:
+def test_dirty_pages_that_went_out_are_dirty(kind: Kind, watched: Watched, swap_file: Path) -> None:
     area = watched.area
     dirty = {1, 2, 5}
     for round_ in range(2):
@@ -63,8 +70,8 @@ def test_dirty_pages_that_went_out_are_dirty(watched: Watched, swap_file: Path) 
             area.store(unit, bytes([90 + round_]))
         pressure.swap_out(area, range(area.units))
         assert pressure.swapped_bytes(area) > 0
-        assert watched.area.of_runs(watched.tracker.peek()) == dirty
-        assert watched.collect() == dirty
+        assert_dirty(kind, watched.peek(), dirty)
+        assert_dirty(kind, watched.collect(), dirty)
         assert watched.collect() == set(), "and armed where they are"
     assert area.load(5) == b"\x5b"
 
@@ -76,13 +83,13 @@ def test_swap_is_put_off_beneath_a_tracker(kind: Kind, area: Area, tmp_path: Pat
         with Watched(area) as watched, pressure.swap(tmp_path, 1024, priority=2000) as path:
             area.store(1)
             pressure.swap_out(area, range(area.units))
-            assert watched.area.of_runs(watched.tracker.collect()) == {1}
+            assert_dirty(kind, watched.area.of_runs(watched.tracker.collect()), {1})
             pressure.swap_out(area, range(area.units))
             area.store(2)
             pressure.swap_out(area, range(area.units))
             pressure.swap_off(path)
             assert pressure.swapped_bytes(area) == 0
-            assert watched.area.of_runs(watched.tracker.collect()) == {2}
+            assert_dirty(kind, watched.area.of_runs(watched.tracker.collect()), {2})
             area.store(4)
             assert watched.area.of_runs(watched.tracker.collect()) == {4}
     except NotHere as why:
