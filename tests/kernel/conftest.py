@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel.kinds import POOLS, Area, Kind, NotHere
+from tests.kernel.host import POOLS, NotHere
+from tests.kernel.kinds import Area, Kind
 from tests.kernel.watched import Bare, Watched
 
 

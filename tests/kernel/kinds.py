@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Every kind of memory that this machine can provide, in one table; and the pool of huge pages for those that need it.
+"""Every kind of memory that this machine can provide, in one table.
 
 A `Kind` maps an `Area` of so many units, a unit being what the kernel resolves for that memory: what one store makes
 dirty. So a test in units is the same test on a base page, on a huge page and on a gigantic one.
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import functools
 import mmap
 import os
@@ -20,9 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests import oracle
+from tests.kernel.host import GIGANTIC_PAGE, HUGE_PAGE, POOLS, NotHere, file_system, on_disk, setting
 from tests.oracle import PAGE
-
-HUGE_PAGE, GIGANTIC_PAGE = 2 << 20, 1 << 30
 
 SESSIONS_TAKE_HUGETLB = False
 """Whether `UffdSession.register` takes hugetlb memory: the one switch for the tests of trackers on it."""
@@ -32,6 +30,7 @@ _MFD_CLOEXEC, _MFD_HUGETLB = 1, 4
 _SHM_HUGETLB, _IPC_PRIVATE, _IPC_CREAT, _IPC_RMID = 0o4000, 0, 0o1000, 0
 _MEMFD_SECRET = 447
 _MADV_HUGEPAGE = 14
+_MNT_DETACH = 2
 _PRIVATE_ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 _SHARED_ANONYMOUS = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS
 
@@ -43,10 +42,6 @@ _libc.shmat.restype = ctypes.c_void_p
 _libc.shmat.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
 _libc.shmget.argtypes = [ctypes.c_int, ctypes.c_size_t, ctypes.c_int]
 _libc.shmdt.argtypes = [ctypes.c_void_p]
-
-
-class NotHere(Exception):
-    """This machine does not provide that kind of memory; why not."""
 
 
 def _fail(what: str) -> OSError:
@@ -128,66 +123,6 @@ def _place(nbytes: int, flags: int, fd: int = -1, align: int = PAGE) -> int:
     return int(at)
 
 
-# ---- the pool of huge pages -----------------------------------------------------------------------------------------
-
-
-class Pool:
-    """What the tests need of the machine's huge pages of one size: added when needed, put back at the end of the run.
-
-    Other programs may do the same at the same time: each adds and takes away its own, under one lock.
-    """
-
-    _LOCK = Path(tempfile.gettempdir()) / "nr_hugepages.lock"
-
-    def __init__(self, page_bytes: int) -> None:
-        self.page_bytes = page_bytes
-        self._folder = Path(f"/sys/kernel/mm/hugepages/hugepages-{page_bytes >> 10}kB")
-        self._added = 0
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        fd = os.open(self._LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(fd)
-
-    def _number(self, name: str) -> int:
-        return int((self._folder / name).read_text())
-
-    def _resize(self, pages: int) -> int:
-        (self._folder / "nr_hugepages").write_text(str(pages))
-        return self._number("nr_hugepages")
-
-    def ensure(self, pages: int) -> None:
-        """Have so many pages free; to be called, and the pages mapped, under the lock."""
-        if not self._folder.exists():
-            raise NotHere(f"no hugetlb pages of {self.page_bytes >> 20} MiB on this machine")
-        reserved = self._number("resv_hugepages")
-        if reserved >> 63:  # below 0 for a moment, while something still holds pages of a mapping that has gone
-            reserved = 0
-        lacks = pages - (self._number("free_hugepages") - reserved)
-        if lacks > 0:
-            before = self._number("nr_hugepages")
-            try:
-                gained = self._resize(before + lacks) - before
-            except OSError as error:
-                raise NotHere(f"the pool lacks {lacks} huge pages, and {self._folder}/nr_hugepages: {error}") from error
-            self._added += gained
-            if gained < lacks:
-                raise NotHere(f"no {lacks} huge pages of {self.page_bytes >> 20} MiB free in one piece, but {gained}")
-
-    def put_back(self) -> None:
-        if self._added:
-            with self.locked():
-                self._resize(max(0, self._number("nr_hugepages") - self._added))
-            self._added = 0
-
-
-POOLS = {size: Pool(size) for size in (HUGE_PAGE, GIGANTIC_PAGE)}
-
-
 # ---- how each kind is mapped ----------------------------------------------------------------------------------------
 
 Mapper = Callable[[int, Path], AbstractContextManager[tuple[int, int]]]
@@ -240,29 +175,34 @@ def _disk_file(flags: int) -> Mapper:
     return lambda nbytes, folder: _mapped(nbytes, flags, _file_in(on_disk(folder), nbytes))
 
 
-def on_disk(folder: Path) -> Path:
-    """A folder that is not in memory: there a file's pages are written back, and read again."""
-    for choice in (folder, Path("/var/tmp"), Path.cwd()):
-        if file_system(choice) != "tmpfs" and os.access(choice, os.W_OK):
-            return choice
-    raise NotHere(f"neither {folder} nor /var/tmp nor this folder is on a disk")
-
-
-def file_system(path: Path) -> str:
-    """The type of the file system that a path is on."""
-    best, kind = "", ""
-    for line in Path("/proc/self/mounts").read_text().splitlines():
-        _, where, what, *_ = line.split()
-        if (path.resolve().is_relative_to(where)) and len(where) >= len(best):
-            best, kind = where, what
-    return kind
-
-
 def _tmpfs(nbytes: int, folder: Path) -> AbstractContextManager[tuple[int, int]]:
     shm = Path("/dev/shm")
     if file_system(shm) != "tmpfs":
         raise NotHere("/dev/shm is no tmpfs")
     return _mapped(nbytes, mmap.MAP_SHARED, _file_in(shm, nbytes))
+
+
+def _overlay(flags: int) -> Mapper:
+    """A file of an overlay, which is mounted for as long as it takes to open it."""
+
+    @contextmanager
+    def mapper(nbytes: int, folder: Path) -> Iterator[tuple[int, int]]:
+        with tempfile.TemporaryDirectory(dir=on_disk(folder)) as name:
+            parts = {part: Path(name) / part for part in ("lower", "upper", "work", "merged")}
+            for part in parts.values():
+                part.mkdir()
+            options = f"lowerdir={parts['lower']},upperdir={parts['upper']},workdir={parts['work']}"
+            merged = os.fsencode(parts["merged"])
+            if _libc.mount(b"overlay", merged, b"overlay", 0, options.encode()) != 0:
+                raise NotHere(f"mounting an overlay: {os.strerror(ctypes.get_errno())}")
+            try:
+                fd = _file_in(parts["merged"], nbytes)
+            finally:
+                _libc.umount2(merged, _MNT_DETACH)
+            with _mapped(nbytes, flags, fd) as found:
+                yield found
+
+    return mapper
 
 
 def _secret(nbytes: int, folder: Path) -> AbstractContextManager[tuple[int, int]]:
@@ -321,27 +261,6 @@ def _kept(where: Callable[[], int]) -> Mapper:
         yield at, -1
 
     return mapper
-
-
-@contextmanager
-def setting(path: Path, value: str) -> Iterator[None]:
-    """A setting of the kernel's, put back afterwards.
-
-    Raises:
-        NotHere: it is not there, or not for this user to change.
-    """
-    try:
-        before = path.read_text().strip()
-        chosen = before[before.index("[") + 1 : before.index("]")] if "[" in before else before
-        if chosen != value:
-            path.write_text(value)
-    except OSError as error:
-        raise NotHere(f"cannot set {path} to {value}: {error}") from error
-    try:
-        yield
-    finally:
-        if chosen != value:
-            path.write_text(chosen)
 
 
 def _transparent(shared: bool) -> Mapper:
@@ -459,6 +378,8 @@ KINDS: tuple[Kind, ...] = (
     Kind("memfd private", _memfd(mmap.MAP_PRIVATE), "shmem"),
     Kind("disk file shared", _disk_file(mmap.MAP_SHARED), "file", shared=True),
     Kind("disk file private", _disk_file(mmap.MAP_PRIVATE), "file"),
+    Kind("overlay file shared", _overlay(mmap.MAP_SHARED), "file", shared=True),
+    Kind("overlay file private", _overlay(mmap.MAP_PRIVATE), "file"),
     _hugetlb_kind("hugetlb private", _hugetlb("private")),
     _hugetlb_kind("hugetlb shared", _hugetlb("shared"), shared=True),
     _hugetlb_kind("hugetlb memfd", _hugetlb("memfd"), shared=True),

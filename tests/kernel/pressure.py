@@ -15,7 +15,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from tests import oracle
-from tests.kernel.kinds import Area, NotHere, on_disk, setting
+from tests.kernel.host import NotHere, on_disk, setting
+from tests.kernel.kinds import Area
 from tests.oracle import PAGE
 
 _libc = ctypes.CDLL(None, use_errno=True)

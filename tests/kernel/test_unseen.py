@@ -21,7 +21,8 @@ import pytest
 from dirtytrack import DirtyTracker, UffdSession
 from tests import oracle
 from tests.kernel import pressure
-from tests.kernel.kinds import KINDS, TRACKABLE, Area, Kind, NotHere, some
+from tests.kernel.host import NotHere
+from tests.kernel.kinds import KINDS, TRACKABLE, Area, Kind, some
 from tests.kernel.ring import Ring
 from tests.kernel.watched import Watched
 from tests.kernel.ways import (

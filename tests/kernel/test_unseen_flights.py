@@ -19,7 +19,8 @@ import pytest
 
 from tests import oracle
 from tests.kernel import pressure
-from tests.kernel.kinds import TRACKABLE, Area, NotHere, on_disk, some
+from tests.kernel.host import NotHere, on_disk
+from tests.kernel.kinds import TRACKABLE, Area, some
 from tests.kernel.ring import Ring
 from tests.kernel.watched import Watched
 from tests.oracle import PAGE

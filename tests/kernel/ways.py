@@ -108,8 +108,8 @@ def truncate_and_grow(area: Area) -> None:
 
 
 Way = Callable[[Area], None]
-SHARED_FILES = ("memfd shared", "tmpfs file", "disk file shared")
-PRIVATE_FILES = ("memfd private", "disk file private")
+SHARED_FILES = ("memfd shared", "tmpfs file", "disk file shared", "overlay file shared")
+PRIVATE_FILES = ("memfd private", "disk file private", "overlay file private")
 ALL_SHARED = tuple(kind.name for kind in KINDS if kind.shared)
 
 # Only declaring such a write helps: no page table of this process ever knew.
@@ -126,8 +126,8 @@ BENEATH: dict[str, Way] = {"write(2) to the file": write_to_file, "a hole punche
 # Remedies look for these, after the scan, which misses them.
 DISCARDS: dict[str, tuple[Way, tuple[str, ...]]] = {
     "MADV_DONTNEED": (discard, (*PRIVATE_FILES, "hugetlb private")),
-    "_MADV_DONTNEED_LOCKED": (discard_locked, (*PRIVATE_FILES, "hugetlb private")),
-    "_MADV_REMOVE": (remove, (*SHARED_FILES, "shared anonymous", "System V", "hugetlb shared", "hugetlb memfd")),
+    "MADV_DONTNEED_LOCKED": (discard_locked, (*PRIVATE_FILES, "hugetlb private")),
+    "MADV_REMOVE": (remove, (*SHARED_FILES, "shared anonymous", "System V", "hugetlb shared", "hugetlb memfd")),
     "a hole punched": (punch, (*SHARED_FILES, "hugetlb memfd")),
     "a range zeroed": (zero_range, ("disk file shared",)),
     "truncated and grown again": (truncate_and_grow, (*SHARED_FILES, *PRIVATE_FILES)),

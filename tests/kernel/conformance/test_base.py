@@ -13,7 +13,8 @@ import pytest
 
 from dirtytrack import PageCategory, Pagemap, ScanFlag
 from tests import oracle
-from tests.kernel.kinds import GIGANTIC, KINDS, TRACKABLE, Area, Kind, NotHere, some
+from tests.kernel.host import NotHere
+from tests.kernel.kinds import GIGANTIC, KINDS, TRACKABLE, Area, Kind, some
 from tests.kernel.watched import ARMING, EXACT, Bare, Watched
 from tests.oracle import PAGE
 

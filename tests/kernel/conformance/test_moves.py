@@ -18,7 +18,8 @@ import pytest
 import dirtytrack
 from dirtytrack import PageCategory, Pagemap, ScanFlag
 from tests import oracle
-from tests.kernel.kinds import HUGE_PAGE, KINDS, TRACKABLE, Area, Kind, some
+from tests.kernel.host import HUGE_PAGE
+from tests.kernel.kinds import KINDS, TRACKABLE, Area, Kind, some
 from tests.kernel.watched import EXACT, Bare, Watched
 from tests.oracle import PAGE
 
