@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests import oracle
-from tests.kernel.host import GIGANTIC_PAGE, HUGE_PAGE, POOLS, NotHere, file_system, on_disk, setting
+from tests.kernel.host import GIGANTIC_PAGE, HUGE_PAGE, POOLS, NotHere, file_system, machine_lock, on_disk, setting
 from tests.oracle import PAGE
 
 SESSIONS_TAKE_HUGETLB = False
@@ -291,7 +291,7 @@ def _hugetlb(form: str, page_bytes: int = HUGE_PAGE) -> Mapper:
     def mapper(nbytes: int, folder: Path) -> Iterator[tuple[int, int]]:
         pool = POOLS[page_bytes]
         spare = nbytes // page_bytes if page_bytes == HUGE_PAGE else 0  # for the copies that a forked child makes
-        with pool.locked():
+        with machine_lock():
             pool.ensure(nbytes // page_bytes + spare)
             if form == "System V":
                 mapping = _system_v(nbytes, folder, _SHM_HUGETLB | size)

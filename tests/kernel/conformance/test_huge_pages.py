@@ -20,6 +20,7 @@ from tests.kernel import pressure
 from tests.kernel.host import HUGE_PAGE, NotHere, setting
 from tests.kernel.kinds import Area, Kind, some
 from tests.kernel.watched import ARMING, EXACT, Bare, Watched
+from tests.kernel.ways import UNIT, punch
 from tests.oracle import PAGE
 
 [PRIVATE, SHARED] = BOTH = some("transparent huge private", "transparent huge shared")
@@ -150,7 +151,7 @@ def test_shared_huge_pages_armed_by_the_scan_are_dirty_as_a_whole(kind: Kind, tm
 
 
 @shared
-@pytest.mark.parametrize("how", ["mprotect", "discard", "page out"])
+@pytest.mark.parametrize("how", ["mprotect", "munmap", "punch", "discard", "page out"])
 def test_a_zapped_shared_huge_page_is_dirty(kind: Kind, how: str, tmp_path: Path) -> None:
     """EXTRA: nobody can say any more which of its pages were clean."""
     with kind.map(2 * PAGES, tmp_path) as area, oracle.userfaultfd() as uffd:
@@ -160,6 +161,10 @@ def test_a_zapped_shared_huge_page_is_dirty(kind: Kind, how: str, tmp_path: Path
         if how == "mprotect":
             oracle.protect(area.at(4), PAGE, 1)
             oracle.protect(area.at(4), PAGE, 3)
+        elif how == "munmap":
+            oracle.unmap(area.at(UNIT), PAGE)
+        elif how == "punch":
+            punch(area)
         else:
             oracle.discard(area.address, HUGE_PAGE, mmap.MADV_DONTNEED if how == "discard" else MADV_PAGEOUT)
         assert oracle.written(area.address, area.end) >= {1}

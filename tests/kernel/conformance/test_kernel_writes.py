@@ -276,7 +276,16 @@ def test_a_debugger_writes_to_memory_that_is_read_only(watched: Watched) -> None
     assert watched.collect() == set()
 
 
-@pytest.mark.parametrize("kind", some("memfd private", "disk file private"), ids=str)
+@pytest.mark.parametrize("kind", [kind for kind in TRACKABLE if kind.shared and kind.pinnable], ids=str)
+def test_a_debugger_may_not_write_to_shared_memory_that_is_read_only(watched: Watched) -> None:
+    area = watched.area
+    oracle.protect(area.address, area.nbytes, mmap.PROT_READ)
+    with pytest.raises(OSError, match="Input/output error"):
+        proc_mem(area.at(UNIT))
+    assert watched.collect() == set()
+
+
+@pytest.mark.parametrize("kind", some("memfd private", "disk file private", "overlay file private"), ids=str)
 def test_the_first_store_to_a_page_of_a_private_file(area: Area) -> None:
     """The page was the file's until then; only the copy is written."""
     for unit in range(area.units):
