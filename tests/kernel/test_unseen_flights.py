@@ -19,7 +19,7 @@ import pytest
 
 from tests import oracle
 from tests.kernel import pressure
-from tests.kernel.host import NotHere, on_disk
+from tests.kernel.host import on_disk
 from tests.kernel.kinds import TRACKABLE, Area, some
 from tests.kernel.ring import Ring
 from tests.kernel.watched import Watched
@@ -79,8 +79,6 @@ def slow_file(tmp_path: Path) -> Iterator[SlowFile]:
     try:
         with pressure.slow_disk(path) as go_on:
             yield SlowFile(fd, go_on)
-    except NotHere as why:
-        pytest.skip(str(why))
     finally:
         os.close(fd)
 

@@ -17,7 +17,7 @@ import dirtytrack
 from dirtytrack import PageCategory
 from tests import oracle
 from tests.kernel import pressure
-from tests.kernel.host import HUGE_PAGE, NotHere, setting
+from tests.kernel.host import HUGE_PAGE, setting
 from tests.kernel.kinds import Area, Kind, some
 from tests.kernel.watched import ARMING, EXACT, Bare, Watched
 from tests.kernel.ways import UNIT, punch
@@ -251,19 +251,16 @@ def test_an_armed_range_without_content_gets_no_huge_pages(tmp_path: Path) -> No
 def test_pages_of_a_size_between(tmp_path: Path) -> None:
     """64 KiB: 16 pages in one piece, of which each is dirty by itself."""
     folder = Path("/sys/kernel/mm/transparent_hugepage/hugepages-64kB")
-    try:
-        with setting(folder / "enabled", "madvise"), oracle.mapped(3 * 16 * PAGE) as reserved:
-            area = Area(-(-reserved // (16 * PAGE)) * 16 * PAGE, 2 * 16 * PAGE, PAGE)
-            oracle.discard(area.address, area.nbytes, 14)
-            area.fill(3)
-            frames = pressure.frames(area)
-            assert frames[16:] == list(range(frames[16], frames[16] + 16)), "really in one piece"
-            with Watched(area) as watched:
-                assert watched.collect() == set()
-                area.store(17)
-                assert watched.collect() == {17}
-                area.store(3)
-                area.store(18)
-                assert watched.collect() == {3, 18}
-    except NotHere as why:
-        pytest.skip(str(why))
+    with setting(folder / "enabled", "madvise"), oracle.mapped(3 * 16 * PAGE) as reserved:
+        area = Area(-(-reserved // (16 * PAGE)) * 16 * PAGE, 2 * 16 * PAGE, PAGE)
+        oracle.discard(area.address, area.nbytes, 14)
+        area.fill(3)
+        frames = pressure.frames(area)
+        assert frames[16:] == list(range(frames[16], frames[16] + 16)), "really in one piece"
+        with Watched(area) as watched:
+            assert watched.collect() == set()
+            area.store(17)
+            assert watched.collect() == {17}
+            area.store(3)
+            area.store(18)
+            assert watched.collect() == {3, 18}
