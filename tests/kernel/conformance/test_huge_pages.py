@@ -221,12 +221,12 @@ def test_collapsing_through_another_mapping_loses_nothing(kind: Kind, tmp_path: 
     with memfd.map(1, tmp_path) as small:
         fd = os.dup(small.fd)
     os.ftruncate(fd, 2 * HUGE_PAGE)
-    with oracle.mapped(3 * HUGE_PAGE) as reserved:
+    with oracle.apart(3 * HUGE_PAGE) as reserved:
         start = -(-reserved // HUGE_PAGE) * HUGE_PAGE
         oracle.map_at(start, HUGE_PAGE, fd=fd)
         area = Area(start, HUGE_PAGE, PAGE, fd)
         area.fill(3)
-        with oracle.mapped(3 * HUGE_PAGE) as elsewhere, Watched(area) as watched:
+        with oracle.apart(3 * HUGE_PAGE) as elsewhere, Watched(area) as watched:
             alias = -(-elsewhere // HUGE_PAGE) * HUGE_PAGE
             oracle.map_at(alias, HUGE_PAGE, fd=fd)
             oracle.peek_bytes(alias, HUGE_PAGE)
@@ -251,7 +251,7 @@ def test_an_armed_range_without_content_gets_no_huge_pages(tmp_path: Path) -> No
 def test_pages_of_a_size_between(tmp_path: Path) -> None:
     """64 KiB: 16 pages in one piece, of which each is dirty by itself."""
     folder = Path("/sys/kernel/mm/transparent_hugepage/hugepages-64kB")
-    with setting(folder / "enabled", "madvise"), oracle.mapped(3 * 16 * PAGE) as reserved:
+    with setting(folder / "enabled", "madvise"), oracle.apart(3 * 16 * PAGE) as reserved:
         area = Area(-(-reserved // (16 * PAGE)) * 16 * PAGE, 2 * 16 * PAGE, PAGE)
         oracle.discard(area.address, area.nbytes, 14)
         area.fill(3)

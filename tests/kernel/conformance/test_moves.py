@@ -18,7 +18,6 @@ import pytest
 import dirtytrack
 from dirtytrack import PageCategory, Pagemap, ScanFlag
 from tests import oracle
-from tests.kernel.host import HUGE_PAGE
 from tests.kernel.kinds import KINDS, TRACKABLE, Area, Kind, some
 from tests.kernel.watched import EXACT, Bare, Watched
 from tests.oracle import PAGE
@@ -112,8 +111,7 @@ def test_the_child_is_not_tracked(bare: Bare) -> None:
 def test_memory_that_moved_is_gone_from_where_it_was_and_unarmed_where_it_is(kind: Kind, area: Area) -> None:
     area.fill(3)
     with Watched(area, compare=False) as watched, Pagemap() as pagemap:
-        with oracle.mapped(area.nbytes + HUGE_PAGE) as reserved:
-            to = -(-reserved // HUGE_PAGE) * HUGE_PAGE
+        to = oracle.free_place(area.nbytes)
         at = oracle.remap(area.address, area.nbytes, area.nbytes, MAYMOVE | 2, to)
         assert at == to
         moved = Area(at, area.nbytes, area.granule, area.fd)
@@ -154,7 +152,7 @@ def test_memory_that_moved_and_left_its_old_mapping_in_place(kind: Kind, area: A
 
 def test_memory_that_grew_in_place() -> None:
     """The mapping is one, and registered; what is new of it counts as written."""
-    with oracle.mapped(16 * PAGE) as at, oracle.userfaultfd() as uffd, Pagemap() as pagemap:
+    with oracle.apart(16 * PAGE) as at, oracle.userfaultfd() as uffd, Pagemap() as pagemap:
         oracle.unmap(at + 8 * PAGE, 8 * PAGE)
         area = Area(at, 8 * PAGE, PAGE)
         area.fill(1)
@@ -202,7 +200,7 @@ def test_a_stack_that_grew_downwards() -> None:
     """MAP_GROWSDOWN: the mapping itself grows, and with it what is registered."""
     map_growsdown = 0x100
     guard = 512 * PAGE  # the kernel keeps a gap of 256 pages beneath it
-    with oracle.mapped(guard + 8 * PAGE) as reserved, oracle.userfaultfd() as uffd, Pagemap() as pagemap:
+    with oracle.apart(guard + 8 * PAGE) as reserved, oracle.userfaultfd() as uffd, Pagemap() as pagemap:
         oracle.unmap(reserved, guard)
         low, end = reserved + guard, reserved + guard + 8 * PAGE
         oracle.map_at(low, 8 * PAGE, extra=map_growsdown)

@@ -201,7 +201,7 @@ STRIPES = (3, 1, 3, 1, 3, 0, 3, 1)  # PROT_READ | PROT_WRITE, PROT_READ, PROT_NO
 
 def test_stripes_of_rights_in_memory_that_may_not_be_touched() -> None:
     """The selftest's `userfaultfd_tests`: no page of it was written, whatever may be done with it."""
-    with oracle.mapped(16 * PAGE) as at, oracle.userfaultfd() as uffd, Pagemap() as pagemap:
+    with oracle.apart(16 * PAGE) as at, oracle.userfaultfd() as uffd, Pagemap() as pagemap:
         oracle.protect(at, 16 * PAGE, 0)
         oracle.register(uffd, at, at + 16 * PAGE)
         oracle.arm(uffd, at, at + 16 * PAGE)

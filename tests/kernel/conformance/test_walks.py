@@ -217,7 +217,7 @@ def test_patterns_by_a_tracker(watched: Watched) -> None:
 
 
 def test_an_unmapped_range_has_no_pages() -> None:
-    with oracle.mapped(64 * PAGE) as address:
+    with oracle.apart(64 * PAGE) as address:
         pass
     every = PageCategory(oracle.KNOWN) & ~PageCategory.WRITTEN
     with Pagemap() as pagemap:
