@@ -22,7 +22,7 @@ from tests import oracle
 from tests.kernel.host import GIGANTIC_PAGE, HUGE_PAGE, POOLS, NotHere, file_system, machine_lock, on_disk, setting
 from tests.oracle import PAGE
 
-SESSIONS_TAKE_HUGETLB = False
+SESSIONS_TAKE_HUGETLB = True
 """Whether `UffdSession.register` takes hugetlb memory: the one switch for the tests of trackers on it."""
 
 _MAP_FIXED_NOREPLACE, _MAP_HUGETLB, _MAP_HUGE_SHIFT = 0x100000, 0x40000, 26

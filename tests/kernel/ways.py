@@ -23,7 +23,7 @@ from tests.oracle import PAGE
 UNIT = 3
 NEW = b"\x5a" * 8
 
-DISCARDS_ARE_FOUND = False
+DISCARDS_ARE_FOUND = True
 """Whether trackers look for what was discarded (remedy R2): the one switch for their tests."""
 
 _MADV_REMOVE, _MADV_DONTNEED_LOCKED = 9, 24
