@@ -22,9 +22,6 @@ from tests import oracle
 from tests.kernel.host import GIGANTIC_PAGE, HUGE_PAGE, POOLS, NotHere, file_system, machine_lock, on_disk, setting
 from tests.oracle import PAGE
 
-SESSIONS_TAKE_HUGETLB = True
-"""Whether `UffdSession.register` takes hugetlb memory: the one switch for the tests of trackers on it."""
-
 _MAP_FIXED_NOREPLACE, _MAP_HUGETLB, _MAP_HUGE_SHIFT = 0x100000, 0x40000, 26
 _MFD_CLOEXEC, _MFD_HUGETLB = 1, 4
 _SHM_HUGETLB, _IPC_PRIVATE, _IPC_CREAT, _IPC_RMID = 0o4000, 0, 0o1000, 0
@@ -380,9 +377,6 @@ GIGANTIC = Kind(
     "hugetlb 1G", _hugetlb("private", GIGANTIC_PAGE), "hugetlb", granule=GIGANTIC_PAGE, page_bytes=GIGANTIC_PAGE
 )
 """Apart from the others: a machine that has run for a while may have no gibibyte in one piece."""
-
-TRACKABLE: tuple[Kind, ...] = tuple(kind for kind in KINDS if SESSIONS_TAKE_HUGETLB or kind.backing != "hugetlb")
-"""The kinds on which trackers are tested."""
 
 
 def some(*names: str) -> tuple[Kind, ...]:

@@ -21,7 +21,7 @@ import pytest
 from dirtytrack import DirtyTracker, UffdSession
 from tests import oracle
 from tests.kernel import pressure
-from tests.kernel.kinds import KINDS, TRACKABLE, Area, Kind, some
+from tests.kernel.kinds import KINDS, Area, Kind, some
 from tests.kernel.ring import Ring
 from tests.kernel.watched import Watched
 from tests.kernel.ways import (
@@ -37,7 +37,6 @@ from tests.kernel.ways import (
     discard,
     punch,
     rows,
-    trackable_rows,
     truncate_and_grow,
     write_to_file,
 )
@@ -138,7 +137,7 @@ def test_a_hole_where_a_page_was_swapped_out(tmp_path: Path) -> None:
 # ---- what the documentation advises ---------------------------------------------------------------------------------
 
 
-@trackable_rows(UNDECLARED)
+@rows(UNDECLARED)
 def test_a_declared_write_is_seen(kind: Kind, way: Way, watched: Watched) -> None:
     area = watched.area
     way(area)
@@ -169,7 +168,7 @@ def test_a_declared_change_of_the_file_beneath_is_seen(area: Area) -> None:
         assert watched.collect() == set(), "a page that was written once is a copy, and safe"
 
 
-@pytest.mark.parametrize("kind", [kind for kind in TRACKABLE if kind.shared], ids=str)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.shared], ids=str)
 def test_with_every_mapping_armed_each_store_is_seen_somewhere(area: Area) -> None:
     area.fill(3)
     alias = alias_of(area)
@@ -212,7 +211,7 @@ def test_the_exact_scan_misses_a_read_into_a_registered_buffer(area: Area) -> No
     os.close(sink)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in REGISTERABLE if kind in TRACKABLE], ids=str)
+@pytest.mark.parametrize("kind", REGISTERABLE, ids=str)
 def test_a_registered_buffer_that_is_in_flight_is_dirty(watched: Watched) -> None:
     area = watched.area
     source, sink = os.pipe()

@@ -20,7 +20,7 @@ import pytest
 from tests import oracle
 from tests.kernel import pressure
 from tests.kernel.host import on_disk
-from tests.kernel.kinds import TRACKABLE, Area, some
+from tests.kernel.kinds import Area, some
 from tests.kernel.ring import Ring
 from tests.kernel.watched import Watched
 from tests.oracle import PAGE
@@ -33,7 +33,7 @@ _libc.pread.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c
 
 kinds = pytest.mark.parametrize(
     "kind",
-    [kind for kind in some("private anonymous", "memfd shared", "transparent huge private") if kind in TRACKABLE],
+    some("private anonymous", "memfd shared", "transparent huge private"),
     ids=str,
 )
 how = pytest.mark.parametrize("how", ["io_uring", "pread in a thread"])

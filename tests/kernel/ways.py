@@ -17,14 +17,11 @@ import pytest
 
 from tests import oracle
 from tests.kernel.host import NotHere
-from tests.kernel.kinds import KINDS, TRACKABLE, Area, some
+from tests.kernel.kinds import KINDS, Area, some
 from tests.oracle import PAGE
 
 UNIT = 3
 NEW = b"\x5a" * 8
-
-DISCARDS_ARE_FOUND = True
-"""Whether trackers look for what was discarded (remedy R2): the one switch for their tests."""
 
 _MADV_REMOVE, _MADV_DONTNEED_LOCKED = 9, 24
 _KEEP_SIZE_AND_PUNCH, _KEEP_SIZE_AND_ZERO = 3, 0x11
@@ -143,8 +140,3 @@ def rows(table: dict[str, tuple[Way, tuple[str, ...]]]) -> pytest.MarkDecorator:
         pytest.param(kind, way, id=f"{name}-{kind}") for name, (way, kinds) in table.items() for kind in some(*kinds)
     ]
     return pytest.mark.parametrize(("kind", "way"), cases)
-
-
-def trackable_rows(table: dict[str, tuple[Way, tuple[str, ...]]]) -> pytest.MarkDecorator:
-    names = {kind.name for kind in TRACKABLE}
-    return rows({name: (way, tuple(kind for kind in kinds if kind in names)) for name, (way, kinds) in table.items()})

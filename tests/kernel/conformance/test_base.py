@@ -13,7 +13,7 @@ import pytest
 
 from dirtytrack import PageCategory, Pagemap, ScanFlag
 from tests import oracle
-from tests.kernel.kinds import GIGANTIC, KINDS, TRACKABLE, Area, Kind, some
+from tests.kernel.kinds import GIGANTIC, KINDS, Area, Kind, some
 from tests.kernel.watched import ARMING, EXACT, Bare, Watched
 from tests.oracle import PAGE
 
@@ -48,7 +48,7 @@ def test_the_base_cases_asked_of_the_page_map(bare: Bare) -> None:
     the_six_base_cases(bare)
 
 
-@pytest.mark.parametrize("kind", TRACKABLE, ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_the_base_cases_by_a_tracker(kind: Kind, area: Area) -> None:
     everything, middle = set(range(area.units)), area.units // 2
     with Watched(area, compare=False) as watched:
@@ -102,7 +102,7 @@ def test_a_hundred_flips(bare: Bare, kind: Kind) -> None:
         assert bare.take() == {unit}
 
 
-@pytest.mark.parametrize("kind", TRACKABLE, ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_a_hundred_flips_by_a_tracker(area: Area) -> None:
     unit = area.units // 2
     area.fill(3)

@@ -25,7 +25,7 @@ import pytest
 
 from dirtytrack import UffdSession
 from tests import oracle
-from tests.kernel.kinds import TRACKABLE, Area, some
+from tests.kernel.kinds import KINDS, Area, some
 from tests.kernel.ring import Ring
 from tests.kernel.watched import Watched
 from tests.oracle import PAGE
@@ -196,8 +196,8 @@ BY_PINNING: dict[str, Callable[[int], None]] = {
     "process_vm_writev by another process": process_vm_by_another,
 }
 
-on_every_kind = pytest.mark.parametrize("kind", TRACKABLE, ids=str)
-on_pinnable_kinds = pytest.mark.parametrize("kind", [kind for kind in TRACKABLE if kind.pinnable], ids=str)
+on_every_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
+on_pinnable_kinds = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.pinnable], ids=str)
 
 
 def assert_exact(watched: Watched, way: Callable[[int], None]) -> None:
@@ -265,7 +265,7 @@ def test_the_frame_of_a_signal(watched: Watched, library: ctypes.CDLL) -> None:
         assert found == {4}
 
 
-@pytest.mark.parametrize("kind", [kind for kind in TRACKABLE if not kind.shared], ids=str)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.shared], ids=str)
 def test_a_debugger_writes_to_memory_that_is_read_only(watched: Watched) -> None:
     """/proc/self/mem overrides the rights of private memory: it is a copy, seen like any other."""
     area = watched.area
@@ -276,7 +276,7 @@ def test_a_debugger_writes_to_memory_that_is_read_only(watched: Watched) -> None
     assert watched.collect() == set()
 
 
-@pytest.mark.parametrize("kind", [kind for kind in TRACKABLE if kind.shared and kind.pinnable], ids=str)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.shared and kind.pinnable], ids=str)
 def test_a_debugger_may_not_write_to_shared_memory_that_is_read_only(watched: Watched) -> None:
     area = watched.area
     oracle.protect(area.address, area.nbytes, mmap.PROT_READ)

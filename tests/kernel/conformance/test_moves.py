@@ -18,15 +18,15 @@ import pytest
 import dirtytrack
 from dirtytrack import PageCategory, Pagemap, ScanFlag
 from tests import oracle
-from tests.kernel.kinds import KINDS, TRACKABLE, Area, Kind, some
+from tests.kernel.kinds import KINDS, Area, Kind, some
 from tests.kernel.watched import EXACT, Bare, Watched
 from tests.oracle import PAGE
 
 MAYMOVE, DONTUNMAP = 1, 4
 CHECK = {**EXACT, "flags": ScanFlag.CHECK_WPASYNC}
 
-on_every_kind = pytest.mark.parametrize("kind", TRACKABLE, ids=str)
-movable = pytest.mark.parametrize("kind", [kind for kind in TRACKABLE if not kind.kept], ids=str)
+on_every_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
+movable = pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.kept], ids=str)
 
 
 # ---- forks ----------------------------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def test_stores_of_the_parent_while_a_child_lives(watched: Watched) -> None:
     assert watched.collect() == {0}
 
 
-@pytest.mark.parametrize("kind", [kind for kind in TRACKABLE if not kind.shared], ids=str)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.shared], ids=str)
 def test_stores_of_a_child_to_its_own_copy_are_not_the_parents(watched: Watched) -> None:
     area = watched.area
     child = Forked(lambda: area.fill(9, range(4)))

@@ -21,12 +21,12 @@ import pytest
 from dirtytrack.pagemap import swapped
 from tests import oracle
 from tests.kernel import pressure
-from tests.kernel.kinds import TRACKABLE, Area, Kind, some
+from tests.kernel.kinds import KINDS, Area, Kind, some
 from tests.kernel.watched import Bare, Watched
 from tests.oracle import PAGE
 
 SWAPPABLE = [
-    kind for kind in TRACKABLE if kind.backing in ("anonymous", "shmem") and kind.name != "transparent huge shared"
+    kind for kind in KINDS if kind.backing in ("anonymous", "shmem") and kind.name != "transparent huge shared"
 ]
 swappable = pytest.mark.parametrize("kind", SWAPPABLE, ids=str)
 [ANONYMOUS] = some("private anonymous")

@@ -14,7 +14,7 @@ import pytest
 import dirtytrack
 from dirtytrack import PageCategory, Pagemap, ScanFlag, UffdSession
 from tests import oracle
-from tests.kernel.kinds import KINDS, TRACKABLE, Area, Kind, some
+from tests.kernel.kinds import KINDS, Area, Kind, some
 from tests.kernel.watched import ARMING, EXACT, Bare, Watched
 from tests.oracle import PAGE
 
@@ -219,7 +219,7 @@ def test_stripes_of_rights_in_memory_that_may_not_be_touched() -> None:
         assert {(start - at) // PAGE for start, _, _ in scan} == wanted
 
 
-@pytest.mark.parametrize("kind", TRACKABLE, ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_stripes_of_rights_by_a_tracker(kind: Kind, area: Area) -> None:
     area.fill(3)
     with Watched(area, compare=False) as watched:

@@ -20,7 +20,7 @@ import pytest
 import dirtytrack
 from dirtytrack import UffdSession
 from tests import oracle
-from tests.kernel.kinds import TRACKABLE, Area, Kind, some
+from tests.kernel.kinds import KINDS, Area, Kind, some
 from tests.kernel.ring import Ring
 from tests.kernel.watched import Watched
 from tests.oracle import PAGE
@@ -74,7 +74,7 @@ def test_private_memory_of_any_advice(advice: str) -> None:
         assert_exact(area)
 
 
-@pytest.mark.parametrize("kind", TRACKABLE, ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("rights", [0, READ], ids=["none", "read only"])
 def test_memory_without_the_right_to_write(watched: Watched, rights: int) -> None:
     """Registered is not written: no store comes through while it may not, and afterwards each is seen."""

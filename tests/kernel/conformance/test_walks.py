@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from dirtytrack import PageCategory, Pagemap, ScanFlag
 from tests import oracle
-from tests.kernel.kinds import KINDS, TRACKABLE, Area, Kind, some
+from tests.kernel.kinds import KINDS, Area, Kind, some
 from tests.kernel.watched import ARMING, EXACT, Bare, Watched
 from tests.oracle import PAGE
 
@@ -202,7 +202,7 @@ def test_the_kernels_own_word_where_the_walk_ended(bare: Bare) -> None:
 # ---- what a tracker makes of it -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", TRACKABLE, ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_patterns_by_a_tracker(watched: Watched) -> None:
     area = watched.area
     chance = random.Random(9)
