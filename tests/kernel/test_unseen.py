@@ -3,7 +3,7 @@
 
 The first half asks the kernel alone, by the oracle: should a row fail one day, that kernel sees such writes, and the
 blind spot can be taken back. The second asks trackers: `mark_dirty`, `in_flight`, arming every mapping. The third is
-of misuse: ways to lose what is pending, which the library never takes. Takes about 3 s of CI's 20 min.
+of misuse: ways to lose what is pending, which the library never takes. Takes about 1 s of CI's 20 min.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 """O_DIRECT reads that are in flight while their memory is collected: really missed, and made right by `in_flight`.
 
 The disk is held up, so that a flight lasts until it is told to land; where that is not possible these are skipped.
-A flight within one epoch is in conformance/test_kernel_writes.py. Takes about 1 s of CI's 20 min.
+A flight within one epoch is in conformance/test_kernel_writes.py. Takes under 1 s of CI's 20 min.
 """
 
 from __future__ import annotations

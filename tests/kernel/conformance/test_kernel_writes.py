@@ -2,7 +2,7 @@
 """Each way by which bytes get into memory without a store of this thread: what is reported is that page, and no other.
 
 Beside plain system calls: O_DIRECT and io_uring that begin and end within an epoch, a read that was blocked when its
-memory was armed, a debugger, another process, signal frames. Takes about 5 s of CI's 20 min.
+memory was armed, a debugger, another process, signal frames. Takes about 3 s of CI's 20 min.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Several trackers on one memory, and memory of another process: what the selftest lacks, on every kind.
 
-Takes about 3 s of CI's 20 min.
+Takes about 1 s of CI's 20 min.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 """Forks, and mappings that move, grow, go away and are replaced, on every kind of memory.
 
 What a session promises of a region whose mapping changed is proven, on private memory, by test_contract_gone.py. Here:
-that it holds on every kind, and what of it the kernel itself says. Takes about 2 s of CI's 20 min.
+that it holds on every kind, and what of it the kernel itself says. Takes about 1 s of CI's 20 min.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 """Swap, compaction and merging beneath a tracker: pages leave, move and become one, and no written one is lost.
 
 The machine is really made to: a swap file in use, memory compacted until pages have moved, equal pages merged. All is
-put back. Takes about 5 s of CI's 20 min.
+put back. Takes about 2 s of CI's 20 min.
 """
 
 from __future__ import annotations

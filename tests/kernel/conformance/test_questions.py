@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What may be asked and what is refused: the selftest's `sanity_tests`, on every kind; and memory without access.
 
-Takes about 2 s of CI's 20 min.
+Takes about 3 s of CI's 20 min.
 """
 
 from __future__ import annotations

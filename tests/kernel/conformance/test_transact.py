@@ -3,7 +3,7 @@
 
 In each round threads store to pages of their own while one scan runs; a second follows when they are done. A page may
 be in both (its writer was between the fault and the store), never in neither. The storms (test_storm.py) do so without
-rounds. Takes about 3 s of CI's 20 min.
+rounds. Takes about 2 s of CI's 20 min.
 """
 
 from __future__ import annotations

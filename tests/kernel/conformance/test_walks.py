@@ -2,7 +2,7 @@
 """Patterns, limits and the end of the walk: the cases of the selftest's `sanity_tests_sd`, in units, on every kind.
 
 What the selftest limits by the length of its vector is limited by ``max_pages`` here: `Pagemap` resumes a scan whose
-vector is full, which is proven by ranges with more page regions than any vector holds. Takes about 2 s of CI's 20 min.
+vector is full, which is proven by ranges with more page regions than any vector holds. Takes about 4 s of CI's 20 min.
 """
 
 from __future__ import annotations
