@@ -77,8 +77,8 @@ def _results(reads: int, child: int, jobs: Sequence[Job]) -> Iterator[dict[str, 
             more = os.read(reads, 1 << 16)
             if not more:
                 ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
-                exited = ended is None or ended.si_code == os.CLD_EXITED
-                how = "an exit" if exited else signal.Signals(ended.si_status).name
+                killed = ended is not None and ended.si_code != os.CLD_EXITED
+                how = signal.Signals(ended.si_status).name if ended and killed else "an exit"
                 yield {"failed": f"ended its process by {how}"}
                 return
             rest += more

@@ -19,7 +19,7 @@ from ..kernel.trial import KINDS, Area, Kind, NotHere
 from .doctor_apart import Job, run_apart
 from .truth_events import EVENTS, REGISTERED, Event
 
-__all__ = ["WAYS", "Registering", "Row", "broken", "markdown", "registering", "rows"]
+__all__ = ["WAYS", "Registering", "Row", "broken", "document", "markdown", "registering", "rows"]
 
 _EXACT_SCAN_ALONE = 14  # DT_REMEDY_NONE
 WAYS: dict[str, dict[str, Any]] = {
@@ -30,6 +30,13 @@ WAYS: dict[str, dict[str, Any]] = {
 """The columns: how the session of each is made."""
 _HANG_SECONDS = 1.0
 _REMEDIES = {"pages_absent": "R1", "pages_lost": "R2", "pages_told": "event"}
+
+_LEGEND = (
+    "Each row was done three times, on fresh memory: seen by the exact scan alone, with the remedies, and with events "
+    "too. Counted in base pages: `seen`: changed and reported; `MISSED`: changed and not reported; `+n`, `extra`: "
+    "reported though nothing changed. R1: pages neither present nor swapped; R2: content that is gone though the "
+    "kernel's marker stays; event: told by the kernel."
+)
 
 Outcome = dict[str, Any]
 """changed, missed and extra: base pages; told: an error by name; by: the remedies that found something; or not_here or
@@ -75,9 +82,16 @@ def _insist_on_huge_pages(area: Area) -> None:
         raise NotHere("the kernel gave no transparent huge page (/sys/kernel/mm/transparent_hugepage)")
 
 
-def _different(before: bytes, after: bytes) -> set[int]:
-    starts = range(0, len(before), PAGE_BYTES)
-    return {i for i, at in enumerate(starts) if before[at : at + PAGE_BYTES] != after[at : at + PAGE_BYTES]}
+def _different(before: bytes, after: bytes, piece_bytes: int = 64 * PAGE_BYTES) -> set[int]:
+    """The pages that differ, looked for in large pieces first."""
+    found = set()
+    for at in range(0, len(before), piece_bytes):
+        old, new = before[at : at + piece_bytes], after[at : at + piece_bytes]
+        if old != new and piece_bytes > PAGE_BYTES:
+            found |= {at // PAGE_BYTES + page for page in _different(old, new, PAGE_BYTES)}
+        elif old != new:
+            found.add(at // PAGE_BYTES)
+    return found
 
 
 def _attempt(event: Event, kind: Kind, options: dict[str, Any]) -> Outcome:
@@ -194,7 +208,8 @@ def _say(row: Row, way: str) -> str:
         return "not tried"
     for key in ("not_here", "failed", "told"):
         if key in outcome:
-            return {"not_here": "not here", "failed": f"**{outcome[key]}**", "told": str(outcome[key])}[key]
+            hangs = "hangs until SIGKILL" if row.event.hangs and key == "failed" else outcome[key]
+            return {"not_here": "not here", "failed": f"**{hangs}**", "told": str(outcome[key])}[key]
     changed, missed, extra = outcome["changed"], outcome["missed"], outcome["extra"]
     more = f", +{extra}" if extra else ""
     if missed and row.event.blind and way != "exact scan alone":
@@ -213,16 +228,7 @@ def _table(head: tuple[str, ...], lines: Iterable[tuple[str, ...]]) -> list[str]
 
 def markdown(title: str, registered: list[Registering], found: list[Row]) -> str:
     """The whole table for this kernel."""
-    lines = [f"# {title}", ""]
-    lines += [
-        "Each row was done on fresh memory: once seen by the exact scan alone, once with the remedies, once with events "
-        "too. Counted in base pages: `seen` changed and reported, `MISSED` changed and not reported, `+n` or `extra` "
-        "reported though nothing changed. R1: pages neither present nor swapped; R2: pages whose content is gone though "
-        "the kernel's marker stays; event: told by the kernel.",
-        "",
-        "## Memory",
-        "",
-    ]
+    lines = [f"# {title}", "", _LEGEND, "", "## Memory", ""]
     answers = []
     for kind, outcome in registered:
         if "registered" in outcome:
@@ -232,7 +238,9 @@ def markdown(title: str, registered: list[Registering], found: list[Row]) -> str
         answers.append((kind.name, said))
     lines += _table(("memory", "can be tracked"), answers)
     lines += ["", "## Events", ""]
-    lines += _table(("event", "memory", *WAYS), ((r.event.name, r.kind.name, *(_say(r, w) for w in WAYS)) for r in found))
+    lines += _table(
+        ("event", "memory", *WAYS), ((r.event.name, r.kind.name, *(_say(r, w) for w in WAYS)) for r in found)
+    )
     missing: dict[str, set[str]] = {}
     for row in found:
         for outcome in row.outcomes.values():
@@ -242,6 +250,23 @@ def markdown(title: str, registered: list[Registering], found: list[Row]) -> str
         lines += ["", "## Not here", ""]
         lines += [f"- {why}: {_few(what)}" for why, what in missing.items()]
     return "\n".join(lines) + "\n"
+
+
+def document(registered: list[Registering], found: list[Row]) -> dict[str, Any]:
+    """The same in what JSON has."""
+    return {
+        "memory": [{"memory": kind.name, **outcome} for kind, outcome in registered],
+        "events": [
+            {
+                "event": row.event.name,
+                "memory": row.kind.name,
+                "blind_spot": row.event.blind,
+                "broken": broken(row),
+                "outcomes": row.outcomes,
+            }
+            for row in found
+        ],
+    }
 
 
 def _few(what: set[str]) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What can happen to memory: the rows of `dirtytrack doctor --truth`, each with the kinds of memory that it is tried on.
+"""What can happen to memory: the rows of `dirtytrack doctor --truth`, each with the kinds of memory it is tried on.
 
 All is done to unit 1 of an area that has content, all pages being armed; unless the row says otherwise.
 """
@@ -104,6 +104,14 @@ def _store(area: Area) -> None:
     area.store(1)
 
 
+def _load(area: Area) -> None:
+    area.load(1)
+
+
+def _drop(_found: bytes) -> None:
+    """What was read is of no interest, only that there was something."""
+
+
 def _fork_and_store(area: Area) -> None:
     _fork(area, _nothing, _store)
 
@@ -116,7 +124,7 @@ def _store_by_child(area: Area) -> None:
         os.write(writes, b"x")
 
     try:
-        _fork(area, child, lambda _area: os.read(reads, 1) and None)
+        _fork(area, child, lambda _area: _drop(os.read(reads, 1)))
     finally:
         os.close(reads)
         os.close(writes)
@@ -197,7 +205,7 @@ EVENTS = (
     Event("store", _ALL, _store),
     Event("store of the same value", ("anonymous", "memfd shared"), lambda area: area.store(1, 3)),
     Event("first store where nothing was touched", (*_PLAIN, *_PRIVATE_FILES), _store, untouched=True),
-    Event("read only, where nothing was touched", ("anonymous", "hugetlb private"), lambda a: a.load(1) and None,
+    Event("read only, where nothing was touched", ("anonymous", "hugetlb private"), _load,
           untouched=True),
     Event("store in a range never touched", ("anonymous, 4 MiB",), _store, hole=True, untouched=True),
     Event("read(2) into it", _ALL, _read_into),
@@ -233,12 +241,12 @@ EVENTS = (
           _after_a_store(lambda area: area.cut(1)), hole=True),
     Event("write(2) to the file", _SHARED_FILES, lambda area: area.write_file(1), blind=True),
     Event("write(2) to the file, beneath pages never written", _PRIVATE_FILES, lambda area: area.write_file(1),
-          blind=True, untouched=True, before=lambda area: area.load(1) and None),
+          blind=True, untouched=True, before=_load),
     Event("store by a mapping made before", _SHARED, lambda area: area.store_by_alias(1), hole=True,
           before=lambda area: area.map_again()),
     Event("store by a mapping made after", _SHARED, _map_again_and_store, blind=True),
     Event("moved by mremap", ("anonymous", "memfd shared"), lambda area: area.move()),
     Event("mapped over", ("anonymous", "memfd shared"), lambda area: area.map_over()),
     Event("guard page put in and taken out", ("anonymous",), _guard),
-    Event("guard page put in and taken out", ("memfd shared", *_PRIVATE_FILES), _guard, hangs=True),
+    Event("guard page put in and taken out", ("memfd shared", "file private"), _guard, hangs=True),
 )  # fmt: skip

@@ -13,6 +13,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import core
@@ -304,13 +305,15 @@ def _device(units: int) -> Area:
 
 def _disk(flags: int, *, read_only: bool = False) -> Callable[[int], Area]:
     def make(units: int) -> Area:
-        for folder in ("/var/tmp", tempfile.gettempdir(), os.getcwd()):
-            if _file_system(folder) in ("tmpfs", "ramfs", "rootfs", ""):
-                continue
+        finders: tuple[Callable[[], str], ...] = (lambda: "/var/tmp", tempfile.gettempdir, os.getcwd)
+        for find in finders:
             with suppress(OSError):
+                folder = find()
+                if _file_system(folder) in ("tmpfs", "ramfs", "rootfs", ""):
+                    continue
                 fd, name = tempfile.mkstemp(dir=folder)
                 again = os.open(name, os.O_RDONLY | os.O_CLOEXEC) if read_only else -1
-                os.unlink(name)
+                Path(name).unlink()
                 if not read_only:
                     return _with_file(fd, units * _PAGE, flags)
                 os.ftruncate(fd, units * _PAGE)
@@ -426,8 +429,8 @@ KINDS = {
         Kind("memfd private", _memfd(_PRIVATE), file=True),
         Kind("file shared", _disk(_SHARED), shared=True, file=True),
         Kind("file private", _disk(_PRIVATE), file=True),
-        Kind("hugetlb private", _hugetlb(shared=False), units=4),
-        Kind("hugetlb shared", _hugetlb(shared=True), units=4, shared=True, file=True),
+        Kind("hugetlb private", _hugetlb(shared=False), units=3),
+        Kind("hugetlb shared", _hugetlb(shared=True), units=3, shared=True, file=True),
         Kind("anonymous shared", _plain(_SHARED | _ANONYMOUS), shared=True),
         Kind("/dev/zero private", _device),
         Kind("System V shared", _system_v, shared=True),
