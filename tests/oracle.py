@@ -229,6 +229,31 @@ def synchronise(address: int, nbytes: int) -> None:
     _check(_libc.msync(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), 4), "msync")
 
 
+_APART_BEGIN, _APART_GAP_BYTES = 1 << 45, 4 << 20
+_taken = _APART_BEGIN
+
+
+def free_place(nbytes: int, align: int = 2 << 20) -> int:
+    """Addresses that are used by nobody, far from where the kernel maps by itself, and with nothing beside them.
+
+    There a test may unmap a part, and map or grow into what is free: nothing else of this process comes to lie there.
+    """
+    global _taken
+    at = -(-(_taken + _APART_GAP_BYTES) // align) * align
+    _taken = at + nbytes
+    return at
+
+
+@contextmanager
+def apart(nbytes: int) -> Iterator[int]:
+    """As `mapped`, at a place of its own."""
+    at = map_at(free_place(nbytes), nbytes)
+    try:
+        yield at
+    finally:
+        unmap(at, nbytes)
+
+
 @contextmanager
 def mapped(nbytes: int) -> Iterator[int]:
     """The address of private anonymous memory that nobody pins."""

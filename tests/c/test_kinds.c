@@ -213,6 +213,7 @@ static void test_aliases(void)
     char *two = mmap(NULL, PAGES * page, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     char *half = mmap(NULL, PAGES / 2 * page, PROT_READ | PROT_WRITE, MAP_SHARED, fd, (off_t)(PAGES / 2 * page));
     memset(one, 1, PAGES * page);
+    memset(two, 1, PAGES * page); /* present at each address: a page that is not, in a file that was just changed, is told */
     dt_session *s = NULL;
     dt_region *r = NULL, *second = NULL;
     dt_failure why = {0};

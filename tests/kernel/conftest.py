@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,23 @@ import pytest
 from tests.kernel.host import POOLS, NotHere
 from tests.kernel.kinds import Area, Kind
 from tests.kernel.watched import Bare, Watched
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Generator[None]:
+    yield from _skip_what_is_not_here()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None]:
+    yield from _skip_what_is_not_here()
+
+
+def _skip_what_is_not_here() -> Generator[None]:
+    try:
+        yield
+    except NotHere as why:
+        pytest.skip(str(why))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -23,15 +40,8 @@ def _huge_pages_are_put_back() -> Iterator[None]:
 @pytest.fixture
 def area(kind: Kind, tmp_path: Path) -> Iterator[Area]:
     """Memory of the test's kind, 8 units at least."""
-    mapping = kind.map(8, tmp_path)
-    try:
-        made = mapping.__enter__()
-    except NotHere as why:
-        pytest.skip(str(why))
-    try:
+    with kind.map(8, tmp_path) as made:
         yield made
-    finally:
-        mapping.__exit__(None, None, None)
 
 
 @pytest.fixture

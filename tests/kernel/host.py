@@ -17,16 +17,47 @@ class NotHere(Exception):
     """This machine does not provide that kind of memory; why not."""
 
 
+_LOCK = Path(tempfile.gettempdir()) / "dirtytrack-tests.lock"
+_held = 0
+
+
+@contextmanager
+def machine_lock() -> Iterator[None]:
+    """Of all test runs on this machine one at a time; may be taken again by who has it."""
+    global _held
+    if _held:
+        _held += 1
+        try:
+            yield
+        finally:
+            _held -= 1
+        return
+    fd = os.open(_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        _held = 1
+        yield
+    finally:
+        _held = 0
+        fcntl.flock(fd, fcntl.LOCK_UN)  # closing would not do while a forked child has it too
+        os.close(fd)
+
+
 # ---- settings -------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def setting(path: Path, value: str) -> Iterator[None]:
-    """A setting of the kernel's, put back afterwards.
+    """A setting of the kernel's, put back afterwards; under the lock, so that no other run changes it meanwhile.
 
     Raises:
         NotHere: it is not there, or not for this user to change.
     """
+    with machine_lock():
+        yield from _set(path, value)
+
+
+def _set(path: Path, value: str) -> Iterator[None]:
     try:
         before = path.read_text().strip()
         chosen = before[before.index("[") + 1 : before.index("]")] if "[" in before else before
@@ -47,24 +78,13 @@ def setting(path: Path, value: str) -> Iterator[None]:
 class Pool:
     """What the tests need of the machine's huge pages of one size: added when needed, put back at the end of the run.
 
-    Other programs may do the same at the same time: each adds and takes away its own, under one lock.
+    Other test runs may do the same at the same time: each adds and takes away its own, under the lock.
     """
-
-    _LOCK = Path(tempfile.gettempdir()) / "nr_hugepages.lock"
 
     def __init__(self, page_bytes: int) -> None:
         self.page_bytes = page_bytes
         self._folder = Path(f"/sys/kernel/mm/hugepages/hugepages-{page_bytes >> 10}kB")
         self._added = 0
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        fd = os.open(self._LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(fd)
 
     def _number(self, name: str) -> int:
         return int((self._folder / name).read_text())
@@ -93,7 +113,7 @@ class Pool:
 
     def put_back(self) -> None:
         if self._added:
-            with self.locked():
+            with machine_lock():
                 self._resize(max(0, self._number("nr_hugepages") - self._added))
             self._added = 0
 

@@ -19,13 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests import oracle
-from tests.kernel.host import GIGANTIC_PAGE, HUGE_PAGE, POOLS, NotHere, file_system, on_disk, setting
+from tests.kernel.host import GIGANTIC_PAGE, HUGE_PAGE, POOLS, NotHere, file_system, machine_lock, on_disk, setting
 from tests.oracle import PAGE
 
-SESSIONS_TAKE_HUGETLB = True
-"""Whether `UffdSession.register` takes hugetlb memory: the one switch for the tests of trackers on it."""
-
-_MAP_FIXED, _MAP_HUGETLB, _MAP_HUGE_SHIFT = 0x10, 0x40000, 26
+_MAP_FIXED_NOREPLACE, _MAP_HUGETLB, _MAP_HUGE_SHIFT = 0x100000, 0x40000, 26
 _MFD_CLOEXEC, _MFD_HUGETLB = 1, 4
 _SHM_HUGETLB, _IPC_PRIVATE, _IPC_CREAT, _IPC_RMID = 0o4000, 0, 0o1000, 0
 _MEMFD_SECRET = 447
@@ -105,19 +102,10 @@ class Area:
         return self.of_pages((page - self.address) // PAGE for run in runs for page in range(run[0], run[1], PAGE))
 
 
-def _place(nbytes: int, flags: int, fd: int = -1, align: int = PAGE) -> int:
-    """mmap, readable and writable, at a multiple of `align`."""
+def _place(nbytes: int, flags: int, fd: int = -1, align: int = HUGE_PAGE) -> int:
+    """mmap, readable and writable, at a place of its own."""
     rights = mmap.PROT_READ | mmap.PROT_WRITE
-    if align == PAGE:
-        at = oracle._libc.mmap(None, nbytes, rights, flags, fd, 0)
-    else:
-        reserved = oracle._libc.mmap(None, nbytes + align, 0, _PRIVATE_ANONYMOUS, -1, 0)
-        start = -(-reserved // align) * align
-        at = oracle._libc.mmap(start, nbytes, rights, flags | _MAP_FIXED, fd, 0)
-        if start > reserved:
-            oracle.unmap(reserved, start - reserved)
-        if reserved + align > start:
-            oracle.unmap(start + nbytes, reserved + align - start)
+    at = oracle._libc.mmap(oracle.free_place(nbytes, align), nbytes, rights, flags | _MAP_FIXED_NOREPLACE, fd, 0)
     if at == oracle.MAP_FAILED:
         raise _fail("mmap")
     return int(at)
@@ -130,7 +118,7 @@ Mapper = Callable[[int, Path], AbstractContextManager[tuple[int, int]]]
 
 
 @contextmanager
-def _mapped(nbytes: int, flags: int, fd: int = -1, align: int = PAGE) -> Iterator[tuple[int, int]]:
+def _mapped(nbytes: int, flags: int, fd: int = -1, align: int = HUGE_PAGE) -> Iterator[tuple[int, int]]:
     try:
         at = _place(nbytes, flags, fd, align)
         try:
@@ -219,7 +207,7 @@ def _system_v(nbytes: int, folder: Path, extra: int = 0) -> Iterator[tuple[int, 
     number = _libc.shmget(_IPC_PRIVATE, nbytes, _IPC_CREAT | 0o600 | extra)
     if number < 0:
         raise _fail("shmget")
-    at = _libc.shmat(number, None, 0)
+    at = _libc.shmat(number, oracle.free_place(nbytes), 0)
     _libc.shmctl(number, _IPC_RMID, None)  # it goes with its last mapping
     if at == oracle.MAP_FAILED:
         raise _fail("shmat")
@@ -273,7 +261,7 @@ def _transparent(shared: bool) -> Mapper:
         if shared:
             os.ftruncate(fd, nbytes)
         flags = mmap.MAP_SHARED if shared else _PRIVATE_ANONYMOUS
-        with setting(folder_of_settings / name, value), _mapped(nbytes, flags, fd, HUGE_PAGE) as (at, fd):
+        with setting(folder_of_settings / name, value), _mapped(nbytes, flags, fd) as (at, fd):
             oracle.discard(at, nbytes, _MADV_HUGEPAGE)
             ctypes.memset(at, 0, nbytes)
             found = oracle.categories(at, at + PAGE)[0]
@@ -291,17 +279,17 @@ def _hugetlb(form: str, page_bytes: int = HUGE_PAGE) -> Mapper:
     def mapper(nbytes: int, folder: Path) -> Iterator[tuple[int, int]]:
         pool = POOLS[page_bytes]
         spare = nbytes // page_bytes if page_bytes == HUGE_PAGE else 0  # for the copies that a forked child makes
-        with pool.locked():
+        with machine_lock():
             pool.ensure(nbytes // page_bytes + spare)
             if form == "System V":
                 mapping = _system_v(nbytes, folder, _SHM_HUGETLB | size)
             elif form == "memfd":
                 fd = os.memfd_create("kind", _MFD_CLOEXEC | _MFD_HUGETLB | size)
                 os.ftruncate(fd, nbytes)
-                mapping = _mapped(nbytes, mmap.MAP_SHARED, fd)
+                mapping = _mapped(nbytes, mmap.MAP_SHARED, fd, page_bytes)
             else:
                 sharing = _SHARED_ANONYMOUS if form == "shared" else _PRIVATE_ANONYMOUS
-                mapping = _mapped(nbytes, sharing | _MAP_HUGETLB | size)
+                mapping = _mapped(nbytes, sharing | _MAP_HUGETLB | size, align=page_bytes)
             found = mapping.__enter__()
         try:
             yield found
@@ -389,9 +377,6 @@ GIGANTIC = Kind(
     "hugetlb 1G", _hugetlb("private", GIGANTIC_PAGE), "hugetlb", granule=GIGANTIC_PAGE, page_bytes=GIGANTIC_PAGE
 )
 """Apart from the others: a machine that has run for a while may have no gibibyte in one piece."""
-
-TRACKABLE: tuple[Kind, ...] = tuple(kind for kind in KINDS if SESSIONS_TAKE_HUGETLB or kind.backing != "hugetlb")
-"""The kinds on which trackers are tested."""
 
 
 def some(*names: str) -> tuple[Kind, ...]:

@@ -81,13 +81,20 @@ def swapped_bytes(area: Area) -> int:
 
 
 def frames(area: Area) -> list[int]:
-    """The page frame of each page, as root sees them; 0 where none is, or who asks is not root."""
+    """The page frame of each page; 0 where none is.
+
+    Raises:
+        NotHere: only root is told.
+    """
     fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     try:
         raw = os.pread(fd, area.nbytes // PAGE * 8, area.address // PAGE * 8)
     finally:
         os.close(fd)
-    return [entry & (1 << 55) - 1 if entry >> 63 else 0 for (entry,) in struct.iter_unpack("Q", raw)]
+    found = [entry & (1 << 55) - 1 if entry >> 63 else 0 for (entry,) in struct.iter_unpack("Q", raw)]
+    if not any(found):
+        raise NotHere("page frames are shown to root alone")
+    return found
 
 
 def compact() -> None:

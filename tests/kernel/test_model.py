@@ -22,7 +22,7 @@ from tests import oracle
 from tests.kernel.machine import run
 from tests.kernel.shadow import Listener, Missed, OtherProcess, World
 from tests.oracle import PAGE
-from tests.strategies import Kind, Span, Way
+from tests.strategies import Kind, Mapped, Span, Way
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +32,17 @@ def other() -> Iterator[OtherProcess]:
     made.close()
 
 
-@pytest.mark.parametrize("kind", Kind, ids=lambda kind: kind.name.lower())
-def test_the_machine_and_the_model_agree(kind: Kind, other: OtherProcess) -> None:
-    run(kind, settings(max_examples=250, stateful_step_count=45), other)
+EVERY_KIND: tuple[Kind | Mapped, ...] = (*Kind, *Mapped)
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND, ids=lambda kind: kind.name.lower())
+def test_the_machine_and_the_model_agree(kind: Kind | Mapped, other: OtherProcess) -> None:
+    run(kind, settings(max_examples=250 if kind is Kind.PRIVATE else 100, stateful_step_count=45), other)
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("kind", Kind, ids=lambda kind: kind.name.lower())
-def test_the_machine_and_the_model_agree_for_long(kind: Kind, other: OtherProcess) -> None:
+@pytest.mark.parametrize("kind", EVERY_KIND, ids=lambda kind: kind.name.lower())
+def test_the_machine_and_the_model_agree_for_long(kind: Kind | Mapped, other: OtherProcess) -> None:
     run(kind, settings(max_examples=3000, stateful_step_count=120), other)
 
 

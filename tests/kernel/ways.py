@@ -16,14 +16,12 @@ from contextlib import suppress
 import pytest
 
 from tests import oracle
-from tests.kernel.kinds import KINDS, TRACKABLE, Area, some
+from tests.kernel.host import NotHere
+from tests.kernel.kinds import KINDS, Area, some
 from tests.oracle import PAGE
 
 UNIT = 3
 NEW = b"\x5a" * 8
-
-DISCARDS_ARE_FOUND = True
-"""Whether trackers look for what was discarded (remedy R2): the one switch for their tests."""
 
 _MADV_REMOVE, _MADV_DONTNEED_LOCKED = 9, 24
 _KEEP_SIZE_AND_PUNCH, _KEEP_SIZE_AND_ZERO = 3, 0x11
@@ -36,7 +34,10 @@ def alias_of(area: Area) -> Area:
     if area.granule == PAGE:
         at = oracle.remap(area.address, 0, area.nbytes)
     else:  # the kernel duplicates no hugetlb mapping, but root can open what is beneath any
-        fd = os.open(f"/proc/self/map_files/{area.address:x}-{area.end:x}", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fd = os.open(f"/proc/self/map_files/{area.address:x}-{area.end:x}", os.O_RDWR | os.O_CLOEXEC)
+        except PermissionError as error:
+            raise NotHere(f"a second mapping: {error}") from error
         at = oracle.map_at(0, area.nbytes, fd=fd)
         os.close(fd)
     return Area(at, area.nbytes, area.granule, area.fd)
@@ -139,8 +140,3 @@ def rows(table: dict[str, tuple[Way, tuple[str, ...]]]) -> pytest.MarkDecorator:
         pytest.param(kind, way, id=f"{name}-{kind}") for name, (way, kinds) in table.items() for kind in some(*kinds)
     ]
     return pytest.mark.parametrize(("kind", "way"), cases)
-
-
-def trackable_rows(table: dict[str, tuple[Way, tuple[str, ...]]]) -> pytest.MarkDecorator:
-    names = {kind.name for kind in TRACKABLE}
-    return rows({name: (way, tuple(kind for kind in kinds if kind in names)) for name, (way, kinds) in table.items()})

@@ -8,7 +8,9 @@
  * discarded, and counts as written.
  *
  * What tells whether a page that is not present holds data:
- *   shared            SEEK_DATA of its file, else mincore() of memory that no file system holds
+ *   shared            SEEK_DATA of its file, and in tmpfs that the file's time did not change either: a hole in a large
+ *                     folio that cannot be split is filled with zeroes and stays data (measured, Linux 6.18);
+ *                     else mincore() of memory that no file system holds
  *   private           nothing: it is gone, unless it is in swap, which looks like a marker
  *   huge, shared      the file's blocks, where all of them are accounted for by present pages
  * Where that is no answer the page counts as written, and does so again in each collect until it is read. */
@@ -20,6 +22,7 @@
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
 #include <sys/vfs.h>
+#include <time.h>
 #include <unistd.h>
 
 enum answer { HOLDS_DATA, IS_EMPTY, UNKNOWN };
@@ -64,6 +67,12 @@ void dt_content_end(dt_session *s, dt_region *r)
 }
 
 /* ---- what a mapping's file says ---------------------------------------------------------------------------------- */
+
+/* Memory of the kernel's own tmpfs, which everybody may write. */
+static bool is_shmem(const char *name)
+{
+    return !strncmp(name, "/memfd:", 7) || !strncmp(name, "/SYSV", 5) || !strncmp(name, "/dev/zero", 9);
+}
 
 static bool is_file(int fd, const dt_mapping *m, struct stat *about)
 {
@@ -119,7 +128,14 @@ static bool tells_holes(int fd)
     return false;
 }
 
-static void by_seeking(int fd, const dt_mapping *m, uint64_t start, uint64_t end, on_answer tell, void *context)
+static bool in_tmpfs(int fd) /* or in an overlay, which may be one of that */
+{
+    struct statfs about;
+    return fstatfs(fd, &about) || (unsigned)about.f_type == 0x01021994 || (unsigned)about.f_type == 0x794c7630;
+}
+
+static void by_seeking(int fd, const dt_mapping *m, uint64_t start, uint64_t end, enum answer data_means, on_answer tell,
+                       void *context)
 {
     uint64_t page = dt_page_bytes();
     for (uint64_t at = start; at < end;) {
@@ -136,14 +152,15 @@ static void by_seeking(int fd, const dt_mapping *m, uint64_t start, uint64_t end
             return;
         off_t hole = lseek(fd, data, SEEK_HOLE);
         uint64_t to = hole < 0 ? from + page : dt_min(end, from + (dt_up((uint64_t)hole, page) - dt_down((uint64_t)data, page)));
-        tell(context, from, to, HOLDS_DATA);
+        tell(context, from, to, data_means);
         at = to;
     }
 }
 
 /* SAFETY: only of memory whose mode lets everybody write it. Of a file that this process may not write, mincore() says
  * that all of it is there (Linux 5.2). */
-static void by_mincore(uint64_t start, uint64_t end, enum answer otherwise, on_answer tell, void *context)
+static void by_mincore(uint64_t start, uint64_t end, enum answer there_means, enum answer otherwise, on_answer tell,
+                       void *context)
 {
     unsigned char there[1024];
     unsigned shift = dt_page_shift();
@@ -156,7 +173,7 @@ static void by_mincore(uint64_t start, uint64_t end, enum answer otherwise, on_a
         for (uint64_t i = 0, next; i < pages; i = next) {
             for (next = i + 1; next < pages && (there[next] & 1) == (there[i] & 1);)
                 next++;
-            tell(context, at + (i << shift), at + (next << shift), there[i] & 1 ? HOLDS_DATA : otherwise);
+            tell(context, at + (i << shift), at + (next << shift), there[i] & 1 ? there_means : otherwise);
         }
         at += pages << shift;
     }
@@ -174,9 +191,42 @@ static bool all_accounted_for(dt_session *s, const dt_mapping *m, int fd)
            (uint64_t)about.st_blocks * 512 == present;
 }
 
+/* Whether memory that no file system holds may be in large folios. */
+static bool may_be_large(const dt_mapping *m)
+{
+    char text[128] = "";
+    int fd = open("/sys/kernel/mm/transparent_hugepage/shmem_enabled", O_RDONLY | O_CLOEXEC);
+    ssize_t n = fd < 0 ? 0 : read(fd, text, sizeof text - 1);
+    if (fd >= 0)
+        close(fd);
+    if (fd < 0 || (n > 0 && (strstr(text, "[never]") || strstr(text, "[deny]"))))
+        return false;
+    return !strstr(text, "[advise]") || dt_huge_advised(m->start);
+}
+
+/* A write, a hole or a truncation changes a file's time in tmpfs, a store through a mapping does not. It ticks every few
+ * milliseconds: one that is as old as the look at it may hide a change that came after the look. */
+#define TICK_NS 20000000
+
+static dt_stamp stamp_of(const struct stat *about)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    int64_t changed = (int64_t)about->st_mtim.tv_sec * 1000000000 + about->st_mtim.tv_nsec;
+    int64_t age = (int64_t)now.tv_sec * 1000000000 + now.tv_nsec - changed;
+    return (dt_stamp){about->st_dev, about->st_ino, changed, age > TICK_NS};
+}
+
+static bool unchanged(const dt_stamp *then, const dt_stamp *now)
+{
+    return then->settled && then->device == now->device && then->inode == now->inode && then->changed_ns == now->changed_ns;
+}
+
 typedef struct asking {
     dt_session *s;
+    const dt_region *region;
     uint64_t start, end;
+    dt_stamp *seen;       /* of the first file that was asked, to be kept where all of the region was looked at */
     on_answer tell;
     void *context;
 } asking;
@@ -195,10 +245,15 @@ static int ask_mapping(void *context, const dt_mapping *m)
     int fd = open_file(m, &about);
     if (kind & DT_KIND_HUGETLB)
         a->tell(a->context, start, end, all_accounted_for(a->s, m, fd) ? IS_EMPTY : UNKNOWN);
-    else if (fd >= 0 && tells_holes(fd))
-        by_seeking(fd, m, start, end, a->tell, a->context);
-    else if (!strncmp(m->name, "/memfd:", 7) || !strncmp(m->name, "/SYSV", 5) || !strncmp(m->name, "/dev/zero", 9))
-        by_mincore(start, end, certain ? IS_EMPTY : UNKNOWN, a->tell, a->context);
+    else if (fd >= 0 && tells_holes(fd)) {
+        dt_stamp now = stamp_of(&about);
+        bool is_tmpfs = in_tmpfs(fd);
+        if (is_tmpfs && !a->seen->inode)
+            *a->seen = now;
+        enum answer data = !is_tmpfs || unchanged(&a->region->stamp, &now) ? HOLDS_DATA : UNKNOWN;
+        by_seeking(fd, m, start, end, data, a->tell, a->context);
+    } else if (is_shmem(m->name))
+        by_mincore(start, end, may_be_large(m) ? UNKNOWN : HOLDS_DATA, certain ? IS_EMPTY : UNKNOWN, a->tell, a->context);
     else
         a->tell(a->context, start, end, UNKNOWN);
     if (fd >= 0)
@@ -207,9 +262,10 @@ static int ask_mapping(void *context, const dt_mapping *m)
 }
 
 /* Of pages that are not present: whether they hold data all the same. */
-static int ask(dt_session *s, uint64_t start, uint64_t end, on_answer tell, void *context)
+static int ask(dt_session *s, const dt_region *region, uint64_t start, uint64_t end, dt_stamp *seen, on_answer tell,
+               void *context)
 {
-    asking a = {s, start, end, tell, context};
+    asking a = {s, region, start, end, seen, tell, context};
     return dt_each_mapping(start, end, ask_mapping, &a);
 }
 
@@ -232,8 +288,11 @@ int dt_content_before_arming(dt_session *s, dt_region *r, uint64_t start, uint64
         return 0;
     dt_unmark(content, start, end);
     int rc = dt_query(s, start, end, &EITHER, mark_run, content);
+    dt_stamp seen = {0};
     if (!rc && r->kinds & DT_KIND_SHARED)
-        rc = ask(s, start, end, mark_unless_empty, content);
+        rc = ask(s, r, start, end, &seen, mark_unless_empty, content);
+    if (start == r->start && end == r->end)
+        r->stamp = rc ? (dt_stamp){0} : seen;
     if (rc)
         dt_mark(content, start, end); /* unknown */
     return rc;
@@ -250,6 +309,7 @@ int dt_content_after_arming(dt_session *s, dt_region *r, uint64_t start, uint64_
 typedef struct looking {
     dt_session *s;
     dt_watch *content;
+    dt_stamp seen;
     uint64_t at;          /* up to here it is known */
     bool note_present;
     dt_on_lost on_lost;
@@ -292,7 +352,7 @@ static void look_at_absent(void *context, uint64_t start, uint64_t end)
         if (c->region->present)
             l->on_lost(l->context, a, b, false); /* an empty entry is no marker: nothing is left of it */
         else
-            l->rc = ask(l->s, a, b, tell_lost, l);
+            l->rc = ask(l->s, c->region, a, b, &l->seen, tell_lost, l);
     }
 }
 
@@ -303,9 +363,11 @@ int dt_find_lost(dt_session *s, dt_watch *c, uint64_t start, uint64_t end, bool 
     end = dt_min(end, c->end);
     if (start >= end)
         return 0;
-    looking l = {s, c, start, note_present, on_lost, context, 0};
+    looking l = {s, c, {0}, start, note_present, on_lost, context, 0};
     int rc = dt_query(s, start, end, c->region->present ? &DT_ABSENT : &NOT_PRESENT, look_at_absent, &l);
     if (!rc && note_present)
         dt_mark(c, l.at, end);
+    if (!rc && !l.rc && note_present && l.seen.inode && start == c->start && end == c->end)
+        c->region->stamp = l.seen; /* taken before the look */
     return rc ? rc : l.rc;
 }

@@ -19,6 +19,9 @@
  * from the page allocator, at 0.4 µs a call (measured, Linux 6.18). */
 #define DT_VECTOR_LENGTH 341u
 
+/* A file and when it was changed, as last seen; settled: no later change can have the same time. */
+typedef struct dt_stamp { uint64_t device, inode; int64_t changed_ns; bool settled; } dt_stamp;
+
 struct dt_region {
     dt_session *session;
     uint64_t id;
@@ -31,6 +34,7 @@ struct dt_region {
     uint32_t kinds;               /* enum dt_kind, or-ed */
     uint64_t granule;             /* the largest page in it */
     dt_watch *content;            /* remedy R2: the pages that may have content (content.c); NULL where it needs none */
+    dt_stamp stamp;               /* of its file in tmpfs, when all of it was looked at for remedy R2 */
     uint32_t watchers;
     uint64_t gone_version;        /* counts what went away; a watch compares it with what it was told */
     uint64_t gone_start, gone_end, gone_bytes; /* the first hole, and all of them */

@@ -498,7 +498,7 @@ int dt_arm(dt_session *s, dt_region *region, dt_failure *why)
 
 /* ---- a look that changes nothing -------------------------------------------------------------------------------------- */
 
-typedef struct peek_context { dt_set *out; int rc; } peek_context;
+typedef struct peek_context { dt_set *out; int rc; dt_session *s; } peek_context;
 
 static void add_run(void *context, uint64_t start, uint64_t end)
 {
@@ -519,10 +519,14 @@ static void push_run(void *context, uint64_t start, uint64_t end)
         c->out->runs[c->out->count++] = (dt_run){start, end};
 }
 
+/* Whoever peeks will read the page, and then it is there again: so it is pending from now on. */
 static void push_lost(void *context, uint64_t start, uint64_t end, bool keep)
 {
+    const peek_context *c = context;
     (void)keep;
     push_run(context, start, end);
+    dt_mark_all(c->s->watches, c->s->watch_count, start, end);
+    dt_alias_tell(c->s, start, end);
 }
 
 typedef struct push_moved { peek_context *to; uint64_t distance; } push_moved;
@@ -536,7 +540,7 @@ static void push_elsewhere(void *context, uint64_t start, uint64_t end)
 int dt_peek_range(dt_session *s, uint64_t start, uint64_t end, bool present, dt_watch *const *watches, uint64_t watch_count,
                   dt_set *written, dt_set *others, dt_failure *why)
 {
-    peek_context c = {written, 0}, o = {others, 0};
+    peek_context c = {written, 0, s}, o = {others, 0, s};
     uint64_t kept = written->count;
     dt_pass beneath = {.session = s, .watches = watches, .watch_count = watch_count, .present = present};
     look_beneath(&beneath, start, end);

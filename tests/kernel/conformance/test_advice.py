@@ -17,7 +17,7 @@ import pytest
 import dirtytrack
 from dirtytrack import PageCategory
 from tests import oracle
-from tests.kernel.kinds import TRACKABLE, Area, Kind, some
+from tests.kernel.kinds import KINDS, Area, Kind, some
 from tests.kernel.watched import Watched
 
 UNIT = 3
@@ -29,9 +29,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mlock.argtypes = _libc.munlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 3, ctypes.c_char_p]
 
-ANONYMOUS = [kind for kind in TRACKABLE if kind.backing == "anonymous"]
-SHARED = [kind for kind in TRACKABLE if kind.shared and kind.backing in ("shmem", "file")]
-on_every_kind = pytest.mark.parametrize("kind", TRACKABLE, ids=str)
+ANONYMOUS = [kind for kind in KINDS if kind.backing == "anonymous"]
+SHARED = [kind for kind in KINDS if kind.shared and kind.backing in ("shmem", "file")]
+on_every_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
 anonymous = pytest.mark.parametrize("kind", ANONYMOUS, ids=str)
 
 

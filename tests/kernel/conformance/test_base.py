@@ -13,8 +13,7 @@ import pytest
 
 from dirtytrack import PageCategory, Pagemap, ScanFlag
 from tests import oracle
-from tests.kernel.host import NotHere
-from tests.kernel.kinds import GIGANTIC, KINDS, TRACKABLE, Area, Kind, some
+from tests.kernel.kinds import GIGANTIC, KINDS, Area, Kind, some
 from tests.kernel.watched import ARMING, EXACT, Bare, Watched
 from tests.oracle import PAGE
 
@@ -49,7 +48,7 @@ def test_the_base_cases_asked_of_the_page_map(bare: Bare) -> None:
     the_six_base_cases(bare)
 
 
-@pytest.mark.parametrize("kind", TRACKABLE, ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_the_base_cases_by_a_tracker(kind: Kind, area: Area) -> None:
     everything, middle = set(range(area.units)), area.units // 2
     with Watched(area, compare=False) as watched:
@@ -79,12 +78,7 @@ def test_the_base_cases_on_many_pages(tmp_path: Path) -> None:
 
 def test_the_base_cases_on_a_gibibyte_page(tmp_path: Path) -> None:
     """One unit only: so it is all of them, or none."""
-    mapping = GIGANTIC.map(1, tmp_path)
-    try:
-        area = mapping.__enter__()
-    except NotHere as why:
-        pytest.skip(str(why))
-    with Pagemap() as pagemap, oracle.userfaultfd() as uffd:
+    with GIGANTIC.map(1, tmp_path) as area, Pagemap() as pagemap, oracle.userfaultfd() as uffd:
         oracle.register(uffd, area.address, area.end)
         oracle.arm(uffd, area.address, area.end)
         for _ in range(2):
@@ -93,7 +87,6 @@ def test_the_base_cases_on_a_gibibyte_page(tmp_path: Path) -> None:
             for flags in (ScanFlag(0), ARMING):
                 [found] = pagemap.scan(area.address, area.end, **EXACT, flags=flags)
                 assert found == (area.address, area.end, PageCategory.WRITTEN)
-    mapping.__exit__(None, None, None)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -109,7 +102,7 @@ def test_a_hundred_flips(bare: Bare, kind: Kind) -> None:
         assert bare.take() == {unit}
 
 
-@pytest.mark.parametrize("kind", TRACKABLE, ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_a_hundred_flips_by_a_tracker(area: Area) -> None:
     unit = area.units // 2
     area.fill(3)

@@ -12,26 +12,20 @@ from tests.kernel.kinds import Area, Kind, some
 from tests.kernel.watched import Watched
 from tests.kernel.ways import (
     DISCARDS,
-    DISCARDS_ARE_FOUND,
     SHARED_FILES,
     UNIT,
     Way,
     punch,
-    trackable_rows,
+    rows,
 )
 
 
 def assert_found(watched: Watched, wanted: set[int]) -> None:
-    if DISCARDS_ARE_FOUND:
-        assert watched.collect() >= wanted
-        assert watched.collect() == set(), "once"
-    else:
-        assert watched.area.of_runs(watched.tracker.collect()) == set()
-        watched.session.mark_dirty(watched.region)
-        watched.collect()
+    assert watched.collect() >= wanted
+    assert watched.collect() == set(), "once"
 
 
-@trackable_rows(DISCARDS)
+@rows(DISCARDS)
 def test_a_discard_is_reported_once(kind: Kind, way: Way, watched: Watched) -> None:
     for number in range(2):
         way(watched.area)
@@ -40,7 +34,7 @@ def test_a_discard_is_reported_once(kind: Kind, way: Way, watched: Watched) -> N
         assert watched.collect() == set(range(watched.area.units))
 
 
-@trackable_rows(DISCARDS)
+@rows(DISCARDS)
 def test_a_dirty_unit_that_is_discarded_is_reported(kind: Kind, way: Way, watched: Watched) -> None:
     """Whether the discard takes the mark of the store with it or not."""
     area = watched.area
@@ -49,7 +43,7 @@ def test_a_dirty_unit_that_is_discarded_is_reported(kind: Kind, way: Way, watche
     way(area)
     found = area.of_runs(watched.tracker.collect())
     assert found >= {UNIT - 1}
-    assert UNIT in found or not DISCARDS_ARE_FOUND
+    assert UNIT in found
 
 
 @pytest.mark.parametrize("kind", some(*SHARED_FILES), ids=str)
@@ -58,7 +52,7 @@ def test_a_hole_in_a_file_that_this_mapping_never_had(area: Area) -> None:
     with Watched(area, compare=False) as watched:
         punch(area)
         found = watched.collect()
-        assert (UNIT in found) == DISCARDS_ARE_FOUND
+        assert UNIT in found
         assert area.load(UNIT) == b"\0"
         area.store(UNIT)
         assert watched.collect() == {UNIT}

@@ -2,7 +2,7 @@
 """Forks, and mappings that move, grow, go away and are replaced, on every kind of memory.
 
 What a session promises of a region whose mapping changed is proven, on private memory, by test_contract_gone.py. Here:
-that it holds on every kind, and what of it the kernel itself says. Takes about 2 s of CI's 20 min.
+that it holds on every kind, and what of it the kernel itself says. Takes about 1 s of CI's 20 min.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ import pytest
 import dirtytrack
 from dirtytrack import PageCategory, Pagemap, ScanFlag
 from tests import oracle
-from tests.kernel.host import HUGE_PAGE
-from tests.kernel.kinds import KINDS, TRACKABLE, Area, Kind, some
+from tests.kernel.kinds import KINDS, Area, Kind, some
 from tests.kernel.watched import EXACT, Bare, Watched
 from tests.oracle import PAGE
 
 MAYMOVE, DONTUNMAP = 1, 4
 CHECK = {**EXACT, "flags": ScanFlag.CHECK_WPASYNC}
 
-on_every_kind = pytest.mark.parametrize("kind", TRACKABLE, ids=str)
-movable = pytest.mark.parametrize("kind", [kind for kind in TRACKABLE if not kind.kept], ids=str)
+on_every_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
+movable = pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.kept], ids=str)
 
 
 # ---- forks ----------------------------------------------------------------------------------------------------------
@@ -80,7 +79,7 @@ def test_stores_of_the_parent_while_a_child_lives(watched: Watched) -> None:
     assert watched.collect() == {0}
 
 
-@pytest.mark.parametrize("kind", [kind for kind in TRACKABLE if not kind.shared], ids=str)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.shared], ids=str)
 def test_stores_of_a_child_to_its_own_copy_are_not_the_parents(watched: Watched) -> None:
     area = watched.area
     child = Forked(lambda: area.fill(9, range(4)))
@@ -112,8 +111,7 @@ def test_the_child_is_not_tracked(bare: Bare) -> None:
 def test_memory_that_moved_is_gone_from_where_it_was_and_unarmed_where_it_is(kind: Kind, area: Area) -> None:
     area.fill(3)
     with Watched(area, compare=False) as watched, Pagemap() as pagemap:
-        with oracle.mapped(area.nbytes + HUGE_PAGE) as reserved:
-            to = -(-reserved // HUGE_PAGE) * HUGE_PAGE
+        to = oracle.free_place(area.nbytes)
         at = oracle.remap(area.address, area.nbytes, area.nbytes, MAYMOVE | 2, to)
         assert at == to
         moved = Area(at, area.nbytes, area.granule, area.fd)
@@ -154,7 +152,7 @@ def test_memory_that_moved_and_left_its_old_mapping_in_place(kind: Kind, area: A
 
 def test_memory_that_grew_in_place() -> None:
     """The mapping is one, and registered; what is new of it counts as written."""
-    with oracle.mapped(16 * PAGE) as at, oracle.userfaultfd() as uffd, Pagemap() as pagemap:
+    with oracle.apart(16 * PAGE) as at, oracle.userfaultfd() as uffd, Pagemap() as pagemap:
         oracle.unmap(at + 8 * PAGE, 8 * PAGE)
         area = Area(at, 8 * PAGE, PAGE)
         area.fill(1)
@@ -202,7 +200,7 @@ def test_a_stack_that_grew_downwards() -> None:
     """MAP_GROWSDOWN: the mapping itself grows, and with it what is registered."""
     map_growsdown = 0x100
     guard = 512 * PAGE  # the kernel keeps a gap of 256 pages beneath it
-    with oracle.mapped(guard + 8 * PAGE) as reserved, oracle.userfaultfd() as uffd, Pagemap() as pagemap:
+    with oracle.apart(guard + 8 * PAGE) as reserved, oracle.userfaultfd() as uffd, Pagemap() as pagemap:
         oracle.unmap(reserved, guard)
         low, end = reserved + guard, reserved + guard + 8 * PAGE
         oracle.map_at(low, 8 * PAGE, extra=map_growsdown)

@@ -20,7 +20,7 @@ import pytest
 import dirtytrack
 from dirtytrack import UffdSession
 from tests import oracle
-from tests.kernel.kinds import TRACKABLE, Area, Kind, some
+from tests.kernel.kinds import KINDS, Area, Kind, some
 from tests.kernel.ring import Ring
 from tests.kernel.watched import Watched
 from tests.oracle import PAGE
@@ -74,7 +74,7 @@ def test_private_memory_of_any_advice(advice: str) -> None:
         assert_exact(area)
 
 
-@pytest.mark.parametrize("kind", TRACKABLE, ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("rights", [0, READ], ids=["none", "read only"])
 def test_memory_without_the_right_to_write(watched: Watched, rights: int) -> None:
     """Registered is not written: no store comes through while it may not, and afterwards each is seen."""
@@ -161,7 +161,7 @@ def test_shared_memory_that_nobody_may_write_is_refused(opened: Callable[[], Abs
 
 
 def test_one_mapping_that_is_refused_leaves_its_neighbours_alone() -> None:
-    with oracle.mapped(PAGES * PAGE) as at, open(__file__, "rb") as file, oracle.userfaultfd() as uffd:
+    with oracle.apart(PAGES * PAGE) as at, open(__file__, "rb") as file, oracle.userfaultfd() as uffd:
         flags = mmap.MAP_SHARED | 0x10
         assert oracle._libc.mmap(at + 4 * PAGE, PAGE, READ, flags, file.fileno(), 0) == at + 4 * PAGE
         with pytest.raises(PermissionError):
@@ -197,7 +197,7 @@ def test_special_mappings_are_refused() -> None:
 
 
 def test_ranges_that_are_none_are_refused() -> None:
-    with oracle.mapped(PAGES * PAGE) as at, oracle.userfaultfd() as uffd:
+    with oracle.apart(PAGES * PAGE) as at, oracle.userfaultfd() as uffd:
         for start, end in ((at + 1, at + PAGE + 1), (at, at), (at, at + PAGE + 1)):
             assert refused(uffd, start, end) == errno.EINVAL
         oracle.unmap(at + 4 * PAGE, 4 * PAGE)
@@ -206,7 +206,7 @@ def test_ranges_that_are_none_are_refused() -> None:
 
 
 def test_a_hole_in_a_range_is_passed_over() -> None:
-    with oracle.mapped(PAGES * PAGE) as at, oracle.userfaultfd() as uffd:
+    with oracle.apart(PAGES * PAGE) as at, oracle.userfaultfd() as uffd:
         oracle.unmap(at + 3 * PAGE, PAGE)
         oracle.register(uffd, at, at + PAGES * PAGE)
         oracle.exact(at, at + PAGES * PAGE)
@@ -217,7 +217,7 @@ def test_a_hole_in_a_range_is_passed_over() -> None:
 
 
 def test_memory_of_another_userfaultfd_is_busy() -> None:
-    with oracle.mapped(PAGES * PAGE) as at, oracle.userfaultfd() as first, oracle.userfaultfd() as second:
+    with oracle.apart(PAGES * PAGE) as at, oracle.userfaultfd() as first, oracle.userfaultfd() as second:
         oracle.register(first, at + PAGE, at + 2 * PAGE)
         assert refused(second, at, at + PAGES * PAGE) == errno.EBUSY
         oracle.register(second, at + 2 * PAGE, at + 3 * PAGE)

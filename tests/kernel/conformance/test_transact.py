@@ -3,7 +3,7 @@
 
 In each round threads store to pages of their own while one scan runs; a second follows when they are done. A page may
 be in both (its writer was between the fault and the store), never in neither. The storms (test_storm.py) do so without
-rounds. Takes about 3 s of CI's 20 min.
+rounds. Takes about 2 s of CI's 20 min.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel.kinds import TRACKABLE, Area, Kind, some
+from tests.kernel.kinds import KINDS, Area, Kind, some
 from tests.kernel.watched import Bare, Watched
 from tests.oracle import PAGE
 
@@ -78,7 +78,7 @@ def test_a_thousand_rounds_asked_of_the_page_map(tmp_path: Path) -> None:
         rounds(area, 8, 1000, bare.take)
 
 
-@pytest.mark.parametrize("kind", TRACKABLE, ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_rounds_by_a_tracker(kind: Kind, tmp_path: Path) -> None:
     each = 5 if kind.granule == PAGE else 1
     with kind.map(THREADS * each, tmp_path) as area, Watched(area, compare=False) as watched:

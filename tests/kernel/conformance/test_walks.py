@@ -2,7 +2,7 @@
 """Patterns, limits and the end of the walk: the cases of the selftest's `sanity_tests_sd`, in units, on every kind.
 
 What the selftest limits by the length of its vector is limited by ``max_pages`` here: `Pagemap` resumes a scan whose
-vector is full, which is proven by ranges with more page regions than any vector holds. Takes about 2 s of CI's 20 min.
+vector is full, which is proven by ranges with more page regions than any vector holds. Takes about 4 s of CI's 20 min.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from dirtytrack import PageCategory, Pagemap, ScanFlag
 from tests import oracle
-from tests.kernel.kinds import KINDS, TRACKABLE, Area, Kind, some
+from tests.kernel.kinds import KINDS, Area, Kind, some
 from tests.kernel.watched import ARMING, EXACT, Bare, Watched
 from tests.oracle import PAGE
 
@@ -202,7 +202,7 @@ def test_the_kernels_own_word_where_the_walk_ended(bare: Bare) -> None:
 # ---- what a tracker makes of it -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", TRACKABLE, ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_patterns_by_a_tracker(watched: Watched) -> None:
     area = watched.area
     chance = random.Random(9)
@@ -217,7 +217,7 @@ def test_patterns_by_a_tracker(watched: Watched) -> None:
 
 
 def test_an_unmapped_range_has_no_pages() -> None:
-    with oracle.mapped(64 * PAGE) as address:
+    with oracle.apart(64 * PAGE) as address:
         pass
     every = PageCategory(oracle.KNOWN) & ~PageCategory.WRITTEN
     with Pagemap() as pagemap:
