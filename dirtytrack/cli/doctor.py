@@ -63,7 +63,7 @@ def report(support: KernelSupport) -> dict[str, Any]:
         tried = list(holes())
         found["holes"] = [{**hole._asdict(), "ok": hole.ok} for hole in tried]
         found["missed"] = not all(hole.ok for hole in tried)
-        found["costs"] = [cost._asdict() for cost in costs()]
+        found["costs"] = [cost._asdict() for cost in costs(found["headroom_bytes"])]
     return found
 
 

@@ -19,7 +19,7 @@ from .doctor_apart import Job, run_apart
 __all__ = ["Cost", "costs"]
 
 _ROUNDS = 3  # the cheapest of so many is what counts
-_RESERVED_BYTES = 1 << 30
+_RESERVED_BYTES, _TAKEN_BYTES = 1 << 30, 128 << 20
 
 
 class Cost(NamedTuple):
@@ -112,8 +112,17 @@ def _forks() -> dict[str, Any]:
     return {"fork": without / 1000, "fork with markers": markers / 1000}
 
 
-def costs() -> Iterator[Cost]:
-    """Measure them."""
+def _too_little() -> dict[str, Any]:
+    raise MemoryError(f"less than {_TAKEN_BYTES >> 20} MiB left in the memory cgroup")
+
+
+def costs(room_bytes: int | None = None) -> Iterator[Cost]:
+    """Measure them.
+
+    Args:
+        room_bytes: what the memory cgroup leaves, or None. Where that is little, nothing is measured: beyond it the
+            kernel kills.
+    """
     plan = (
         (_first_stores_and_idle_scans, (("fault", "first store to an armed page", "ns"),
                                         ("idle", "idle collect, a page", "ns"))),
@@ -121,8 +130,11 @@ def costs() -> Iterator[Cost]:
         (_forks, (("fork", "fork() of this process", "µs"),
                   ("fork with markers", "the same with 1 GiB armed, of which one page was touched", "µs"))),
     )  # fmt: skip
-    results = run_apart([Job(measure) for measure, _ in plan])
-    for (_, told), found in zip(plan, results, strict=True):
+    if room_bytes is not None and room_bytes < _TAKEN_BYTES:
+        jobs = [Job(_too_little)] * len(plan)
+    else:
+        jobs = [Job(measure) for measure, _ in plan]
+    for (_, told), found in zip(plan, run_apart(jobs), strict=True):
         for key, name, unit in told:
             value = found.get(key)
             yield Cost(name, unit, None if value is None else round(value, 1), str(found.get("failed", "")))

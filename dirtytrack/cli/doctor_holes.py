@@ -52,17 +52,19 @@ def _judge(row: Row, alone: dict[str, Any], tracked: dict[str, Any]) -> Hole:
             return hole("not here", outcome["not_here"])
         if "failed" in outcome:
             return hole("failed", f"could not be tried: {outcome['failed']}")
+        if "told" in outcome:
+            return hole("seen", f"{outcome['told']} is raised")
     if tracked["missed"] and not row.event.blind:
         return hole("missed", "MISSED in spite of the remedies")
     if tracked["missed"]:
         with_events = row.outcomes["with events"]
-        told = "; or UffdSession(events=True)" if with_events.get("by") == ["event"] else ""
+        told = "; or UffdSession(events=True)" if with_events.get("missed") == 0 else ""
         return hole("blind", _DECLARE + told)
     if alone.get("missed"):
         by = f"an extra pass ({', '.join(tracked['by'])})" if tracked["by"] else "arming the other mapping too"
         return hole("found", f"the scan misses it, found by {by}")
     if tracked["changed"]:
-        return hole("seen", "the scan itself reports it")
+        return hole("seen", "the scan itself reports it" if alone else "reported here, with more than was changed")
     return hole("nothing", "changes nothing")
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The doctor names the cause, each provoked for real in a process of its own. Takes about 8 s of CI's 20 min."""
+"""The doctor names the cause, each provoked for real in a process of its own. Takes about 6 s of CI's 20 min."""
 
 from __future__ import annotations
 
