@@ -20,8 +20,8 @@ from .truth import broken, document, markdown, registering, rows
 __all__ = ["add_arguments", "report", "run"]
 
 _GUARDED = (
-    "this kernel has them: MADV_GUARD_INSTALL over an armed page of a file or of shared memory may never return (seen on "
-    "Linux 6.18, 7.1 and 7.3; --truth tries it), so do not track such memory where its owner puts guard pages in"
+    "this kernel has them: MADV_GUARD_INSTALL over an armed page of a file or of shared memory may never return (seen "
+    "on Linux 6.18, 7.1 and 7.3; --truth tries it), so do not track such memory where its owner puts guard pages in"
 )
 _REPORT = "please report this kernel with the output of `dirtytrack doctor --json`"
 
