@@ -14,7 +14,7 @@ from ..kernel.support import Check, KernelSupport, system
 from ..kernel.trial import knows_guard_pages
 from .doctor_costs import costs
 from .doctor_holes import Hole, holes, lines
-from .doctor_surroundings import container, headroom_bytes, limits, permissions
+from .doctor_surroundings import surroundings
 from .truth import broken, document, markdown, registering, rows
 
 __all__ = ["add_arguments", "report", "run"]
@@ -53,10 +53,7 @@ def report(support: KernelSupport) -> dict[str, Any]:
         "remedies": list(support.remedies),
         "checks": [check._asdict() for check in support.checks()],
         "kernel": numbers,
-        "permissions": [check._asdict() for check in permissions(support)],
-        "container": [container(support)._asdict()],
-        "limits": [check._asdict() for check in limits()],
-        "headroom_bytes": headroom_bytes(),
+        **surroundings(support),
         "guard_pages": not support.problem and knows_guard_pages(),
         "holes": [],
         "costs": [],
@@ -106,7 +103,8 @@ def _line(mark: str, text: str) -> None:
 def _print_checks(checks: Iterable[dict[str, Any]]) -> None:
     for check in checks:
         mark = "ok" if check["ok"] else "NO" if check["needed"] else "--"
-        mends = f"; to mend it: {check['remedy']}" if mark == "--" and check["remedy"] else ""
+        idle = mark != "--" or check["detail"].endswith("not needed")
+        mends = "" if idle or not check["remedy"] else f"; what mends it: {check['remedy']}"
         _line(mark, f"{check['name']}: {check['detail']}{mends}")
 
 

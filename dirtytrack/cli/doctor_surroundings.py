@@ -9,16 +9,26 @@ import resource
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from ..kernel.core import PAGE_BYTES
 from ..kernel.support import Check, KernelSupport
 from ..kernel.trial import dumpable
 
-__all__ = ["container", "headroom_bytes", "limits", "permissions"]
+__all__ = ["container", "headroom_bytes", "limits", "permissions", "surroundings"]
 
 _CAP_SYS_PTRACE = 19
 _ROOM_FOR_MAPPINGS, _ROOM_FOR_DESCRIPTORS, _ROOM_FOR_MARKERS_BYTES = 1024, 16, 32 << 20
-_NEEDLESS = "; not needed, since another door is open"
+
+
+def surroundings(support: KernelSupport) -> dict[str, Any]:
+    """Permissions, container and limits, in what JSON has."""
+    return {
+        "permissions": [check._asdict() for check in permissions(support)],
+        "container": [container(support)._asdict()],
+        "limits": [check._asdict() for check in limits()],
+        "headroom_bytes": headroom_bytes(),
+    }
 
 
 def _text(path: str) -> str:
@@ -39,7 +49,7 @@ def _status(field: str) -> str:
 # ---- permissions ----------------------------------------------------------------------------------------------------
 
 _TO_OPEN = {
-    "userfaultfd user mode": "a seccomp filter or security module forbids the system call: docs/containers.md",
+    "userfaultfd user mode": "a filter or security module that lets userfaultfd pass: docs/containers.md",
     "/dev/userfaultfd": "as root: chmod a+rw /dev/userfaultfd; in a container: --device /dev/userfaultfd",
     "userfaultfd full": "sysctl vm.unprivileged_userfaultfd=1, or the capability CAP_SYS_PTRACE",
 }
@@ -50,9 +60,13 @@ def permissions(support: KernelSupport) -> Iterator[Check]:
     if support.problem:
         return
     for door, number in support.door_errnos.items():
-        said = "opens" if not number else f"{errno.errorcode.get(number, number)}: {os.strerror(number)}"
-        needless = _NEEDLESS if number and support.door else ""
-        yield Check(door, not number, said + needless, _TO_OPEN[door] if number else "", needed=False)
+        if not number:
+            yield Check(door, True, "opens", "", needed=False)
+            continue
+        said = f"{errno.errorcode.get(number, number)}: {os.strerror(number)}"
+        if support.door:
+            said += ", and not needed"
+        yield Check(door, False, said, _TO_OPEN[door], needed=False)
     yield _sysctl(support)
     yield _capability()
     yield _user_namespace()
@@ -62,7 +76,7 @@ def permissions(support: KernelSupport) -> Iterator[Check]:
 
 def _sysctl(support: KernelSupport) -> Check:
     value = _text("/proc/sys/vm/unprivileged_userfaultfd")
-    said = {"0": "0: only the full mode needs it", "1": "1: the full mode is open to all", "": "not there"}
+    said = {"0": "0: the full mode takes CAP_SYS_PTRACE", "1": "1: the full mode is open to all", "": "not there"}
     ok = value == "1" or support.door is not None
     remedy = "" if ok else "sysctl vm.unprivileged_userfaultfd=1 opens the full mode, where no filter forbids it"
     return Check("vm.unprivileged_userfaultfd", ok, said.get(value, value), remedy, needed=False)
@@ -77,7 +91,7 @@ def _capability() -> Check:
 
 def _user_namespace() -> Check:
     mapped = _text("/proc/self/uid_map").split()
-    if not mapped:
+    if not mapped and not Path("/proc/self/uid_map").exists():
         return Check("user namespace", True, "not told by /proc", "", needed=False)
     first = mapped[:3] == ["0", "0", str((1 << 32) - 1)]
     said = (

@@ -110,10 +110,6 @@ def _load(area: Area) -> None:
     area.load(1)
 
 
-def _drop(_found: bytes) -> None:
-    """What was read is of no interest, only that there was something."""
-
-
 def _fork_and_store(area: Area) -> None:
     _fork(area, _nothing, _store)
 
@@ -125,8 +121,11 @@ def _store_by_child(area: Area) -> None:
         area.store(1)
         os.write(writes, b"x")
 
+    def parent(area: Area) -> None:
+        os.read(reads, 1)
+
     try:
-        _fork(area, child, lambda _area: _drop(os.read(reads, 1)))
+        _fork(area, child, parent)
     finally:
         os.close(reads)
         os.close(writes)
