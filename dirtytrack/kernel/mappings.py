@@ -35,6 +35,8 @@ class Mapping(NamedTuple):
         """``anonymous``, ``shared`` (memory without a file system's file), ``file`` or ``hugetlb``."""
         if self.page_bytes > core.PAGE_BYTES:
             return "hugetlb"
+        if self.name == "/dev/zero" and not self.shared:
+            return "anonymous"
         if self.name.startswith(_SHMEM):
             return "shared" if self.shared else "file"
         if self.inode or self.name.startswith("/"):

@@ -25,7 +25,7 @@ import pytest
 
 import dirtytrack
 from tests import oracle
-from tests.kernel.host import HUGE_PAGE, POOLS, on_disk
+from tests.kernel.host import HUGE_PAGE, POOLS, machine_lock, on_disk
 from tests.oracle import PAGE
 from tests.strategies import Kind, Mapped, Span, Way
 
@@ -41,9 +41,8 @@ def memory_of(kind: Kind | Mapped) -> dirtytrack.Memory | mmap.mmap:
     shared, what = kind.value
     nbytes = PAGES[kind] * PAGE
     if what == "2M":
-        pool = POOLS[HUGE_PAGE]
-        with pool.locked():
-            pool.ensure(nbytes // HUGE_PAGE)
+        with machine_lock():
+            POOLS[HUGE_PAGE].ensure(nbytes // HUGE_PAGE)
             return dirtytrack.allocate(nbytes, shared=shared, huge="2M")
     if what in ("file", "memfd"):
         fd = os.memfd_create("model") if what == "memfd" else os.open(on_disk(Path.cwd()), os.O_TMPFILE | os.O_RDWR)
@@ -227,7 +226,10 @@ class World:
             assert os.pwrite(self._proc_mem, data, self.base + start) == len(data)
         assert self._view[start:end] == data
         for watch in self.watches():
-            watch.owe(pages)
+            if self.kind is Mapped.SPARSE:  # if it is discarded again, nothing has come of it: no page, and no marker
+                watch.allow(pages)
+            else:
+                watch.owe(pages)
 
     def discard(self, span: Span) -> None:
         """Not looked at: a page that is read before the next collect is a blind spot, where a marker survives."""
@@ -238,6 +240,9 @@ class World:
         oracle.discard(min(pages) * PAGE, len(pages) * PAGE, MADV_REMOVE if shared else mmap.MADV_DONTNEED)
         for watch in self.watches():  # owed where the content changed, which Watch.changed() finds
             watch.allow(pages)
+        if self.kind is Mapped.SHARED_FILE and not self.suspended:
+            for listener in self.listeners:  # before a store near by has a large folio put there, which is a blind spot
+                listener.tracker.peek()
 
     # ---- regions
 

@@ -30,7 +30,7 @@ HUGE_PAGE = 2 << 20
 DMA = "DMA in flight"
 OTHER_WRITERS = "writes through a descriptor, another process, or a mapping made after the registration"
 FILE_BENEATH = "the file changing beneath pages that were never written"
-REREAD = "pages discarded and read again before the next collect"
+REREAD = "pages discarded and there again, by a read or in a large folio, before the next collect"
 
 
 @pytest.fixture

@@ -8,12 +8,14 @@
  * discarded, and counts as written.
  *
  * What tells whether a page that is not present holds data:
- *   shared            SEEK_DATA of its file, and in tmpfs that the file's time did not change either: a hole in a large
- *                     folio that cannot be split is filled with zeroes and stays data (measured, Linux 6.18);
- *                     else mincore() of memory that no file system holds
+ *   shared            SEEK_DATA of its file, else mincore() of memory that no file system holds
  *   private           nothing: it is gone, unless it is in swap, which looks like a marker
  *   huge, shared      the file's blocks, where all of them are accounted for by present pages
- * Where that is no answer the page counts as written, and does so again in each collect until it is read. */
+ * Where that is no answer the page counts as written, and does so again in each collect until it is read.
+ *
+ * Data may have come back into a hole: a large folio that cannot be split is filled with zeroes instead, and a store near
+ * by has a whole one allocated (measured, Linux 6.18: tmpfs, ext4). So a second bit a page says that it was present at the
+ * last look. If it is no longer, somebody took it out of the page table, and it counts as written whatever it holds. */
 #include "engine.h"
 #include <dirent.h>
 #include <fcntl.h>
@@ -22,7 +24,6 @@
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
 #include <sys/vfs.h>
-#include <time.h>
 #include <unistd.h>
 
 enum answer { HOLDS_DATA, IS_EMPTY, UNKNOWN };
@@ -44,7 +45,7 @@ int dt_content_begin(dt_session *s, dt_region *r)
     if (r->content || !dt_needs_content(r))
         return 0;
     int rc = dt_room((void **)&s->watches, &s->watch_room, s->watch_count + 1, sizeof *s->watches);
-    dt_watch *content = rc ? NULL : dt_make_watch(NULL, r);
+    dt_watch *content = rc ? NULL : dt_make_watch(NULL, r, 2);
     if (!content)
         return -ENOMEM;
     dt_mark_whole(content);
@@ -128,14 +129,7 @@ static bool tells_holes(int fd)
     return false;
 }
 
-static bool in_tmpfs(int fd) /* or in an overlay, which may be one of that */
-{
-    struct statfs about;
-    return fstatfs(fd, &about) || (unsigned)about.f_type == 0x01021994 || (unsigned)about.f_type == 0x794c7630;
-}
-
-static void by_seeking(int fd, const dt_mapping *m, uint64_t start, uint64_t end, enum answer data_means, on_answer tell,
-                       void *context)
+static void by_seeking(int fd, const dt_mapping *m, uint64_t start, uint64_t end, on_answer tell, void *context)
 {
     uint64_t page = dt_page_bytes();
     for (uint64_t at = start; at < end;) {
@@ -152,15 +146,14 @@ static void by_seeking(int fd, const dt_mapping *m, uint64_t start, uint64_t end
             return;
         off_t hole = lseek(fd, data, SEEK_HOLE);
         uint64_t to = hole < 0 ? from + page : dt_min(end, from + (dt_up((uint64_t)hole, page) - dt_down((uint64_t)data, page)));
-        tell(context, from, to, data_means);
+        tell(context, from, to, HOLDS_DATA);
         at = to;
     }
 }
 
 /* SAFETY: only of memory whose mode lets everybody write it. Of a file that this process may not write, mincore() says
  * that all of it is there (Linux 5.2). */
-static void by_mincore(uint64_t start, uint64_t end, enum answer there_means, enum answer otherwise, on_answer tell,
-                       void *context)
+static void by_mincore(uint64_t start, uint64_t end, enum answer otherwise, on_answer tell, void *context)
 {
     unsigned char there[1024];
     unsigned shift = dt_page_shift();
@@ -173,7 +166,7 @@ static void by_mincore(uint64_t start, uint64_t end, enum answer there_means, en
         for (uint64_t i = 0, next; i < pages; i = next) {
             for (next = i + 1; next < pages && (there[next] & 1) == (there[i] & 1);)
                 next++;
-            tell(context, at + (i << shift), at + (next << shift), there[i] & 1 ? there_means : otherwise);
+            tell(context, at + (i << shift), at + (next << shift), there[i] & 1 ? HOLDS_DATA : otherwise);
         }
         at += pages << shift;
     }
@@ -191,42 +184,9 @@ static bool all_accounted_for(dt_session *s, const dt_mapping *m, int fd)
            (uint64_t)about.st_blocks * 512 == present;
 }
 
-/* Whether memory that no file system holds may be in large folios. */
-static bool may_be_large(const dt_mapping *m)
-{
-    char text[128] = "";
-    int fd = open("/sys/kernel/mm/transparent_hugepage/shmem_enabled", O_RDONLY | O_CLOEXEC);
-    ssize_t n = fd < 0 ? 0 : read(fd, text, sizeof text - 1);
-    if (fd >= 0)
-        close(fd);
-    if (fd < 0 || (n > 0 && (strstr(text, "[never]") || strstr(text, "[deny]"))))
-        return false;
-    return !strstr(text, "[advise]") || dt_huge_advised(m->start);
-}
-
-/* A write, a hole or a truncation changes a file's time in tmpfs, a store through a mapping does not. It ticks every few
- * milliseconds: one that is as old as the look at it may hide a change that came after the look. */
-#define TICK_NS 20000000
-
-static dt_stamp stamp_of(const struct stat *about)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_REALTIME, &now);
-    int64_t changed = (int64_t)about->st_mtim.tv_sec * 1000000000 + about->st_mtim.tv_nsec;
-    int64_t age = (int64_t)now.tv_sec * 1000000000 + now.tv_nsec - changed;
-    return (dt_stamp){about->st_dev, about->st_ino, changed, age > TICK_NS};
-}
-
-static bool unchanged(const dt_stamp *then, const dt_stamp *now)
-{
-    return then->settled && then->device == now->device && then->inode == now->inode && then->changed_ns == now->changed_ns;
-}
-
 typedef struct asking {
     dt_session *s;
-    const dt_region *region;
     uint64_t start, end;
-    dt_stamp *seen;       /* of the first file that was asked, to be kept where all of the region was looked at */
     on_answer tell;
     void *context;
 } asking;
@@ -245,15 +205,10 @@ static int ask_mapping(void *context, const dt_mapping *m)
     int fd = open_file(m, &about);
     if (kind & DT_KIND_HUGETLB)
         a->tell(a->context, start, end, all_accounted_for(a->s, m, fd) ? IS_EMPTY : UNKNOWN);
-    else if (fd >= 0 && tells_holes(fd)) {
-        dt_stamp now = stamp_of(&about);
-        bool is_tmpfs = in_tmpfs(fd);
-        if (is_tmpfs && !a->seen->inode)
-            *a->seen = now;
-        enum answer data = !is_tmpfs || unchanged(&a->region->stamp, &now) ? HOLDS_DATA : UNKNOWN;
-        by_seeking(fd, m, start, end, data, a->tell, a->context);
-    } else if (is_shmem(m->name))
-        by_mincore(start, end, may_be_large(m) ? UNKNOWN : HOLDS_DATA, certain ? IS_EMPTY : UNKNOWN, a->tell, a->context);
+    else if (fd >= 0 && tells_holes(fd))
+        by_seeking(fd, m, start, end, a->tell, a->context);
+    else if (is_shmem(m->name))
+        by_mincore(start, end, certain ? IS_EMPTY : UNKNOWN, a->tell, a->context);
     else
         a->tell(a->context, start, end, UNKNOWN);
     if (fd >= 0)
@@ -262,16 +217,38 @@ static int ask_mapping(void *context, const dt_mapping *m)
 }
 
 /* Of pages that are not present: whether they hold data all the same. */
-static int ask(dt_session *s, const dt_region *region, uint64_t start, uint64_t end, dt_stamp *seen, on_answer tell,
-               void *context)
+static int ask(dt_session *s, uint64_t start, uint64_t end, on_answer tell, void *context)
 {
-    asking a = {s, region, start, end, seen, tell, context};
+    asking a = {s, start, end, tell, context};
     return dt_each_mapping(start, end, ask_mapping, &a);
 }
 
 /* ---- around the first arming -------------------------------------------------------------------------------------- */
 
 static void mark_run(void *context, uint64_t start, uint64_t end) { dt_mark(context, start, end); }
+
+/* The bits that say that a page was present at the last look lie behind the others. */
+static uint64_t *was_present(const dt_watch *content) { return (uint64_t *)content->bits + content->words; }
+
+static void set_present(dt_watch *c, uint64_t start, uint64_t end, bool present)
+{
+    unsigned shift = dt_page_shift();
+    uint64_t *bits = was_present(c), last = (dt_min(end, c->end) - c->start) >> shift;
+    for (uint64_t i = (dt_max(start, c->start) - c->start) >> shift; i < last;) {
+        uint64_t next = dt_min(last, (i | 63) + 1), mask = (~(uint64_t)0 >> (64 - (next - i))) << (i & 63);
+        if (present)
+            bits[i >> 6] |= mask;
+        else
+            bits[i >> 6] &= ~mask;
+        i = next;
+    }
+}
+
+static void note_present(void *context, uint64_t start, uint64_t end)
+{
+    dt_mark(context, start, end);
+    set_present(context, start, end, true);
+}
 
 static void mark_unless_empty(void *context, uint64_t start, uint64_t end, enum answer answer)
 {
@@ -287,12 +264,10 @@ int dt_content_before_arming(dt_session *s, dt_region *r, uint64_t start, uint64
     if (!content || start >= end)
         return 0;
     dt_unmark(content, start, end);
+    set_present(content, start, end, false);
     int rc = dt_query(s, start, end, &EITHER, mark_run, content);
-    dt_stamp seen = {0};
     if (!rc && r->kinds & DT_KIND_SHARED)
-        rc = ask(s, r, start, end, &seen, mark_unless_empty, content);
-    if (start == r->start && end == r->end)
-        r->stamp = rc ? (dt_stamp){0} : seen;
+        rc = ask(s, start, end, mark_unless_empty, content);
     if (rc)
         dt_mark(content, start, end); /* unknown */
     return rc;
@@ -301,7 +276,7 @@ int dt_content_before_arming(dt_session *s, dt_region *r, uint64_t start, uint64
 /* A page may have come between the look before and the arming. */
 int dt_content_after_arming(dt_session *s, dt_region *r, uint64_t start, uint64_t end)
 {
-    return r->content ? dt_query(s, dt_max(start, r->start), dt_min(end, r->end), &PRESENT, mark_run, r->content) : 0;
+    return r->content ? dt_query(s, dt_max(start, r->start), dt_min(end, r->end), &PRESENT, note_present, r->content) : 0;
 }
 
 /* ---- in a collect -------------------------------------------------------------------------------------------------- */
@@ -309,9 +284,9 @@ int dt_content_after_arming(dt_session *s, dt_region *r, uint64_t start, uint64_
 typedef struct looking {
     dt_session *s;
     dt_watch *content;
-    dt_stamp seen;
     uint64_t at;          /* up to here it is known */
-    bool note_present;
+    bool note;            /* what was seen is kept */
+    bool taken;           /* the pages in question were present at the last look */
     dt_on_lost on_lost;
     void *context;
     int rc;
@@ -320,9 +295,11 @@ typedef struct looking {
 static void tell_lost(void *context, uint64_t start, uint64_t end, enum answer answer)
 {
     looking *l = context;
-    if (answer != HOLDS_DATA)
-        l->on_lost(l->context, start, end, answer == UNKNOWN);
+    if (answer != HOLDS_DATA || l->taken)
+        l->on_lost(l->context, start, end, answer != IS_EMPTY);
 }
+
+static bool is_set(const uint64_t *bits, uint64_t i) { return bits[i >> 6] >> (i & 63) & 1; }
 
 static void look_at_absent(void *context, uint64_t start, uint64_t end)
 {
@@ -332,12 +309,13 @@ static void look_at_absent(void *context, uint64_t start, uint64_t end)
     end = dt_min(end, c->end);
     if (start >= end)
         return;
-    if (l->note_present)
-        dt_mark(c, l->at, start);
+    if (l->note && start > l->at)
+        note_present(c, l->at, start);
     l->at = end;
     unsigned shift = dt_page_shift();
     uint64_t first = (start - c->start) >> shift, beyond = (end - c->start) >> shift;
-    for (uint64_t i = first, from; i < beyond && !l->rc;) { /* the runs of set bits */
+    const uint64_t *present = was_present(c);
+    for (uint64_t i = first, from; i < beyond && !l->rc;) { /* the runs of pages that may have content */
         uint64_t word = c->bits[i >> 6] >> (i & 63);
         if (!word) {
             i = (i | 63) + 1;
@@ -346,28 +324,28 @@ static void look_at_absent(void *context, uint64_t start, uint64_t end)
         i += (uint64_t)__builtin_ctzll(word);
         if (i >= beyond)
             break;
-        for (from = i; i < beyond && c->bits[i >> 6] >> (i & 63) & 1;)
+        l->taken = is_set(present, i);
+        for (from = i; i < beyond && is_set(c->bits, i) && is_set(present, i) == l->taken;)
             i++;
         uint64_t a = c->start + (from << shift), b = c->start + (i << shift);
         if (c->region->present)
             l->on_lost(l->context, a, b, false); /* an empty entry is no marker: nothing is left of it */
         else
-            l->rc = ask(l->s, c->region, a, b, &l->seen, tell_lost, l);
+            l->rc = ask(l->s, a, b, tell_lost, l);
     }
+    if (l->note && !l->rc)
+        set_present(c, start, end, false);
 }
 
-int dt_find_lost(dt_session *s, dt_watch *c, uint64_t start, uint64_t end, bool note_present, dt_on_lost on_lost,
-                 void *context)
+int dt_find_lost(dt_session *s, dt_watch *c, uint64_t start, uint64_t end, bool note, dt_on_lost on_lost, void *context)
 {
     start = dt_max(start, c->start);
     end = dt_min(end, c->end);
     if (start >= end)
         return 0;
-    looking l = {s, c, {0}, start, note_present, on_lost, context, 0};
+    looking l = {.s = s, .content = c, .at = start, .note = note, .on_lost = on_lost, .context = context};
     int rc = dt_query(s, start, end, c->region->present ? &DT_ABSENT : &NOT_PRESENT, look_at_absent, &l);
-    if (!rc && note_present)
-        dt_mark(c, l.at, end);
-    if (!rc && !l.rc && note_present && l.seen.inode && start == c->start && end == c->end)
-        c->region->stamp = l.seen; /* taken before the look */
+    if (!rc && note && end > l.at)
+        note_present(c, l.at, end);
     return rc ? rc : l.rc;
 }

@@ -19,9 +19,6 @@
  * from the page allocator, at 0.4 µs a call (measured, Linux 6.18). */
 #define DT_VECTOR_LENGTH 341u
 
-/* A file and when it was changed, as last seen; settled: no later change can have the same time. */
-typedef struct dt_stamp { uint64_t device, inode; int64_t changed_ns; bool settled; } dt_stamp;
-
 struct dt_region {
     dt_session *session;
     uint64_t id;
@@ -34,7 +31,6 @@ struct dt_region {
     uint32_t kinds;               /* enum dt_kind, or-ed */
     uint64_t granule;             /* the largest page in it */
     dt_watch *content;            /* remedy R2: the pages that may have content (content.c); NULL where it needs none */
-    dt_stamp stamp;               /* of its file in tmpfs, when all of it was looked at for remedy R2 */
     uint32_t watchers;
     uint64_t gone_version;        /* counts what went away; a watch compares it with what it was told */
     uint64_t gone_start, gone_end, gone_bytes; /* the first hole, and all of them */
@@ -187,7 +183,7 @@ int dt_content_after_arming(dt_session *s, dt_region *region, uint64_t start, ui
 /* Pages of `content` within [start, end) that may have had content and are neither present nor known to hold data. Where
  * it is certain that nothing is left of a page, `keep` is false: it need not be told again. */
 typedef void (*dt_on_lost)(void *context, uint64_t start, uint64_t end, bool keep);
-int dt_find_lost(dt_session *s, dt_watch *content, uint64_t start, uint64_t end, bool note_present, dt_on_lost on_lost,
+int dt_find_lost(dt_session *s, dt_watch *content, uint64_t start, uint64_t end, bool note, dt_on_lost on_lost,
                  void *context);
 
 /* alias.c */
@@ -240,7 +236,7 @@ bool dt_next_own(const dt_session *s, uint64_t *at, uint64_t end, uint64_t *from
 
 /* listener.c */
 int dt_fail_region(dt_failure *why, int code, const dt_region *region);
-dt_watch *dt_make_watch(dt_listener *l, dt_region *region); /* NULL: no memory */
+dt_watch *dt_make_watch(dt_listener *l, dt_region *region, unsigned bits); /* so many a page; NULL: no memory */
 void dt_mark_whole(dt_watch *w);
 void dt_forget(dt_watch *w);                  /* nothing is pending */
 dt_watch *dt_watch_of(const dt_listener *l, const dt_region *region);

@@ -34,7 +34,6 @@ void dt_free(void *block);
 int dt_each_mapping(uint64_t start, uint64_t end, int (*visit)(void *context, const dt_mapping *mapping), void *context);
 bool dt_maps_query(void);                       /* whether PROCMAP_QUERY is there */
 uint32_t dt_kind_of(const dt_mapping *mapping); /* enum dt_kind, or-ed */
-bool dt_huge_advised(uint64_t address);         /* MADV_HUGEPAGE; true where nobody can say */
 int64_t dt_swapped_bytes(uint64_t start, uint64_t end); /* of the mappings that touch it, in swap; or -errno */
 
 /* ---- pages ---- */

@@ -137,7 +137,7 @@ static int by_text(int fd, uint64_t address, dt_mapping *out)
 
 /* ---- what only /proc/self/smaps tells ------------------------------------------------------------------------ */
 
-typedef struct smaps { uint64_t start, end, page_bytes, swap_bytes; bool huge_advised; } smaps;
+typedef struct smaps { uint64_t start, end, page_bytes, swap_bytes; } smaps;
 
 /* Each mapping that touches [start, end): told at its last line (VmFlags). 0, or -errno. */
 static int read_smaps(uint64_t start, uint64_t end, void (*visit)(void *context, const smaps *mapping), void *context)
@@ -161,10 +161,8 @@ static int read_smaps(uint64_t start, uint64_t end, void (*visit)(void *context,
             m.page_bytes = (uint64_t)a << 10;
         else if (sscanf(line, "Swap: %llu kB", &a) == 1)
             m.swap_bytes = (uint64_t)a << 10;
-        else if (!strncmp(line, "VmFlags:", 8)) {
-            m.huge_advised = strstr(line, " hg") != NULL;
+        else if (!strncmp(line, "VmFlags:", 8))
             visit(context, &m);
-        }
     }
     int code = ferror(file) ? -EIO : 0;
     free(line);
@@ -173,14 +171,7 @@ static int read_smaps(uint64_t start, uint64_t end, void (*visit)(void *context,
 }
 
 static void note_page_bytes(void *context, const smaps *m) { *(uint64_t *)context = m->page_bytes; }
-static void note_huge(void *context, const smaps *m) { *(bool *)context = m->huge_advised; }
 static void add_swap(void *context, const smaps *m) { *(uint64_t *)context += m->swap_bytes; }
-
-bool dt_huge_advised(uint64_t address)
-{
-    bool advised = true;
-    return read_smaps(address, address + 1, note_huge, &advised) || advised;
-}
 
 int64_t dt_swapped_bytes(uint64_t start, uint64_t end)
 {
@@ -247,8 +238,9 @@ bool dt_maps_query(void)
 uint32_t dt_kind_of(const dt_mapping *m)
 {
     uint32_t huge = m->page_bytes > dt_page_bytes() ? DT_KIND_HUGETLB : 0;
-    bool file = m->inode || m->name[0] == '/';
     if (m->shared)
         return huge | DT_KIND_SHARED;
-    return huge | (file && strncmp(m->name, "/anon_hugepage", 14) ? DT_KIND_FILE : DT_KIND_ANONYMOUS);
+    bool file = m->inode || m->name[0] == '/';
+    bool none = !strncmp(m->name, "/anon_hugepage", 14) || !strcmp(m->name, "/dev/zero"); /* anonymous by other names */
+    return huge | (file && !none ? DT_KIND_FILE : DT_KIND_ANONYMOUS);
 }

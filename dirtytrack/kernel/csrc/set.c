@@ -70,6 +70,8 @@ static int by_start(const void *a, const void *b)
 void dt_set_sort(dt_set *set)
 {
     uint64_t count = set->count;
+    if (!count) /* nor an array to sort */
+        return;
     qsort(set->runs, count, sizeof *set->runs, by_start);
     set->count = 0;
     for (uint64_t i = 0; i < count; i++)

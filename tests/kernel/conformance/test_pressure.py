@@ -51,11 +51,8 @@ def swap_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def assert_dirty(kind: Kind, found: set[int], wanted: set[int]) -> None:
-    """A copy of a file's page that is in swap looks like one that was discarded: it may be reported beside (EXTRA).
-
-    /proc/self/maps calls private memory of /dev/zero a file's too, which it is not.
-    """
-    may_be_more = kind.private_file or kind.name == "/dev/zero private"
+    """Of memory of a file, a page that is in swap looks like one that was discarded: it may be reported beside."""
+    may_be_more = kind.private_file or kind.shared
     assert found >= wanted if may_be_more else found == wanted
 
 
