@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the kernel and devices write into throw-away memory: reads that wait, direct reads, io_uring, another process;
-and what is done to part of a file beneath it.
+"""What the kernel and devices write into throw-away memory: reads that wait, direct reads, io_uring, a debugger's calls.
 
 All of it into unit 1 of an area. What this machine forbids or lacks is `NotHere`.
 """
@@ -25,7 +24,6 @@ from .trial import Area, NotHere
 __all__ = [
     "Ring",
     "begin_read",
-    "collapse_range",
     "direct_read",
     "end_read",
     "punch_part",
@@ -41,7 +39,7 @@ _AT = 8
 _SETUP, _ENTER, _REGISTER = 425, 426, 427
 _READ_FIXED, _READ = 4, 22
 _GETEVENTS, _REGISTER_BUFFERS, _UNREGISTER_BUFFERS = 1, 0, 1
-_PUNCH_PART, _COLLAPSE_RANGE = 3, 8
+_PUNCH_HOLE = 3
 _PENDING: dict[int, Any] = {}
 """What was begun before the memory was armed, by its address."""
 
@@ -71,7 +69,7 @@ def _address_of(buffer: bytearray) -> int:
     return ctypes.addressof((ctypes.c_char * len(buffer)).from_buffer(buffer))
 
 
-# ---- reads --------------------------------------------------------------------------------------------------------
+# ---- reads ----------------------------------------------------------------------------------------------------------
 
 
 def begin_read(area: Area) -> None:
@@ -124,24 +122,16 @@ def write_by_process_vm(area: Area) -> None:
         raise _refused("process_vm_writev", ctypes.get_errno())
 
 
-# ---- the file beneath, other than in whole pages ------------------------------------------------------------------
+# ---- the file beneath -----------------------------------------------------------------------------------------------
 
 
 def punch_part(area: Area) -> None:
     """A hole of less than a page, which the kernel fills with zeroes where the page stays."""
-    if _libc().fallocate(area.fd, _PUNCH_PART, area.unit_bytes + _AT, area.unit_bytes // 2):
+    if _libc().fallocate(area.fd, _PUNCH_HOLE, area.unit_bytes + _AT, area.unit_bytes // 2):
         raise _refused("FALLOC_FL_PUNCH_HOLE", ctypes.get_errno())
 
 
-def collapse_range(area: Area) -> None:
-    """A unit is taken out of the file: what lay behind it moves up."""
-    os.pwrite(area.fd, _NEW, 2 * area.unit_bytes + _AT)  # by which the next unit differs
-    if _libc().fallocate(area.fd, _COLLAPSE_RANGE, area.unit_bytes, area.unit_bytes):
-        raise _refused("FALLOC_FL_COLLAPSE_RANGE", ctypes.get_errno())
-    os.ftruncate(area.fd, area.nbytes)
-
-
-# ---- io_uring -----------------------------------------------------------------------------------------------------
+# ---- io_uring -------------------------------------------------------------------------------------------------------
 
 
 class Ring:
