@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the kernel and devices write into throw-away memory: reads that wait, direct reads, io_uring, a debugger's calls.
+"""What the kernel and devices write into throw-away memory: reads that wait, direct ones, io_uring.
 
 All of it into unit 1 of an area. What this machine forbids or lacks is `NotHere`.
 """
