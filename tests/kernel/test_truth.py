@@ -32,7 +32,7 @@ OPEN = {
     ("hole of two punched, store to one, nothing touched before", "file shared"),
 }
 """Missed in spite of the remedies: pages that were not in the page table, in a hole that a store near by filled again,
-with zeroes: the kernel allocates a whole large folio, and all of it is data (Linux 6.18; tmpfs with huge pages, ext4)."""
+with zeroes: the kernel allocates a large folio, and all of it is data (Linux 6.18; tmpfs with huge pages, ext4)."""
 
 
 @pytest.fixture(scope="module")
