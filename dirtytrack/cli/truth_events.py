@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple
 
+from ..kernel import trial_io
 from ..kernel.trial import Area, NotHere
 
 __all__ = ["EVENTS", "REGISTERED", "Event"]
@@ -21,6 +22,7 @@ _PRIVATE_FILES = ("memfd private", "file private")
 _SHARED = (*_SHARED_FILES, "transparent huge shared", "hugetlb shared")
 _ALL = (*_PLAIN, *_SHARED_FILES, *_PRIVATE_FILES, "transparent huge shared", "hugetlb private", "hugetlb shared")
 _MARKED = (*_PRIVATE_FILES, "hugetlb private")
+_PINNED = (*_PLAIN, "memfd shared", "hugetlb private", "hugetlb shared")
 _NOT_HUGETLB = ("anonymous", "transparent huge", "memfd shared", "file shared")
 
 REGISTERED = (
@@ -209,6 +211,13 @@ EVENTS = (
     Event("store in a range never touched", ("anonymous, 4 MiB",), _store, hole=True, untouched=True),
     Event("read(2) into it", _ALL, _read_into),
     Event("write to /proc/self/mem", _ALL, _write_by_proc),
+    Event("process_vm_writev", _ALL, trial_io.write_by_process_vm),
+    Event("read(2) that began before the arming", ("anonymous", "memfd shared"), trial_io.end_read,
+          before=trial_io.begin_read),
+    Event("read by O_DIRECT", _PINNED, trial_io.direct_read),
+    Event("read by io_uring", _PINNED, trial_io.read_by_ring),
+    Event("read by io_uring into a registered buffer", _PINNED, trial_io.read_into_registered, blind=True,
+          before=trial_io.register_buffer),
     Event("store while a forked child lives", _ALL, _fork_and_store),
     Event("store by a forked child", (*_SHARED, "anonymous shared"), _store_by_child, blind=True),
     Event("mprotect read-only and back, store", _NOT_HUGETLB, _protect_and_store),
@@ -232,8 +241,11 @@ EVENTS = (
     Event("hole punched", _SHARED, _punch, hole=True),
     Event("hole punched, dirty page", _SHARED, _after_a_store(_punch)),
     Event("hole of two punched, store to one", _SHARED, _punch_two_and_store),
+    Event("hole of two punched, store to one, nothing touched before", _SHARED_FILES, _punch_two_and_store,
+          untouched=True),
     Event("hole punched, then read", _SHARED, _then_read(_punch), blind=True),
     Event("range zeroed", ("file shared",), lambda area: area.zero(1)),
+    Event("hole punched in part of a page", ("memfd shared",), trial_io.punch_part, blind=True),
     Event("truncated and grown", (*_SHARED_FILES, *_PRIVATE_FILES, "hugetlb shared"), lambda area: area.cut(1),
           hole=True),
     Event("truncated and grown, dirty page", ("memfd shared", "hugetlb shared"),
