@@ -8,9 +8,12 @@ import mmap
 import operator
 import os
 import sys
+import weakref
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from .errors import InvalidMemory, LimitReached, UnsupportedKernel
+from .errors import InvalidMemory, KernelRefused, LimitReached, SessionClosed, UnsupportedKernel, UsedAfterFork
 from .kernel import core, mappings, placing
 from .kernel.abi import Address, Fd
 
@@ -36,9 +39,14 @@ if TYPE_CHECKING:
 
     AnyBuffer = Buffer | _Array | _SharedMemory
 
-__all__ = ["Memory", "Pinned", "allocate", "pin"]
+__all__ = ["Memory", "Pinned", "allocate", "pin", "sessions"]
+
+sessions: weakref.WeakSet[Any] = weakref.WeakSet()
+"""The sessions of this process: they are told what a `Memory` does with its pages."""
 
 _ALIGN_ATTEMPTS = 1024
+_HUGE_BYTES = {"2M": 2 << 20, "1G": 1 << 30}
+_MAP_HUGETLB, _MFD_HUGETLB, _HUGE_SHIFT = 0x40000, 0x4, 26
 
 
 class Memory(mmap.mmap):
@@ -52,7 +60,7 @@ class Memory(mmap.mmap):
         page_bytes: the size of its pages; of a transparent huge page where it was asked for.
         name: as given, or None.
         shared: whether other processes can map it.
-        huge: None or ``"transparent"``.
+        huge: None, ``"transparent"``, ``"2M"`` or ``"1G"``.
     """
 
     address: Address
@@ -67,8 +75,8 @@ class Memory(mmap.mmap):
         """As mmap.mmap; `allocate` is the way to call it."""
         memory = super().__new__(cls, *arguments, **options)
         core.load()
-        memory.address = core.address_of(core.pin(memory, writable=True))
-        memory.nbytes, memory.page_bytes = len(memory), core.PAGE_BYTES
+        memory._locate()
+        memory.page_bytes = core.PAGE_BYTES
         return memory
 
     def fileno(self) -> Fd:
@@ -82,13 +90,89 @@ class Memory(mmap.mmap):
             raise InvalidMemory(why)
         return Fd(self._fd)
 
-    def resize(self, newsize: int) -> None:
-        """Memory keeps its place and length, so that regions and addresses stay true.
+    def discard(self, offset: int = 0, nbytes: int | None = None) -> None:
+        """Give pages back to the system: they read as zeroes from now on, and are dirty for every tracker of them.
+
+        Args:
+            offset: where to begin, in bytes.
+            nbytes: how many bytes; to the end where left out. Both are multiples of the page, or of ``page_bytes`` of
+                hugetlb memory. Of shared memory the pages are gone for everybody who maps it.
 
         Raises:
-            InvalidMemory: always. Allocate another.
+            InvalidMemory: it is not in the memory or not in whole pages.
+            KernelRefused: the kernel would not.
+
+        Thread safety: may be called beside collects.
         """
-        raise InvalidMemory(f"Memory cannot be resized, not to {newsize} bytes either: allocate() another and copy")
+        unit = self.page_bytes if self.huge in _HUGE_BYTES else core.PAGE_BYTES
+        nbytes = self.nbytes - offset if nbytes is None else nbytes
+        if offset < 0 or nbytes < 0 or offset + nbytes > self.nbytes or offset % unit or nbytes % unit:
+            raise InvalidMemory(
+                f"discard() takes whole pages of {unit} bytes within the memory's {self.nbytes}, not {nbytes} bytes at "
+                f"{offset}"
+            )
+        if not nbytes:
+            return
+        try:
+            self.madvise(mmap.MADV_REMOVE if self.shared else mmap.MADV_DONTNEED, offset, nbytes)
+        except OSError as error:
+            raise KernelRefused(f"cannot discard {nbytes} bytes: {error}", errno=error.errno) from error
+        finally:
+            # After it: a collect that came before, and a read before the next one, must not hide it.
+            self._tell_sessions(offset, nbytes)
+
+    def _tell_sessions(self, offset: int, nbytes: int) -> None:
+        for session in tuple(sessions):
+            with suppress(SessionClosed, UsedAfterFork):
+                session.mark_dirty((self.address + offset, nbytes))
+
+    def resize(self, newsize: int) -> None:
+        """Grow or shrink, in place or elsewhere: ``address`` may change.
+
+        Regions of this memory are registered anew, under their names, and the trackers that watch them go on: to them
+        the memory is wholly dirty in the next collect. A set collected before knows the old addresses; its bytes can no
+        longer be read.
+
+        Args:
+            newsize: bytes; rounded up to the page size of its kind.
+
+        Raises:
+            InvalidMemory: not positive; something else holds the buffer, such as an array on it; shared memory that
+                would shrink, or hugetlb memory that would grow. Its length is unchanged then.
+            LimitReached: no memory is left.
+
+        Thread safety: not beside a use of the memory. A collect in another thread may find it missing meanwhile.
+        """
+        newsize = -(-_count(newsize, "resize()") // self.page_bytes) * self.page_bytes
+        if newsize == self.nbytes:
+            return
+        if self.shared and newsize < self.nbytes:
+            raise InvalidMemory(
+                "shared memory does not shrink, since others may map it: discard() gives its pages back"
+            )
+        if self.huge in _HUGE_BYTES and newsize > self.nbytes:
+            raise InvalidMemory("hugetlb memory does not grow: allocate() more and copy")
+        back = [session._move_out(self) for session in tuple(sessions) if not session.closed]
+        try:
+            super().resize(newsize)
+        except BufferError as error:
+            raise InvalidMemory(
+                f"cannot resize this memory: something holds it, such as an array on it ({error})"
+            ) from error
+        except (OSError, ValueError, SystemError) as error:
+            raise LimitReached(
+                f"cannot resize this memory to {newsize} bytes: {error}. Ask for less",
+                errno=getattr(error, "errno", None),
+                feature="memory",
+            ) from error
+        finally:
+            self._locate()
+            for move_in in back:
+                move_in()
+
+    def _locate(self) -> None:
+        self.address = core.address_of(core.pin(self, writable=True))
+        self.nbytes = len(self)
 
     def close(self) -> None:
         """Free the memory now.
@@ -131,36 +215,33 @@ def allocate(
     Args:
         nbytes: at least this many bytes; rounded up to the page size of its kind.
         shared: False: private to this process. True: a sealed memfd that other processes can map by `Memory.fileno`
-            and that nobody can shrink or grow; a child of a fork writes the same memory.
-        huge: None, or ``"transparent"`` for memory that is aligned to transparent huge pages and asks for them.
-            ``"2M"`` and ``"1G"`` (hugetlb) are for a later version.
+            and that nobody can shrink; a child of a fork writes the same memory.
+        huge: None; ``"transparent"`` for memory that is aligned to transparent huge pages and asks for them; ``"2M"``
+            or ``"1G"`` for huge pages of the system's pool, which are dirty as a whole.
         name: shown in /proc/PID/maps where the kernel can, and taken over by regions.
 
     Raises:
         InvalidMemory: ``nbytes`` is not positive, or ``huge`` is none of the above.
-        UnsupportedKernel: no transparent huge pages here, or not Linux.
-        LimitReached: the kernel has no memory, mapping or descriptor left.
+        UnsupportedKernel: no huge pages of that kind here, or not Linux.
+        LimitReached: the kernel has no memory, mapping or descriptor left, or the pool no huge page (vm.nr_hugepages).
 
     Thread safety: may be called from any thread.
     """
     core.load()
-    try:
-        nbytes = operator.index(nbytes)
-    except TypeError:
-        raise InvalidMemory(f"allocate() takes a number of bytes, not {type(nbytes).__name__}") from None
-    if nbytes <= 0:
-        raise InvalidMemory(f"allocate() takes a positive number of bytes, not {nbytes}")
+    nbytes = _count(nbytes, "allocate()")
     page_bytes = _page_bytes(huge)
     nbytes = -(-nbytes // page_bytes) * page_bytes
     fd = -1
     try:
         if shared:
-            fd = _sealed_memfd(name or "dirtytrack", nbytes)
-        memory = _map(fd, nbytes, page_bytes)
+            fd = _sealed_memfd(name or "dirtytrack", nbytes, huge)
+        memory = _map_anywhere(fd, nbytes, huge) if huge in _HUGE_BYTES else _map(fd, nbytes, page_bytes)
         memory._fd = fd
         fd = -1
     except (OSError, OverflowError) as error:
         number = error.errno if isinstance(error, OSError) else errno.ENOMEM
+        if huge in _HUGE_BYTES and number == errno.ENOMEM:
+            raise _pool_is_empty(nbytes, page_bytes, error) from error
         raise LimitReached(
             f"cannot allocate {nbytes} bytes: {error}. Ask for less, or look at RLIMIT_AS, RLIMIT_NOFILE, "
             "vm.max_map_count and vm.overcommit_memory",
@@ -171,7 +252,7 @@ def allocate(
         if fd >= 0:
             os.close(fd)
     memory.page_bytes, memory.name, memory.shared, memory.huge = page_bytes, name, shared, huge
-    if huge:
+    if huge == "transparent":
         try:
             memory.madvise(mmap.MADV_HUGEPAGE)
         except OSError as error:
@@ -180,7 +261,7 @@ def allocate(
                 errno=error.errno,
                 feature="transparent huge pages",
             ) from error
-    if name and not shared:
+    if name and not shared and huge not in _HUGE_BYTES:
         placing.name_mapping(memory.address, nbytes, name)
     return memory
 
@@ -188,8 +269,14 @@ def allocate(
 def _page_bytes(huge: str | None) -> int:
     if huge is None:
         return core.PAGE_BYTES
-    if huge in ("2M", "1G"):
-        raise InvalidMemory(f"huge={huge!r}: this version does not do hugetlb memory yet; huge='transparent' it does")
+    if huge in _HUGE_BYTES:
+        if not _pool(_HUGE_BYTES[huge]).is_dir():
+            raise UnsupportedKernel(
+                f"this machine has no huge pages of {huge} (no {_pool(_HUGE_BYTES[huge])}). Leave out huge=, or use "
+                "huge='transparent'",
+                feature="hugetlb",
+            )
+        return _HUGE_BYTES[huge]
     if huge != "transparent":
         raise InvalidMemory(f"huge takes None, 'transparent', '2M' or '1G', not {huge!r}")
     size = mappings.thp_bytes()
@@ -201,12 +288,45 @@ def _page_bytes(huge: str | None) -> int:
     return size
 
 
-def _sealed_memfd(name: str, nbytes: int) -> int:
+def _pool(page_bytes: int) -> Path:
+    return Path(f"/sys/kernel/mm/hugepages/hugepages-{page_bytes >> 10}kB")
+
+
+def _pool_is_empty(nbytes: int, page_bytes: int, error: BaseException) -> LimitReached:
+    needed, free = nbytes // page_bytes, "an unknown number of"
+    with suppress(OSError):
+        free = (_pool(page_bytes) / "free_hugepages").read_text().strip()
+    return LimitReached(
+        f"cannot allocate {nbytes} bytes: it takes {needed} huge pages of {page_bytes >> 20} MiB, and the pool has "
+        f"{free} free ({error}). As root: sysctl vm.nr_hugepages=N, or write N to {_pool(page_bytes)}/nr_hugepages "
+        "(1 GiB pages are best reserved at boot: hugepagesz=1G hugepages=N); a hugetlb cgroup may limit it too",
+        errno=errno.ENOMEM,
+        feature="vm.nr_hugepages",
+    )
+
+
+def _count(number: int, what: str) -> int:
+    try:
+        number = operator.index(number)
+    except TypeError:
+        raise InvalidMemory(f"{what} takes a number of bytes, not {type(number).__name__}") from None
+    if number <= 0:
+        raise InvalidMemory(f"{what} takes a positive number of bytes, not {number}")
+    return number
+
+
+def _huge_flags(huge: str | None, flag: int) -> int:
+    if huge not in _HUGE_BYTES:
+        return 0
+    return flag | (_HUGE_BYTES[huge].bit_length() - 1) << _HUGE_SHIFT
+
+
+def _sealed_memfd(name: str, nbytes: int, huge: str | None) -> int:
     shown = name.encode(errors="replace").replace(b"\0", b"?")[:200].decode(errors="ignore")
-    fd = os.memfd_create(shown, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    fd = os.memfd_create(shown, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | _huge_flags(huge, _MFD_HUGETLB))
     try:
         os.ftruncate(fd, nbytes)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
     except BaseException:
         os.close(fd)
         raise
@@ -218,21 +338,22 @@ def _map(fd: int, nbytes: int, alignment: int) -> Memory:
 
     Kernels that can track (Linux 6.7) align large mappings to huge pages by themselves, but not each of them always.
     """
-    memory = _map_anywhere(fd, nbytes)
+    memory = _map_anywhere(fd, nbytes, None)
     if memory.address % alignment == 0:
         return memory
     in_the_way = [memory]  # kept until the end, so that the kernel finds no other place for the next one
     with placing.aligned_hole(nbytes, alignment):
         for _ in range(_ALIGN_ATTEMPTS):
-            memory = _map_anywhere(fd, nbytes)
+            memory = _map_anywhere(fd, nbytes, None)
             if memory.address % alignment == 0:
                 return memory
             in_the_way.append(memory)
     raise OSError(errno.ENOMEM, f"no free range that is aligned to {alignment} bytes was found")
 
 
-def _map_anywhere(fd: int, nbytes: int) -> Memory:
-    return Memory(fd, nbytes, flags=mmap.MAP_SHARED if fd >= 0 else mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+def _map_anywhere(fd: int, nbytes: int, huge: str | None) -> Memory:
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _huge_flags(huge, _MAP_HUGETLB)
+    return Memory(fd, nbytes, flags=mmap.MAP_SHARED if fd >= 0 else private)
 
 
 # ---- other people's buffers ------------------------------------------------------------------------------------------

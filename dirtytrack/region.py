@@ -12,15 +12,16 @@ from .kernel.abi import Address
 from .memory import Pinned, pin
 
 if TYPE_CHECKING:
-    from .memory import AnyBuffer
+    from .memory import AnyBuffer, Memory
 
 __all__ = ["Region", "Run", "Span", "Survey", "range_of", "survey"]
 
 DMA = "DMA in flight"
-OTHER_WRITERS = "writes through another mapping or descriptor"
-HOLES = "pages discarded by a punched hole, MADV_REMOVE or truncation"
+OTHER_WRITERS = "writes through a descriptor, another process, or a mapping made after the registration"
+OTHER_MAPPINGS = "writes through another mapping of it in this process, which another userfaultfd has"
 FILE_BENEATH = "the file changing beneath pages that were never written"
-DISCARDS = "pages of a file discarded by MADV_DONTNEED"
+REREAD = "pages discarded and there again, by a read or in a large folio, before the next collect"
+REREAD_BY_DESCRIPTOR = "holes punched or truncated through a descriptor and there again before the next collect"
 
 
 class Run(NamedTuple):
@@ -58,6 +59,8 @@ class Span:
         name: str,
         address: int,
         nbytes: int,
+        start: int,
+        end: int,
         granule_bytes: int,
         unpinned: bool,
         shape: tuple[int, ...] | None,
@@ -65,8 +68,7 @@ class Span:
     ) -> None:
         self.id, self.name, self.address, self.nbytes = id, name, address, nbytes
         self.granule_bytes, self.unpinned, self.shape, self.dtype = granule_bytes, unpinned, shape, dtype
-        self.start = address - address % granule_bytes
-        self.end = -(-(address + nbytes) // granule_bytes) * granule_bytes
+        self.start, self.end = start, end
         self.owner: weakref.ref[Region] | None = None
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -75,6 +77,8 @@ class Span:
             self.name,
             self.address,
             self.nbytes,
+            self.start,
+            self.end,
             self.granule_bytes,
             self.unpinned,
             self.shape,
@@ -90,11 +94,14 @@ class Region:
     memory registered again is another Region.
     """
 
-    __slots__ = ("__weakref__", "_blind_spots", "_ended", "_handle", "_hold", "_slot", "_span")
+    __slots__ = ("__weakref__", "_blind_spots", "_ended", "_handle", "_hold", "_memory", "_slot", "_span")
 
-    def __init__(self, span: Span, blind_spots: frozenset[str], slot: Any, hold: Any) -> None:
+    def __init__(
+        self, span: Span, blind_spots: frozenset[str], slot: Any, hold: Any, memory: Memory | None = None
+    ) -> None:
         self._span = span
         self._blind_spots = blind_spots
+        self._memory = memory  # what `allocate` made, where it is that; it may be resized
         self._slot = slot
         self._handle = slot[0]
         self._hold = hold
@@ -138,8 +145,19 @@ class Region:
 
     @property
     def arm(self) -> str:
-        """Which pages are armed: ``all``, unpopulated ones too."""
-        return "all"
+        """Which pages are armed: ``all``, unpopulated ones too, or ``present``, what is populated.
+
+        ``present`` is for large, mostly empty reservations of private anonymous memory: armed pages that are not
+        populated take 2 MiB of page tables a GiB, make fork() slow and keep huge pages away (Linux 6.18). Each collect
+        looks a second time instead, for pages that were discarded.
+        """
+        return engine.about(self._handle).arm
+
+    @property
+    def aliases(self) -> int:
+        """How many other mappings of the same shared memory this process had when it was registered; a write through
+        any of them is reported here too."""
+        return engine.about(self._handle).aliases
 
     @property
     def blind_spots(self) -> frozenset[str]:
@@ -159,7 +177,7 @@ class Region:
     def _end(self, how: str) -> None:
         """The session let go of it: let go of the buffer. A copy that runs in another thread holds it itself."""
         self._ended = self._ended or how
-        self._hold = None
+        self._hold = self._memory = None
 
     @property
     def registered(self) -> bool:
@@ -184,17 +202,22 @@ class Survey(NamedTuple):
     """Who else may write it, in words; empty where nobody can."""
 
 
-def survey(memory: Pinned) -> Survey:
+def survey(memory: Pinned, *, events: bool = False) -> Survey:
     """Look at the mappings beneath a buffer.
 
+    Args:
+        memory: the bytes.
+        events: whether the kernel tells of discards by itself.
+
     Raises:
-        InvalidMemory: nothing is mapped at part of it, or it is hugetlb memory.
+        InvalidMemory: nothing is mapped at part of it.
         PermissionDenied, LimitReached: /proc/self/maps cannot be read.
     """
     page = core.PAGE_BYTES
     start = memory.address - memory.address % page
     end = -(-(memory.address + memory.nbytes) // page) * page
     sealed = memory.memory is not None
+    reread = REREAD_BY_DESCRIPTOR if events else REREAD
     spots = {DMA}
     unpinned = memory.hold is None
     others = ""
@@ -207,14 +230,11 @@ def survey(memory: Pinned) -> Survey:
             kind = mapping.kind
             if kind == "anonymous":
                 continue
-            if kind == "hugetlb":
-                raise InvalidMemory(
-                    f"hugetlb memory cannot be tracked by this version yet: the mapping {mapping}. "
-                    "allocate(huge='transparent') gives huge pages that can",
-                    start=mapping.start,
-                    end=mapping.end,
-                )
-            spots.update((OTHER_WRITERS, HOLES) if mapping.shared else (FILE_BENEATH, DISCARDS, HOLES))
+            if kind == "hugetlb" and not mapping.shared:
+                if not events:
+                    spots.add(REREAD)
+                continue
+            spots.update((OTHER_WRITERS, reread) if mapping.shared else (FILE_BENEATH, reread))
             unpinned = unpinned or not (sealed or mapping.name.startswith("/dev/zero"))
             others = f"{'shared' if mapping.shared else 'private'} mapping {mapping}"
     except OSError as error:

@@ -16,20 +16,18 @@ from .errors import BlindSpotWarning, InvalidMemory, NotRegistered
 from .kernel import core, engine
 from .kernel.abi import Fd, UffdFeature
 from .kernel.engine import Statistics
-from .memory import pin
-from .region import Region, Run, Span, range_of, survey
+from .memory import pin, sessions
+from .region import OTHER_MAPPINGS, Region, Run, Span, range_of, survey
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from types import TracebackType
 
     from typing_extensions import Self
 
-    from .memory import AnyBuffer
+    from .memory import AnyBuffer, Memory
 
 __all__ = ["InFlight", "UffdSession", "default_session"]
-
-_sessions: weakref.WeakSet[UffdSession] = weakref.WeakSet()
 
 # Imported with the module, not at first use: by then a process may have given up the right to read the library.
 _log = logging.getLogger("dirtytrack")
@@ -43,26 +41,29 @@ class UffdSession:
     a ``with``, or with the last reference to it, which its trackers have too.
 
     Args:
-        events: not in this version: to be told of discards, moves and unmaps by the kernel.
+        events: have the kernel tell of discards (madvise), moves and unmaps too, to a thread in C. Then a page that is
+            discarded and read again before the next collect is found too, in each kind of memory. Whoever discards or
+            unmaps registered memory waits for that thread, some 20 µs a call. Holes that are punched through a
+            descriptor are not told.
 
     Raises:
         PermissionDenied: no way to a userfaultfd is open; the message names the ways out.
         UnsupportedKernel: this kernel cannot track (Linux 6.7 can), or this is not Linux.
-        LimitReached: no descriptor or kernel memory is left.
+        LimitReached: no descriptor, thread or kernel memory is left.
 
     Thread safety: everything may be called from any thread, and from signal handlers.
     """
 
     def __init__(self, *, events: bool = False, _remedy: int = 0) -> None:
-        if events:
-            raise InvalidMemory("UffdSession(events=True): this version does not do it yet")
         core.load()
-        self._slot = engine.open_session(_remedy)
+        self._slot = engine.open_session(_remedy, events=events)
         self._handle: Any = self._slot[0]
         self._all: weakref.WeakValueDictionary[int, Region] = weakref.WeakValueDictionary()
         self._kept: dict[int, Region] = {}  # those that no tracker owns
         self._finals: deque[Any] = deque()  # of stop() and remove(), to be settled once they are delivered
-        _sessions.add(self)
+        self._trackers: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._events = events
+        sessions.add(self)
         _log.debug("session opened by %s", self.opened_by)
 
     # ---- what it is
@@ -135,7 +136,8 @@ class UffdSession:
             memory: a writable, C-contiguous object with the buffer protocol, held until `unregister` so that it can be
                 neither freed nor resized; or (address, nbytes), which nobody can hold. Regions may overlap.
             name: how messages, mirrors and queries call it.
-            arm: ``"all"`` or None. ``"present"`` is for a later version.
+            arm: ``"all"``, ``"present"`` or None: see `Region.arm`. None chooses ``present`` for private anonymous
+                memory of 4 GiB and more of which less than a 64th is populated, else ``all``.
             blind_spots: ``"accepted"`` silences the warning for memory that others may write.
             strict: raise that warning as an error.
 
@@ -163,39 +165,43 @@ class UffdSession:
         strict: bool,
         stacklevel: int,
     ) -> Region:
-        if arm not in (None, "all"):
-            does = "this version does not do it yet" if arm == "present" else "it takes None or 'all'"
-            raise InvalidMemory(f"arm={arm!r}: {does}")
+        if arm not in (None, "all", "present"):
+            raise InvalidMemory(f"arm takes None, 'all' or 'present', not {arm!r}")
         if blind_spots not in (None, "accepted"):
             raise InvalidMemory(f"blind_spots takes None or 'accepted', not {blind_spots!r}")
         if isinstance(memory, Run):
             memory = (memory.start, memory.end - memory.start)
         pinned = pin(memory, what="memory")
-        seen = survey(pinned)
-        granule_bytes = core.PAGE_BYTES
-        if pinned.memory is not None and pinned.memory.shared:
-            granule_bytes = pinned.memory.page_bytes  # a shared huge page never splits: it is dirty as a whole
-        if name is None and pinned.memory is not None:
-            name = pinned.memory.name
+        seen = survey(pinned, events=self._events)
+        granule_bytes = 0  # a huge page of the pool is found by the core
+        memory = pinned.memory
+        if memory is not None and memory.shared and memory.address % memory.page_bytes == 0:
+            granule_bytes = memory.page_bytes  # a shared transparent huge page never splits: it is dirty as a whole
+        if name is None and memory is not None:
+            name = memory.name
         if seen.others_write and blind_spots is None:
             _warn(name, seen.others_write, seen.blind_spots, strict, stacklevel + 1)
         doing = f"register {name!r}" if name else "register the memory"
-        slot, number = engine.register(self._handle, pinned.address, pinned.nbytes, granule_bytes, doing)
+        slot, about = engine.register(self._handle, pinned.address, pinned.nbytes, granule_bytes, arm, doing)
+        number = about.number
         span = Span(
             number,
             name or f"region {number}",
             pinned.address,
             pinned.nbytes,
-            granule_bytes,
+            about.start,
+            about.end,
+            about.granule_bytes,
             seen.unpinned,
             pinned.shape,
             pinned.dtype,
         )
-        region = Region(span, seen.blind_spots, slot, pinned.hold)
+        spots = seen.blind_spots | {OTHER_MAPPINGS} if about.unseen_aliases else seen.blind_spots
+        region = Region(span, spots, slot, pinned.hold, memory)
         self._all[number] = region
         if self.closed:
             region._end("closed")
-        _log.debug("registered %r, blind spots: %s", span.name, "; ".join(sorted(seen.blind_spots)))
+        _log.debug("registered %r, blind spots: %s", span.name, "; ".join(sorted(spots)))
         return region
 
     def unregister(self, region: Region) -> None:
@@ -251,6 +257,28 @@ class UffdSession:
         """
         self._require(region)
         engine.write_protect(region._handle, region)
+
+    # ---- memory that moves
+
+    def _move_out(self, memory: Memory) -> Callable[[], None]:
+        """Let go of memory that is about to be resized. What is returned takes it in again, wherever it is then: wholly
+        dirty for the trackers that watched it."""
+        moves = []
+        for region in self.regions:
+            if region._memory is memory:
+                watchers = [tracker for tracker in tuple(self._trackers) if tracker._leave(region)]
+                moves.append((region, watchers, region._span.id in self._kept))
+                self.unregister(region)
+
+        def move_in() -> None:
+            for region, watchers, kept in moves:
+                again = self._register(memory, region.name, None, "accepted", False, stacklevel=2)
+                if kept:
+                    self._kept[again._span.id] = again
+                for tracker in tuple(self._trackers):
+                    tracker._follow(region, again, watch=tracker in watchers)
+
+        return move_in
 
     # ---- writes that nobody saw
 
@@ -386,7 +414,7 @@ def _usable_default() -> UffdSession | None:
 def _after_fork_in_child() -> None:
     global _default
     _default = None
-    for session in list(_sessions):
+    for session in list(sessions):
         engine.state(session._handle)  # closes the inherited descriptors, without using them
 
 

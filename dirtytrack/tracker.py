@@ -77,6 +77,7 @@ class DirtyTracker:
         self._new_set: Callable[[], Any]
         self._collect: Callable[[Any], int]
         self._new_set, self._collect = engine.collector(self._handle)
+        session._trackers.add(self)
         if not 0 <= audit <= 1:
             raise InvalidMemory(f"audit is a share of the pages, from 0 to 1, not {audit}")
         if audit:
@@ -461,6 +462,21 @@ class DirtyTracker:
             self._refresh()
             raise
         return dirty
+
+    def _leave(self, region: Region) -> bool:
+        """Stop watching a region whose memory is about to move; its last pages are of no use then. Whether it did."""
+        if not self.epoch or region._span.id not in engine.watched(self._handle):
+            return False
+        self.remove(region)
+        return True
+
+    def _follow(self, region: Region, again: Region, *, watch: bool) -> None:
+        """Its memory has moved, or has not, and is registered as another region now."""
+        self._owned = tuple(again if known is region else known for known in self._owned)
+        if self._wanted is not None:
+            self._wanted = tuple(again if known is region else known for known in self._wanted)
+        if watch:
+            self.add(again)
 
 
 def track(

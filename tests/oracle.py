@@ -12,6 +12,7 @@ import ctypes
 import fcntl
 import mmap
 import os
+import platform
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,13 +26,19 @@ WP_MATCHING, CHECK_WPASYNC = 1, 2
 
 _READ_WRITE = 3 << 30
 _PAGEMAP_SCAN = _READ_WRITE | 96 << 16 | ord("f") << 8 | 16
+_UFFDIO_API = _READ_WRITE | 24 << 16 | 0xAA << 8 | 0x3F
+_UFFDIO_REGISTER = _READ_WRITE | 32 << 16 | 0xAA << 8
+_UFFDIO_UNREGISTER = 2 << 30 | 16 << 16 | 0xAA << 8 | 1
 _UFFDIO_WRITEPROTECT = _READ_WRITE | 24 << 16 | 0xAA << 8 | 6
+_USERFAULTFD = {"x86_64": 323, "aarch64": 282}
+_WP_HUGETLBFS_SHMEM, _WP_UNPOPULATED, _WP_ASYNC = 1 << 12, 1 << 13, 1 << 15
 _REQUEST = struct.Struct("12Q")  # struct pm_scan_arg
 _FOUND = struct.Struct("3Q")  # struct page_region
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+_libc.syscall.restype = ctypes.c_long
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -101,6 +108,49 @@ def written(start: int, end: int) -> set[int]:
     return {number for number, bits in enumerate(categories(start, end)) if bits & WRITTEN}
 
 
+def exact(start: int, end: int) -> set[int]:
+    """Numbers of the pages that the one scan which arms reports: nothing beside it, no remedy after it.
+
+    In one call, which hugetlb memory needs to be armed at all.
+    """
+    fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        flags = WP_MATCHING | CHECK_WPASYNC
+        room = (end - start) // PAGE // 2 + 1
+        found = scan_once(fd, start, end, mask=WRITTEN, returned=WRITTEN, flags=flags, room=room)
+    finally:
+        os.close(fd)
+    return {(page - start) // PAGE for first, last, _ in found for page in range(first, last, PAGE)}
+
+
+@contextmanager
+def userfaultfd() -> Iterator[int]:
+    """A descriptor for asynchronous write protection, as the selftests of the kernel open it."""
+    user_mode_only = 1
+    fd = int(_libc.syscall(_USERFAULTFD[platform.machine()], os.O_CLOEXEC | os.O_NONBLOCK | user_mode_only))
+    _check(fd, "userfaultfd")
+    try:
+        features = _WP_HUGETLBFS_SHMEM | _WP_UNPOPULATED | _WP_ASYNC
+        fcntl.ioctl(fd, _UFFDIO_API, struct.pack("3Q", 0xAA, features, 0))
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def register(uffd: int, start: int, end: int) -> None:
+    """UFFDIO_REGISTER for write protection; arms nothing."""
+    fcntl.ioctl(uffd, _UFFDIO_REGISTER, struct.pack("4Q", start, end - start, 2, 0))
+
+
+def unregister(uffd: int, start: int, end: int) -> None:
+    fcntl.ioctl(uffd, _UFFDIO_UNREGISTER, struct.pack("2Q", start, end - start))
+
+
+def disarm(uffd: int, start: int, end: int) -> None:
+    """UFFDIO_WRITEPROTECT, the other way round: pages may be written without a fault."""
+    fcntl.ioctl(uffd, _UFFDIO_WRITEPROTECT, struct.pack("3Q", start, end - start, 0))
+
+
 def arm(uffd: int, start: int, end: int) -> None:
     """UFFDIO_WRITEPROTECT: arms pages and *erases* what was written before, so that nobody is told."""
     fcntl.ioctl(uffd, _UFFDIO_WRITEPROTECT, struct.pack("3Q", start, end - start, 1))
@@ -163,8 +213,45 @@ def move(address: int, nbytes: int) -> int:
     return int(at)
 
 
+def remap(address: int, old_nbytes: int, new_nbytes: int, flags: int = 1, to: int = 0) -> int:
+    """mremap as it is: MREMAP_MAYMOVE (1), MREMAP_FIXED (2), MREMAP_DONTUNMAP (4)."""
+    at = _libc.mremap(address, old_nbytes, new_nbytes, flags, to)
+    _check(-1 if at == MAP_FAILED else 0, "mremap")
+    return int(at)
+
+
 def discard(address: int, nbytes: int, advice: int = mmap.MADV_DONTNEED) -> None:
     _check(_libc.madvise(address, nbytes, advice), "madvise")
+
+
+def synchronise(address: int, nbytes: int) -> None:
+    """msync: a file's pages are written back now."""
+    _check(_libc.msync(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), 4), "msync")
+
+
+_APART_BEGIN, _APART_GAP_BYTES = 1 << 45, 4 << 20
+_taken = _APART_BEGIN
+
+
+def free_place(nbytes: int, align: int = 2 << 20) -> int:
+    """Addresses that are used by nobody, far from where the kernel maps by itself, and with nothing beside them.
+
+    There a test may unmap a part, and map or grow into what is free: nothing else of this process comes to lie there.
+    """
+    global _taken
+    at = -(-(_taken + _APART_GAP_BYTES) // align) * align
+    _taken = at + nbytes
+    return at
+
+
+@contextmanager
+def apart(nbytes: int) -> Iterator[int]:
+    """As `mapped`, at a place of its own."""
+    at = map_at(free_place(nbytes), nbytes)
+    try:
+        yield at
+    finally:
+        unmap(at, nbytes)
 
 
 @contextmanager

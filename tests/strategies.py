@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.oracle import PAGE
 
-__all__ = ["Kind", "Span", "Way", "bit_masks", "page_sets", "spans", "ways"]
+__all__ = ["Kind", "Mapped", "Span", "Way", "bit_masks", "page_sets", "spans", "ways"]
 
 
 class Kind(Enum):
@@ -20,6 +20,17 @@ class Kind(Enum):
     SHARED = (True, None)
     HUGE = (False, "transparent")
     SHARED_HUGE = (True, "transparent")
+
+
+class Mapped(Enum):
+    """Kinds of memory that the tests of all of it map, beside those: (shared, what)."""
+
+    FILE = (False, "file")
+    SHARED_FILE = (True, "file")
+    MEMFD = (False, "memfd")
+    HUGETLB = (False, "2M")
+    SHARED_HUGETLB = (True, "2M")
+    SPARSE = (False, "present")
 
 
 class Way(Enum):

@@ -56,6 +56,7 @@ class _Lib:
     DT_UNREGISTERED: int
     DT_MISSED: int
     DT_TOO_SMALL: int
+    DT_NOT_ANONYMOUS: int
     DT_HUGETLB_MASK: int
     DT_STEP_NONE: int
     DT_STEP_USERFAULTFD: int
@@ -68,13 +69,24 @@ class _Lib:
     DT_STEP_MEMORY: int
     DT_STEP_COPY: int
     DT_STEP_MAPS: int
+    DT_STEP_EVENTS: int
     DT_DOOR_NONE: int
     DT_DOOR_USER_MODE: int
     DT_DOOR_DEVICE: int
     DT_DOOR_FULL: int
     DT_REMEDY_PROBE: int
     DT_REMEDY_ABSENT: int
+    DT_REMEDY_NO_ABSENT: int
+    DT_REMEDY_NO_LOST: int
+    DT_REMEDY_NO_ALIAS: int
     DT_REMEDY_NONE: int
+    DT_ARM_AUTO: int
+    DT_ARM_ALL: int
+    DT_ARM_PRESENT: int
+    DT_KIND_ANONYMOUS: int
+    DT_KIND_FILE: int
+    DT_KIND_SHARED: int
+    DT_KIND_HUGETLB: int
     DT_SITE_ALLOCATE: int
     DT_SITE_SCAN: int
     DT_SITE_REGISTER: int
@@ -87,6 +99,7 @@ class _Lib:
     DT_SITE_OPEN_PAGEMAP: int
     DT_SITE_COPY: int
     DT_SITE_MAPS: int
+    DT_SITE_EVENTS: int
     def dt_probe(self, out: CData, /) -> None: ...
     def dt_set_clear(self, set: CData, /) -> None: ...
     def dt_set_copy(self, runs: CData, count: int, out: CData, /) -> int: ...
@@ -112,7 +125,7 @@ class _Lib:
     def dt_mapping_at(self, address: int, out: CData, /) -> int: ...
     def dt_pagemap_scan(self, pagemap_fd: int, request: CData, out: CData, /) -> int: ...
     def dt_scan_result_clear(self, result: CData, /) -> None: ...
-    def dt_session_open(self, remedy: int, out: CData, why: CData, /) -> int: ...
+    def dt_session_open(self, remedy: int, events: int, out: CData, why: CData, /) -> int: ...
     def dt_session_drop(self, session: CData, /) -> None: ...
     def dt_session_close(self, session: CData, /) -> int: ...
     def dt_session_state(self, session: CData, /) -> int: ...
@@ -123,11 +136,19 @@ class _Lib:
     def dt_session_resume(self, session: CData, why: CData, /) -> int: ...
     def dt_session_statistics(self, session: CData, out: CData, /) -> int: ...
     def dt_register(
-        self, session: CData, address: int, nbytes: int, granule_bytes: int, out: CData, why: CData, /
+        self,
+        session: CData,
+        address: int,
+        nbytes: int,
+        granule_bytes: int,
+        arming: int,
+        out: CData,
+        why: CData,
+        /,
     ) -> int: ...
     def dt_unregister(self, region: CData, why: CData, /) -> int: ...
     def dt_region_drop(self, region: CData, /) -> None: ...
-    def dt_region_id(self, region: CData, /) -> int: ...
+    def dt_region_about(self, region: CData, out: CData, /) -> None: ...
     def dt_region_registered(self, region: CData, /) -> int: ...
     def dt_write_protect(self, region: CData, why: CData, /) -> int: ...
     def dt_mark_dirty(self, session: CData, start: int, end: int, /) -> int: ...

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DOORS",
+    "About",
     "Statistics",
+    "about",
     "add",
     "close",
     "collect",
@@ -78,6 +80,10 @@ class Statistics(NamedTuple):
     """Written pages that scans found and re-armed: each cost its writer one fault."""
     pages_absent: int
     """Pages that only the pass for absent pages found (remedy R1)."""
+    pages_lost: int
+    """Pages discarded where the kernel's marker survives, found by the pass for those (remedy R2)."""
+    pages_told: int
+    """Pages that the kernel told of by an event (``UffdSession(events=True)``)."""
     pages_declared: int
     """Pages declared by `mark_dirty` and `in_flight`."""
     mappings_renewed: int
@@ -106,7 +112,7 @@ def _statistics(read: Callable[[CData, CData], int], handle: CData) -> Statistic
 # ---- sessions
 
 
-def open_session(remedy: int) -> CData:
+def open_session(remedy: int, *, events: bool) -> CData:
     """A slot with a session; the slot must live as long as what is in it is used. Dropping it closes the session.
 
     Closes, because sets that were delivered keep the core's session: the memory would stay registered, and busy for the
@@ -121,7 +127,7 @@ def open_session(remedy: int) -> CData:
         lib.dt_session_drop(slot)
 
     slot, why = core.ffi.gc(core.ffi.new("dt_session **"), finish), new_failure()
-    _check(core.lib.dt_session_open(remedy, slot, why), why, "open a session")
+    _check(core.lib.dt_session_open(remedy, events, slot, why), why, "open a session")
     return slot
 
 
@@ -184,11 +190,43 @@ def flight(session: CData, start: int, end: int, *, begin: bool) -> None:
 # ---- regions
 
 
-def register(session: CData, address: int, nbytes: int, granule_bytes: int, doing: str) -> tuple[CData, int]:
-    """A slot with a region, and the region's number in its session."""
+class About(NamedTuple):
+    """What the core knows of a region."""
+
+    number: int
+    """In its session."""
+    start: int
+    end: int
+    granule_bytes: int
+    kinds: int
+    """DT_KIND_ bits of what is mapped there."""
+    arm: str
+    """``all`` or ``present``."""
+    aliases: int
+    """Other mappings of the same memory in this process that are armed with it."""
+    unseen_aliases: int
+    """And those that could not be registered."""
+
+
+_ARMS = {None: "DT_ARM_AUTO", "all": "DT_ARM_ALL", "present": "DT_ARM_PRESENT"}
+
+
+def register(
+    session: CData, address: int, nbytes: int, granule_bytes: int, arm: str | None, doing: str
+) -> tuple[CData, About]:
+    """A slot with a region, and what it is."""
     slot, why = core.ffi.gc(core.ffi.new("dt_region **"), core.lib.dt_region_drop), new_failure()
-    _check(core.lib.dt_register(session, address, nbytes, granule_bytes, slot, why), why, doing)
-    return slot, core.lib.dt_region_id(slot[0])
+    arming = getattr(core.lib, _ARMS[arm])
+    _check(core.lib.dt_register(session, address, nbytes, granule_bytes, arming, slot, why), why, doing)
+    return slot, about(slot[0])
+
+
+def about(handle: CData) -> About:
+    out = core.ffi.new("dt_region_info *")
+    core.lib.dt_region_about(handle, out)
+    arm = "present" if out.arming == core.lib.DT_ARM_PRESENT else "all"
+    numbers = out.id, out.start, out.end, out.granule_bytes, out.kinds
+    return About(*numbers, arm, out.aliases, out.unseen_aliases)
 
 
 def unregister(handle: CData, region: Region) -> bool:

@@ -142,6 +142,12 @@ def _of_code(code: int, start: int, end: int, doing: str, region: Region | None)
         )
     if code == lib.DT_TOO_SMALL:
         return errors.InvalidMemory(f"cannot {doing}: the buffer's length does not match the set's bytes", **place)
+    if code == lib.DT_NOT_ANONYMOUS:
+        return errors.InvalidMemory(
+            f"cannot {doing} with arm='present': {where} is not private anonymous memory only, and of other memory a "
+            "page that was swapped out looks like one never touched. Leave out arm=",
+            **place,
+        )
     if code == lib.DT_HUGETLB_MASK:
         return errors.InvalidMemory(
             f"cannot {doing}: an arming scan with another mask than exactly WRITTEN can hang the process for ever over "
@@ -185,6 +191,13 @@ def _of_errno(
         )
     if number in _LIMIT_ERRNOS:
         return _limit(number, name, doing, where, place)
+    if step == lib.DT_STEP_EVENTS and number == _errno.EAGAIN:
+        return errors.LimitReached(
+            f"cannot {doing}: no thread can be started ({name}, RLIMIT_NPROC or the pids cgroup); raise it, or leave "
+            "out events=True",
+            feature="threads",
+            **place,
+        )
     if number == _errno.ENOENT and step == lib.DT_STEP_PROTECT:
         return errors.NotRegistered(f"cannot {doing}: {where} is not registered or not mapped ({name})", **place)
     if number == _errno.EINVAL:

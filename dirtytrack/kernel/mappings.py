@@ -33,8 +33,10 @@ class Mapping(NamedTuple):
     @property
     def kind(self) -> str:
         """``anonymous``, ``shared`` (memory without a file system's file), ``file`` or ``hugetlb``."""
-        if self.page_bytes > core.PAGE_BYTES or self.name.startswith(("/anon_hugepage", "/dev/hugepages/")):
+        if self.page_bytes > core.PAGE_BYTES:
             return "hugetlb"
+        if self.name == "/dev/zero" and not self.shared:
+            return "anonymous"
         if self.name.startswith(_SHMEM):
             return "shared" if self.shared else "file"
         if self.inode or self.name.startswith("/"):
@@ -61,13 +63,8 @@ def mapping_at(address: int) -> Mapping | None:
         number = errno.ENOENT if code == -errno.ENODEV else -code  # the core keeps ENOENT for "no mapping"
         raise OSError(number, os.strerror(number), "/proc/self/maps")
     name = core.ffi.string(out.name).decode(errors="surrogateescape")
-    page_bytes = out.page_bytes
-    if not page_bytes and name.startswith("/"):  # a kernel without PROCMAP_QUERY (before Linux 6.11) does not say
-        huge = first_hugetlb("self", out.start, out.end)
-        page_bytes = core.PAGE_BYTES if huge is None else huge[2]
-    return Mapping(
-        out.start, out.end, bool(out.readable), bool(out.writable), bool(out.shared), out.inode, page_bytes, name
-    )
+    rights = bool(out.readable), bool(out.writable), bool(out.shared)
+    return Mapping(out.start, out.end, *rights, out.inode, out.page_bytes, name)
 
 
 def mappings(start: int, end: int) -> Iterator[Mapping]:

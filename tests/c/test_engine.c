@@ -35,6 +35,13 @@ typedef struct { dt_session *session; dt_region *region; dt_listener *listener; 
 
 static uint32_t remedy = DT_REMEDY_PROBE;
 
+static uint64_t id_of(dt_region *r)
+{
+    dt_region_info about;
+    dt_region_about(r, &about);
+    return about.id;
+}
+
 static dt_listener *listen_to(dt_session *s, dt_region *r)
 {
     dt_listener *l = NULL;
@@ -49,8 +56,8 @@ static world make(size_t pages)
     world w = {.memory = map(pages), .pages = pages};
     dt_failure why = {0};
     memset(w.memory, 1, pages * PAGE);
-    CHECK(dt_session_open(remedy, &w.session, &why) == 0);
-    CHECK(dt_register(w.session, (uint64_t)w.memory, pages * PAGE, PAGE, &w.region, &why) == 0);
+    CHECK(dt_session_open(remedy, 0, &w.session, &why) == 0);
+    CHECK(dt_register(w.session, (uint64_t)w.memory, pages * PAGE, PAGE, DT_ARM_AUTO, &w.region, &why) == 0);
     w.listener = listen_to(w.session, w.region);
     return w;
 }
@@ -117,8 +124,8 @@ static uint64_t discarded_whole(int huge, int touch)
     dt_session *s = NULL;
     dt_region *r = NULL;
     dt_failure why = {0};
-    CHECK(dt_session_open(remedy, &s, &why) == 0);
-    CHECK(dt_register(s, (uint64_t)memory, bytes, PAGE, &r, &why) == 0);
+    CHECK(dt_session_open(remedy, 0, &s, &why) == 0);
+    CHECK(dt_register(s, (uint64_t)memory, bytes, PAGE, DT_ARM_AUTO, &r, &why) == 0);
     dt_listener *l = listen_to(s, r);
     uint64_t found = collect_pages(l);
     CHECK(found == 0);
@@ -180,7 +187,7 @@ static void test_listeners(void)
     world w = make(256);
     dt_failure why = {0};
     dt_region *half = NULL;
-    CHECK(dt_register(w.session, (uint64_t)w.memory + 128 * PAGE + 5, 64 * PAGE, PAGE, &half, &why) == 0);
+    CHECK(dt_register(w.session, (uint64_t)w.memory + 128 * PAGE + 5, 64 * PAGE, PAGE, DT_ARM_AUTO, &half, &why) == 0);
     w.memory[130 * PAGE] = 2; /* before the second listener: only the first one's */
     dt_region *both[] = {w.region, half};
     dt_listener *second = NULL;
@@ -226,7 +233,7 @@ static void test_gone_and_replaced(void)
     munmap(w.memory + 16 * PAGE, 2 * PAGE);
     w.memory[50 * PAGE] = 2;
     CHECK(dt_collect(w.listener, NULL, -1, &set) == DT_GONE);
-    CHECK(set.why.region == dt_region_id(w.region) && set.why.start == (uint64_t)w.memory + 16 * PAGE &&
+    CHECK(set.why.region == id_of(w.region) && set.why.start == (uint64_t)w.memory + 16 * PAGE &&
           set.why.end == (uint64_t)w.memory + 18 * PAGE);
     dt_set_clear(&set);
     CHECK(collect_pages(w.listener) == 1); /* told once */
@@ -313,11 +320,11 @@ static void test_budget(void)
         complete = set.complete;
         set.delivered = 1;
         dt_set_clear(&set);
-        if (calls == 5)
+        if (calls == 6) /* 157 MiB, in pieces of 32 MiB that begin at multiples of it */
             break;
     }
     CHECK(pages == 400);
-    CHECK(calls == 5 || complete);
+    CHECK(calls == 6 || complete);
     end(&w);
 }
 
@@ -330,7 +337,7 @@ static void test_fork(void)
         int rc = dt_collect(w.listener, NULL, -1, &set);
         dt_session *own = NULL;
         dt_failure why = {0};
-        int again = dt_session_open(remedy, &own, &why);
+        int again = dt_session_open(remedy, 0, &own, &why);
         int old = dt_session_state(w.session);
         /* The parent's scan vector is not inherited, so the child's own lies where it was: letting go of the inherited
          * session must not unmap it. */
@@ -338,7 +345,7 @@ static void test_fork(void)
         char *memory = map(8);
         memory[0] = 1;
         dt_region *region = NULL;
-        again |= dt_register(own, (uint64_t)memory, 8 * PAGE, PAGE, &region, &why);
+        again |= dt_register(own, (uint64_t)memory, 8 * PAGE, PAGE, DT_ARM_AUTO, &region, &why);
         dt_listener *listener = listen_to(own, region);
         memory[3 * PAGE] = 1;
         again |= collect_pages(listener) != 1;

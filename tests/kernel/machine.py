@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 import dirtytrack
 from tests.kernel.shadow import Listener, Missed, OtherProcess, World
 from tests.oracle import PAGE
-from tests.strategies import Kind, Span, Way, spans, ways
+from tests.strategies import Kind, Mapped, Span, Way, spans, ways
 
 MOST_REGIONS, MOST_LISTENERS = 6, 3
 
@@ -21,13 +21,14 @@ numbers = st.integers(0, 1000)
 class Machine(RuleBasedStateMachine):
     """Chooses what happens next; the world checks."""
 
-    kind: Kind
+    kind: Kind | Mapped
     other: OtherProcess | None
+    remedy: int = 0
     world: World
 
     @initialize(populated=st.booleans(), data=st.data())
     def begin(self, populated: bool, data: st.DataObject) -> None:
-        self.world = World(self.kind, populated, self.other)
+        self.world = World(self.kind, populated, self.other, self.remedy)
         for _ in range(2):
             self.world.register(self.draw_region(data))
         self.world.listen(self.world.regions[:1])
@@ -213,6 +214,7 @@ class Machine(RuleBasedStateMachine):
             self.world.suspend()
 
 
-def run(kind: Kind, chosen: settings, other: OtherProcess | None = None) -> None:
-    """Drive worlds of this kind of memory."""
-    run_state_machine_as_test(type(f"Machine_{kind.name}", (Machine,), {"kind": kind, "other": other}), settings=chosen)
+def run(kind: Kind | Mapped, chosen: settings, other: OtherProcess | None = None, remedy: int = 0) -> None:
+    """Drive worlds of this kind of memory, with these remedies (enum dt_remedy)."""
+    members = {"kind": kind, "other": other, "remedy": remedy}
+    run_state_machine_as_test(type(f"Machine_{kind.name}", (Machine,), members), settings=chosen)

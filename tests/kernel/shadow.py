@@ -9,7 +9,9 @@ may be.
 from __future__ import annotations
 
 import gc
+import mmap
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -23,10 +25,33 @@ import pytest
 
 import dirtytrack
 from tests import oracle
+from tests.kernel.host import HUGE_PAGE, POOLS, machine_lock, on_disk
 from tests.oracle import PAGE
-from tests.strategies import Kind, Span, Way
+from tests.strategies import Kind, Mapped, Span, Way
 
-PAGES = {Kind.PRIVATE: 160, Kind.SHARED: 160, Kind.HUGE: 1024, Kind.SHARED_HUGE: 512}
+PAGES = {
+    **dict.fromkeys((Kind.PRIVATE, Kind.SHARED, Mapped.FILE, Mapped.SHARED_FILE, Mapped.MEMFD, Mapped.SPARSE), 160),
+    **dict.fromkeys((Kind.SHARED_HUGE, Kind.HUGE, Mapped.HUGETLB, Mapped.SHARED_HUGETLB), 1024),
+}
+MADV_REMOVE = 9
+
+
+def memory_of(kind: Kind | Mapped) -> dirtytrack.Memory | mmap.mmap:
+    """New memory of this kind."""
+    shared, what = kind.value
+    nbytes = PAGES[kind] * PAGE
+    if what == "2M":
+        with machine_lock():
+            POOLS[HUGE_PAGE].ensure(nbytes // HUGE_PAGE)
+            return dirtytrack.allocate(nbytes, shared=shared, huge="2M")
+    if what in ("file", "memfd"):
+        fd = os.memfd_create("model") if what == "memfd" else os.open(on_disk(Path.cwd()), os.O_TMPFILE | os.O_RDWR)
+        os.pwrite(fd, random.Random(nbytes).randbytes(nbytes // 2), 0)  # the other half is a hole
+        os.ftruncate(fd, nbytes)
+        memory = mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE)
+        os.close(fd)
+        return memory
+    return dirtytrack.allocate(nbytes, shared=shared, huge="transparent" if what == "transparent" else None)
 
 
 class Missed(AssertionError):
@@ -125,17 +150,18 @@ def pages_of(dirty: dirtytrack.DirtySet) -> set[int]:
 class World:
     """Memory, a session and its listeners, and the model of what each is owed."""
 
-    def __init__(self, kind: Kind, populated: bool, other: OtherProcess | None = None) -> None:
+    def __init__(
+        self, kind: Kind | Mapped, populated: bool, other: OtherProcess | None = None, remedy: int = 0
+    ) -> None:
         self.exact = kind is Kind.PRIVATE
         self.kind = kind
         self.other = other
-        shared, huge = kind.value
-        self.memory = dirtytrack.allocate(PAGES[kind] * PAGE, shared=shared, huge=huge)
-        self.nbytes = self.memory.nbytes
-        self.base = self.memory.address
+        self.memory = memory_of(kind)
+        self.nbytes = len(self.memory)
+        self.base = oracle.address_of(self.memory)
         self._view = memoryview(self.memory)
         self._frames: npt.NDArray[np.uint8] = np.frombuffer(self.memory, np.uint8).reshape(-1, PAGE)
-        self.session = dirtytrack.UffdSession()
+        self.session = dirtytrack.UffdSession(_remedy=remedy)
         self.regions: list[dirtytrack.Region] = []
         self.listeners: list[Listener] = []
         self.flights: list[tuple[frozenset[int], dirtytrack.session.InFlight]] = []
@@ -200,20 +226,29 @@ class World:
             assert os.pwrite(self._proc_mem, data, self.base + start) == len(data)
         assert self._view[start:end] == data
         for watch in self.watches():
-            watch.owe(pages)
+            if self.kind is Mapped.SPARSE:  # if it is discarded again, nothing has come of it: no page, and no marker
+                watch.allow(pages)
+            else:
+                watch.owe(pages)
 
     def discard(self, span: Span) -> None:
+        """Not looked at: a page that is read before the next collect is a blind spot, where a marker survives."""
+        shared, what = self.kind.value
+        unit = HUGE_PAGE if what == "2M" else PAGE
+        span = Span(span.start // unit * unit, -(-span.end // unit) * unit)
         pages = self.page_numbers(span)
-        oracle.discard(min(pages) * PAGE, len(pages) * PAGE)
-        if not self.kind.value[0]:
-            assert not any(self._view[span.start : span.end])
+        oracle.discard(min(pages) * PAGE, len(pages) * PAGE, MADV_REMOVE if shared else mmap.MADV_DONTNEED)
         for watch in self.watches():  # owed where the content changed, which Watch.changed() finds
             watch.allow(pages)
+        if self.kind is Mapped.SHARED_FILE and not self.suspended:
+            for listener in self.listeners:  # before a store near by has a large folio put there, which is a blind spot
+                listener.tracker.peek()
 
     # ---- regions
 
     def register(self, span: Span) -> dirtytrack.Region:
-        region = self.session.register(self._view[span.start : span.end], blind_spots="accepted")
+        arm = "present" if self.kind is Mapped.SPARSE else None
+        region = self.session.register(self._view[span.start : span.end], blind_spots="accepted", arm=arm)
         assert (region.address - self.base, region.nbytes) == (span.start, span.end - span.start)
         self.regions.append(region)
         return region

@@ -28,10 +28,9 @@ from tests.oracle import PAGE
 
 HUGE_PAGE = 2 << 20
 DMA = "DMA in flight"
-OTHER_WRITERS = "writes through another mapping or descriptor"
-HOLES = "pages discarded by a punched hole, MADV_REMOVE or truncation"
+OTHER_WRITERS = "writes through a descriptor, another process, or a mapping made after the registration"
 FILE_BENEATH = "the file changing beneath pages that were never written"
-DISCARDS = "pages of a file discarded by MADV_DONTNEED"
+REREAD = "pages discarded and there again, by a read or in a large folio, before the next collect"
 
 
 @pytest.fixture
@@ -89,8 +88,8 @@ def kind_of_memory(kind: str, folder: Path) -> Iterator[tuple[int, int]]:
             os.close(fd)
 
 
-SHARED_SPOTS = frozenset((DMA, OTHER_WRITERS, HOLES))
-FILE_SPOTS = frozenset((DMA, FILE_BENEATH, DISCARDS, HOLES))
+SHARED_SPOTS = frozenset((DMA, OTHER_WRITERS, REREAD))
+FILE_SPOTS = frozenset((DMA, FILE_BENEATH, REREAD))
 SPOTS = {
     "anonymous private": frozenset((DMA,)),
     "anonymous shared": SHARED_SPOTS,
@@ -153,6 +152,7 @@ def punch_a_hole(address: int, fd: int) -> None:
     madv_remove = 9
     with mmap.mmap(fd, 4 * PAGE) as alias:
         alias.madvise(madv_remove, 2 * PAGE, PAGE)
+    oracle.peek_bytes(address + 2 * PAGE, 1)  # and read: the page is there again, armed
 
 
 def truncate_and_grow(address: int, fd: int) -> None:
@@ -160,31 +160,34 @@ def truncate_and_grow(address: int, fd: int) -> None:
     os.ftruncate(fd, 3 * PAGE)
     os.ftruncate(fd, 4 * PAGE)
     os.pwrite(fd, bytes([1]) * PAGE, 3 * PAGE)  # that page is not in question
+    oracle.peek_bytes(address + 2 * PAGE, 2 * PAGE)
 
 
 def remove_advice(address: int, fd: int) -> None:
     oracle.discard(address + 2 * PAGE, PAGE, 9)
+    oracle.peek_bytes(address + 2 * PAGE, 1)
 
 
 def store_and_forget(address: int, fd: int) -> None:
     """Of a page that was written, and collected: what is discarded is a copy of the file's page."""
     oracle.discard(address + 2 * PAGE, PAGE)
+    oracle.peek_bytes(address + 2 * PAGE, 1)
 
 
 WAYS: dict[tuple[str, str, str], Callable[[int, int], None]] = {
     ("memfd shared", OTHER_WRITERS, "alias"): store_by_alias,
     ("memfd shared", OTHER_WRITERS, "pwrite"): write_to_descriptor,
-    ("memfd shared", HOLES, "punched"): punch_a_hole,
-    ("memfd shared", HOLES, "removed"): remove_advice,
-    ("memfd shared", HOLES, "truncated"): truncate_and_grow,
+    ("memfd shared", REREAD, "punched"): punch_a_hole,
+    ("memfd shared", REREAD, "removed"): remove_advice,
+    ("memfd shared", REREAD, "truncated"): truncate_and_grow,
     ("file shared", OTHER_WRITERS, "alias"): store_by_alias,
     ("file shared", OTHER_WRITERS, "pwrite"): write_to_descriptor,
     ("memfd private", FILE_BENEATH, "alias"): store_by_alias,
     ("memfd private", FILE_BENEATH, "pwrite"): write_to_descriptor,
     ("file private", FILE_BENEATH, "pwrite"): write_to_descriptor,
-    ("memfd private", DISCARDS, "dontneed"): store_and_forget,
-    ("file private", DISCARDS, "dontneed"): store_and_forget,
-    ("memfd private", HOLES, "truncated"): truncate_and_grow,
+    ("memfd private", REREAD, "dontneed"): store_and_forget,
+    ("file private", REREAD, "dontneed"): store_and_forget,
+    ("memfd private", REREAD, "truncated"): truncate_and_grow,
 }
 
 
@@ -200,7 +203,7 @@ def test_a_blind_spot_hides_a_write_and_declaring_it_mends_that(
 
         def prepare() -> bytes:
             """The page has content, which all know, and is armed."""
-            if kind == "file private" and spot == DISCARDS:
+            if kind == "file private" and spot == REREAD:
                 os.pwrite(fd, b"\1", 2 * PAGE)
             if spot != FILE_BENEATH:
                 oracle.poke_bytes(address + 2 * PAGE, b"\5" * PAGE)
@@ -230,6 +233,54 @@ def test_a_blind_spot_hides_a_write_and_declaring_it_mends_that(
 
 def test_every_blind_spot_is_proven() -> None:
     assert {spot for _, spot, _ in WAYS} | {DMA} == frozenset().union(*SPOTS.values())
+
+
+def test_a_mapping_that_another_userfaultfd_has_is_named(session: UffdSession) -> None:
+    memory = dirtytrack.allocate(4 * PAGE, shared=True)
+    with mmap.mmap(memory.fileno(), memory.nbytes) as alias, oracle.userfaultfd() as other:
+        at = oracle.address_of(alias)
+        oracle.register(other, at, at + memory.nbytes)
+        region = session.register(memory, blind_spots="accepted")
+        assert region.aliases == 0
+        assert any("another userfaultfd" in spot for spot in region.blind_spots)
+        tracker = armed(session, region)
+        alias[PAGE] = 1
+        assert not tracker.collect(), "it really is one"
+
+
+def test_two_sessions_cannot_have_two_mappings_of_one_memory(session: UffdSession) -> None:
+    """The first takes them all, since a store through any of them is its region's."""
+    memory = dirtytrack.allocate(4 * PAGE, shared=True)
+    with mmap.mmap(memory.fileno(), memory.nbytes) as alias, UffdSession() as other:
+        other.register(memory, blind_spots="accepted")
+        with pytest.raises(dirtytrack.RangeBusy):
+            session.register(alias, blind_spots="accepted")
+        other.close()
+        assert session.register((oracle.address_of(alias), PAGE), blind_spots="accepted").aliases == 1
+
+
+def test_where_a_mapping_was_another_session_may_have_its_own(session: UffdSession) -> None:
+    """The address is used again: nobody takes the other's bits, and what was taken meanwhile is told."""
+    memory = dirtytrack.allocate(4 * PAGE, shared=True)
+    alias = mmap.mmap(memory.fileno(), memory.nbytes)
+    at = oracle.address_of(alias)
+    region = session.register(memory, blind_spots="accepted")
+    tracker = armed(session, region)
+    alias.close()
+    oracle.map_at(at, 4 * PAGE)
+    with UffdSession() as other:
+        theirs = other.register((at, 4 * PAGE))
+        listener = DirtyTracker(other, [theirs])
+        listener.start()
+        oracle.poke_bytes(at + 2 * PAGE, b"x")
+        tracker.collect()
+        assert 2 in pages_of(listener.collect(), theirs)
+        assert region.aliases == 0
+        oracle.poke_bytes(at + 3 * PAGE, b"x")
+        memory[PAGE] = 1
+        assert pages_of(tracker.collect(), region) == [1]
+        assert pages_of(listener.collect(), theirs) == [3]
+    oracle.unmap(at, 4 * PAGE)
 
 
 # ---- mark_dirty -----------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import mmap
 import os
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -166,11 +167,18 @@ def test_statistics_count_what_was_done(session: UffdSession, memory: Memory, re
     assert first.statistics().pages_found == 3
 
 
+@contextmanager
+def unwatched(session: UffdSession, shared: dirtytrack.Memory) -> Iterator[tuple[Region, mmap.mmap]]:
+    """A region of it, and a mapping that was made too late to be armed with it."""
+    region = session.register(shared, name="shared", blind_spots="accepted")
+    with mmap.mmap(shared.fileno(), shared.nbytes) as alias:
+        yield region, alias
+
+
 def test_the_audit_leaves_all_pending_whichever_way_it_is_found() -> None:
     shared = dirtytrack.allocate(8 * PAGE, shared=True)
     mirror = bytearray(8 * PAGE)
-    with UffdSession() as session, mmap.mmap(shared.fileno(), 8 * PAGE) as alias:
-        region = session.register(shared, blind_spots="accepted")
+    with UffdSession() as session, unwatched(session, shared) as (region, alias):
         tracker, plain = armed(session, audit=1.0), armed(session)
         takes: tuple[Callable[[], DirtySet], ...] = (
             tracker.collect,
@@ -202,9 +210,8 @@ def test_the_audit_leaves_all_pending_whichever_way_it_is_found() -> None:
 
 def test_what_the_audit_found_is_told_by_region() -> None:
     shared = dirtytrack.allocate(8 * PAGE, shared=True)
-    with UffdSession() as session, mmap.mmap(shared.fileno(), 8 * PAGE) as alias:
+    with UffdSession() as session, unwatched(session, shared) as (region, alias):
         session.register(bytearray(PAGE))
-        region = session.register(shared, name="shared", blind_spots="accepted")
         tracker = armed(session, audit=1.0)
         tracker.collect()
         alias[6 * PAGE] = 1
@@ -251,8 +258,7 @@ def test_what_adaptive_tracking_will_need_is_there_and_empty(memory: Memory) -> 
 
 def test_the_first_epoch_is_audited_and_so_is_added_memory() -> None:
     shared = dirtytrack.allocate(4 * PAGE, shared=True)
-    with UffdSession() as session, mmap.mmap(shared.fileno(), 4 * PAGE) as alias:
-        region = session.register(shared, blind_spots="accepted")
+    with UffdSession() as session, unwatched(session, shared) as (region, alias):
         tracker = armed(session, audit=1.0)
         alias[PAGE] = 1
         with pytest.raises(MissedWrite):

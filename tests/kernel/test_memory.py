@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import dirtytrack
-from dirtytrack import Memory, UffdSession
+from dirtytrack import DirtyTracker, Memory, UffdSession
 from dirtytrack.kernel.mappings import thp_bytes
 from tests import oracle
 from tests.oracle import PAGE
@@ -199,29 +199,78 @@ def test_leaving_a_with_closes_the_descriptor_too() -> None:
     assert not is_open(fd)
 
 
-def test_resizing_is_refused_or_known() -> None:
-    memory = dirtytrack.allocate(4 * PAGE)
-    try:
-        memory.resize(4096 * PAGE)
-    except (TypeError, ValueError, NotImplementedError):
-        pass
-    assert (memory.nbytes, memory.address) == (len(memory), oracle.address_of(memory))
+@kinds
+@pytest.mark.parametrize("pages", [64, 4096])
+def test_trackers_go_on_when_memory_grows(kind: Kind, pages: int) -> None:
+    memory = allocate(4 * PAGE, kind)
+    memory[PAGE] = 5
+    with dirtytrack.track({"m": memory}, blind_spots="accepted") as tracker:
+        (before,) = tracker.regions
+        neighbour = mmap.mmap(-1, PAGE)  # whether it can grow in its place is the kernel's to say
+        unit = memory.page_bytes
+        memory.resize(pages * unit)
+        (region,) = tracker.regions
+        assert (
+            (memory.nbytes, memory.address)
+            == (len(memory), oracle.address_of(memory))
+            == (pages * unit, region.address)
+        )
+        assert (region.name, region.nbytes) == ("m", pages * unit)
+        assert not before.registered
+        assert memory[PAGE] == 5, "its bytes went along"
+        assert tracker.collect().nbytes == pages * unit, "nobody knows what happened meanwhile"
+        assert not tracker.collect()
+        memory[(pages - 1) * unit] = 1
+        assert memory.address + (pages - 1) * unit in tracker.collect()
+        neighbour.close()
+    assert not region.registered
+
+
+def test_trackers_go_on_when_memory_shrinks() -> None:
+    memory = dirtytrack.allocate(64 * PAGE)
+    with UffdSession() as session:
+        session.register(memory, name="mine")
+        tracker, idle = DirtyTracker(session), DirtyTracker(session)
+        tracker.start()
+        memory.resize(8 * PAGE)
+        assert [region.nbytes for region in session.regions] == [8 * PAGE]
+        idle.start()
+        assert tracker.collect().page_count == 8
+        memory[7 * PAGE] = 1
+        assert list(tracker.collect().pages()) == list(idle.collect().pages()) == [7]
+
+
+@kinds
+def test_every_tracker_knows_of_a_discard_though_it_is_read_again(kind: Kind) -> None:
+    memory = allocate(8 * PAGE, kind)
+    memory[:] = b"x" * memory.nbytes
+    with UffdSession() as session:
+        region = session.register(memory, blind_spots="accepted")
+        tracker = DirtyTracker(session)
+        tracker.start()
+        assert not tracker.collect()
+        mirror = bytearray(memory)
+        memory.discard(2 * PAGE, 3 * PAGE)
+        assert memory[2 * PAGE : 6 * PAGE] == bytes(3 * PAGE) + b"x" * PAGE, "read, so that it is there again"
+        assert {2, 3, 4} <= set(tracker.collect_into(mirror).pages(region))
+        assert mirror == memory[:]
+        memory.discard()
+        assert memory[:1] == b"\0"
+        assert tracker.collect_into(mirror).page_count == memory.nbytes // PAGE
+        assert mirror == bytes(memory.nbytes)
 
 
 def test_shared_memory_is_sealed_and_can_be_mapped_by_others() -> None:
     memory = dirtytrack.allocate(4 * PAGE, shared=True)
     fd = memory.fileno()
     assert not os.get_inheritable(fd)
-    for nbytes in (PAGE, 8 * PAGE):
-        with pytest.raises(PermissionError):
-            os.ftruncate(fd, nbytes)
+    with pytest.raises(PermissionError):
+        os.ftruncate(fd, PAGE)
     with mmap.mmap(fd, memory.nbytes) as other:
         other[PAGE] = 7
         assert memory[PAGE] == 7
         memory[0] = 9
         assert other[0] == 9
-    with pytest.raises(dirtytrack.InvalidMemory, match="allocate"):
-        memory.resize(PAGE)
     assert memory.fileno() == fd, "it stays this object's"
     memory.close()
     assert not is_open(fd)

@@ -91,6 +91,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 # ---- the memory -----------------------------------------------------------------------------------------------------
 
+NO_ALIAS = 8  # DT_REMEDY_NO_ALIAS
+
 
 @dataclass(frozen=True)
 class Weather:
@@ -107,10 +109,12 @@ class Weather:
     """Every other page of many in play, so that a scan finds more runs than one answer holds."""
     declares: bool = True
     """Foreign writes are declared."""
+    aliased: bool = False
+    """The mapping of the foreign writes is armed too, so that nothing need be declared."""
 
     def __str__(self) -> str:
         kind = "shared" if self.shared else "transparent" if self.transparent else "private"
-        more = {"company": self.company, "remedy R1": self.remedy, "wide": self.wide}
+        more = {"company": self.company, "remedy R1": self.remedy, "wide": self.wide, "aliased": self.aliased}
         return " ".join([kind, *(name for name, is_so in more.items() if is_so)])
 
 
@@ -153,7 +157,7 @@ class Storm:
             self.writers.append(Writer(*where, self.random.getrandbits(64) | 1, order.ctypes.data, len(order)))
             self.orders.append(order)
             self.pages.append(pages)
-        self.session = UffdSession(_remedy=weather.remedy)
+        self.session = UffdSession(_remedy=weather.remedy | (0 if weather.aliased else NO_ALIAS))
         self.regions = [self.session.register(self.memory[a:b], blind_spots="accepted") for a, b in self.watched]
         self.listeners: list[Listener] = []
         self.stop = ctypes.c_int()
@@ -431,6 +435,7 @@ WEATHERS = [
     Weather(company=True),
     Weather(company=True, remedy=1),
     Weather(company=True, shared=True),
+    Weather(company=True, shared=True, declares=False, aliased=True),
     Weather(company=True, transparent=True),
 ]
 

@@ -36,7 +36,8 @@ class Owner:
 def span_of(
     address: int, nbytes: int, name: str = "r", *, unpinned: bool = False, shape: tuple[int, ...] | None = None
 ) -> Span:
-    return Span(1, name, address, nbytes, PAGE, unpinned, shape, None)
+    start, end = address - address % PAGE, -(-(address + nbytes) // PAGE) * PAGE
+    return Span(1, name, address, nbytes, start, end, PAGE, unpinned, shape, None)
 
 
 WHOLE = Layout((span_of(BASE, ROOM * PAGE),))

@@ -13,6 +13,9 @@ static_assert(sizeof(struct k_uffdio_api) == 24, "struct uffdio_api");
 static_assert(sizeof(struct k_uffdio_range) == 16, "struct uffdio_range");
 static_assert(sizeof(struct k_uffdio_register) == 32, "struct uffdio_register");
 static_assert(sizeof(struct k_uffdio_writeprotect) == 24, "struct uffdio_writeprotect");
+static_assert(sizeof(struct k_uffd_msg) == sizeof(struct uffd_msg), "struct uffd_msg");
+static_assert(K_UFFD_EVENT_REMAP == UFFD_EVENT_REMAP && K_UFFD_EVENT_REMOVE == UFFD_EVENT_REMOVE &&
+              K_UFFD_EVENT_UNMAP == UFFD_EVENT_UNMAP, "events");
 
 /* What Python reads as arrays of 64-bit numbers. */
 static_assert(sizeof(dt_run) == 16, "dt_run");

@@ -44,6 +44,18 @@ struct k_uffdio_api { uint64_t api, features, ioctls; };
 struct k_uffdio_range { uint64_t start, len; };
 struct k_uffdio_register { struct k_uffdio_range range; uint64_t mode, ioctls; };
 struct k_uffdio_writeprotect { struct k_uffdio_range range; uint64_t mode; };
+struct k_uffd_msg { /* of its many shapes, those that are read here */
+    uint8_t event, reserved1;
+    uint16_t reserved2;
+    uint32_t reserved3;
+    union {
+        struct { uint64_t start, end; } remove;
+        struct { uint64_t from, to, len; } remap;
+    } arg;
+};
+#define K_UFFD_EVENT_REMAP 0x14u
+#define K_UFFD_EVENT_REMOVE 0x15u
+#define K_UFFD_EVENT_UNMAP 0x16u
 #define K_UFFD_API 0xAAu
 #define K_UFFDIO_API _IOWR(0xAA, 0x3F, struct k_uffdio_api)
 #define K_UFFDIO_REGISTER _IOWR(0xAA, 0x00, struct k_uffdio_register)
@@ -53,6 +65,9 @@ struct k_uffdio_writeprotect { struct k_uffdio_range range; uint64_t mode; };
 #define K_UFFD_USER_MODE_ONLY 1u
 #define K_UFFDIO_REGISTER_MODE_WP (1u << 1)
 #define K_UFFDIO_WRITEPROTECT_MODE_WP (1u << 0)
+#define K_UFFD_FEATURE_EVENT_REMAP (1u << 2)
+#define K_UFFD_FEATURE_EVENT_REMOVE (1u << 3)
+#define K_UFFD_FEATURE_EVENT_UNMAP (1u << 6)
 #define K_UFFD_FEATURE_WP_HUGETLBFS_SHMEM (1u << 12)
 #define K_UFFD_FEATURE_WP_UNPOPULATED (1u << 13)
 #define K_UFFD_FEATURE_WP_ASYNC (1u << 15)

@@ -13,14 +13,18 @@ static int plan(dt_listener *l)
         return -ENOMEM;
     l->range_count = 0;
     l->overlapping = false;
+    l->granule = 0;
     for (uint64_t i = 0; i < l->watch_count; i++) {
         const dt_watch *w = l->watches[i];
         dt_range *last = l->range_count ? &l->ranges[l->range_count - 1] : NULL;
-        if (last && w->start <= last->end) {
+        bool present = w->region->present;
+        l->granule = dt_max(l->granule, w->region->granule);
+        if (last && (w->start < last->end || (w->start == last->end && present == last->present))) {
             l->overlapping |= w->start < last->end;
             last->end = dt_max(last->end, w->end);
+            last->present &= present;
         } else {
-            l->ranges[l->range_count++] = (dt_range){.start = w->start, .end = w->end};
+            l->ranges[l->range_count++] = (dt_range){.start = w->start, .end = w->end, .present = present};
         }
     }
     /* Watches and ranges are many-to-many; both counts are small or, with thousands of regions, mostly one to one: find
@@ -106,12 +110,6 @@ static void emit_runs(const dt_watch *w, dt_set *out)
     out->count = ends;
 }
 
-static int by_start(const void *a, const void *b)
-{
-    uint64_t x = ((const dt_run *)a)->start, y = ((const dt_run *)b)->start;
-    return (x > y) - (x < y);
-}
-
 /* Everything pending in these watches, appended to `out`; clears nothing. */
 static int extract(dt_watch *const *watches, uint64_t n, bool overlapping, dt_set *out)
 {
@@ -130,11 +128,7 @@ static int extract(dt_watch *const *watches, uint64_t n, bool overlapping, dt_se
         emit_runs(watches[i], &own);
         out->count += own.count;
     }
-    qsort(out->runs, out->count, sizeof *out->runs, by_start);
-    uint64_t all = out->count;
-    out->count = 0;
-    for (uint64_t i = 0; i < all; i++)
-        dt_set_append(out, out->runs[i].start, out->runs[i].end);
+    dt_set_sort(out);
     return 0;
 }
 
@@ -201,7 +195,7 @@ static int select_watches(dt_listener *l, dt_region *only, selection *out, dt_fa
         return dt_fail_region(why, DT_NOT_WATCHED, only);
     out->watches = &out->own;
     out->watch_count = 1;
-    out->one = (dt_range){.start = only->start, .end = only->end};
+    out->one = (dt_range){.start = only->start, .end = only->end, .present = only->present};
     out->ranges = &out->one;
     out->range_count = 1;
     return 0;
@@ -219,6 +213,7 @@ static void add_statistics(dt_statistics *to, const dt_statistics *now, const dt
     to->protects += now->protects - then->protects;
     to->pages_found += now->pages_found - then->pages_found;
     to->pages_absent += now->pages_absent - then->pages_absent;
+    to->pages_lost += now->pages_lost - then->pages_lost;
     to->mappings_renewed += now->mappings_renewed - then->mappings_renewed;
     to->scans_refused += now->scans_refused - then->scans_refused;
     to->scans_faulted += now->scans_faulted - then->scans_faulted;
@@ -229,8 +224,9 @@ static void add_statistics(dt_statistics *to, const dt_statistics *now, const dt
 static int scan_on_budget(dt_listener *l, dt_pass *pass, const dt_range *range, uint64_t from, uint64_t to, uint64_t deadline,
                           dt_failure *why)
 {
-    for (uint64_t at = dt_max(from, range->start); at < dt_min(to, range->end); at += DT_BUDGET_CHUNK_BYTES) {
-        uint64_t end = dt_min(dt_min(to, range->end), at + DT_BUDGET_CHUNK_BYTES);
+    uint64_t piece = dt_max(DT_BUDGET_CHUNK_BYTES, l->granule);
+    for (uint64_t at = dt_max(from, range->start), end; at < dt_min(to, range->end); at = end) {
+        end = dt_min(dt_min(to, range->end), dt_down(at, piece) + piece);
         int rc = dt_scan_pass(pass, at, end, why);
         if (rc)
             return rc;
@@ -253,7 +249,7 @@ static int scan_selection(dt_listener *l, const selection *what, double budget_s
             const dt_range *range = &what->ranges[i];
             dt_pass pass = {.session = s, .self = l, .only = what->own ? what->own->region : NULL, .direct = direct ? out : NULL,
                             .watches = what->own ? s->watches : l->overlaps + range->first,
-                            .watch_count = what->own ? s->watch_count : range->count};
+                            .watch_count = what->own ? s->watch_count : range->count, .present = range->present};
             int rc = limited ? scan_on_budget(l, &pass, range, lap ? 0 : cursor, lap ? cursor : UINT64_MAX, deadline, &out->why)
                              : dt_scan_pass(&pass, range->start, range->end, &out->why);
             if (rc > 0) {
@@ -397,7 +393,7 @@ int dt_peek(dt_listener *l, dt_region *region, dt_set *out)
     if (rc)
         return dt_fail_region(&out->why, rc, NULL);
     selection what;
-    dt_set pending = {0}, written = {0}, absent = {0};
+    dt_set pending = {0}, written = {0}, others = {0};
     rc = select_watches(l, region, &what, &out->why);
     if (!rc) {
         mark_flights(s, &what);
@@ -408,12 +404,12 @@ int dt_peek(dt_listener *l, dt_region *region, dt_set *out)
     for (uint64_t i = 0; !rc && i < what.range_count; i++) {
         const dt_range *r = &what.ranges[i];
         if (!s->suspended)
-            rc = dt_peek_range(s, r->start, r->end, &written, &absent, &out->why);
+            rc = dt_peek_range(s, r->start, r->end, r->present, s->watches, s->watch_count, &written, &others, &out->why);
         else if (!(rc = dt_set_reserve(&written, written.count + 1)))
             dt_set_append(&written, r->start, r->end);
     }
     if (!rc) {
-        const dt_set *parts[] = {&pending, &written, &absent};
+        const dt_set *parts[] = {&pending, &written, &others};
         rc = dt_set_union_many(parts, 3, out);
         out->epoch = l->epoch;
         out->complete = 1;
@@ -422,7 +418,7 @@ int dt_peek(dt_listener *l, dt_region *region, dt_set *out)
     }
     dt_set_clear(&pending);
     dt_set_clear(&written);
-    dt_set_clear(&absent);
+    dt_set_clear(&others);
     dt_leave(s);
     return rc;
 }

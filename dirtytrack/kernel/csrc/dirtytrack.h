@@ -34,6 +34,7 @@ enum dt_code {
     DT_UNREGISTERED = -10008, /* that region was unregistered */
     DT_MISSED = -10009,       /* the audit found a change that nobody reported */
     DT_TOO_SMALL = -10010,    /* an output buffer is too small, or the input does not fit */
+    DT_NOT_ANONYMOUS = -10012, /* DT_ARM_PRESENT is for private anonymous memory only */
     DT_HUGETLB_MASK = -10011  /* an arming scan with that mask can hang a process for ever over hugetlb */
 };
 
@@ -49,7 +50,8 @@ enum dt_step {
     DT_STEP_SCAN = 7,        /* PAGEMAP_SCAN */
     DT_STEP_MEMORY = 8,      /* an allocation */
     DT_STEP_COPY = 9,        /* reading or writing tracked memory */
-    DT_STEP_MAPS = 10        /* reading /proc/self/maps */
+    DT_STEP_MAPS = 10,       /* reading /proc/self/maps */
+    DT_STEP_EVENTS = 11      /* starting the thread that is told of discards */
 };
 
 typedef struct dt_failure {
@@ -161,7 +163,8 @@ typedef struct dt_mapping {
     char name[256];        /* path or [heap] and the like; cut at 255 bytes */
 } dt_mapping;
 
-/* The first mapping of this process that ends after `address`; -ENOENT where there is none, -ENODEV without a /proc. */
+/* The first mapping of this process that ends after `address`; -ENOENT where there is none, -ENODEV without a /proc.
+ * page_bytes is 0 only where neither the query nor /proc/self/smaps can be had. */
 int dt_mapping_at(uint64_t address, dt_mapping *out);
 
 typedef struct dt_page_region {
@@ -190,9 +193,26 @@ void dt_scan_result_clear(dt_scan_result *result);
 /* ---- sessions ----------------------------------------------------------------------------------------------- */
 
 enum dt_remedy {
-    DT_REMEDY_PROBE = 0,   /* what dt_probe found necessary */
-    DT_REMEDY_ABSENT = 1,  /* R1: pages neither present nor swapped count as written, found by a pass of its own */
-    DT_REMEDY_NONE = 2     /* for tests: no remedy though the kernel needs one */
+    DT_REMEDY_PROBE = 0,     /* what dt_probe and the kind of memory make necessary */
+    DT_REMEDY_ABSENT = 1,    /* R1 everywhere: pages neither present nor swapped count as written, by a pass of its own */
+    DT_REMEDY_NO_ABSENT = 2, /* for tests: never R1, though the kernel or the kind of memory needs it */
+    DT_REMEDY_NO_LOST = 4,   /* for tests: never R2, though the kind of memory needs it */
+    DT_REMEDY_NO_ALIAS = 8,  /* for tests: other mappings of the same memory are left alone */
+    DT_REMEDY_NONE = 14
+};
+
+enum dt_arming {
+    DT_ARM_AUTO = 0,    /* chosen from the range: DT_ARM_PRESENT where it is large, private, anonymous and mostly empty */
+    DT_ARM_ALL = 1,     /* every page, unpopulated ones too */
+    DT_ARM_PRESENT = 2  /* what is populated; what is not has no page table to arm. Private anonymous memory only */
+};
+
+/* What lies beneath a region; several bits where several mappings do. */
+enum dt_kind {
+    DT_KIND_ANONYMOUS = 1, /* private, without a file */
+    DT_KIND_FILE = 2,      /* private, of a file or of a memfd */
+    DT_KIND_SHARED = 4,    /* shared: anonymous, memfd, tmpfs, SysV or a file */
+    DT_KIND_HUGETLB = 8    /* huge pages of the pool, beside one of the above */
 };
 
 typedef struct dt_statistics {
@@ -201,6 +221,8 @@ typedef struct dt_statistics {
     uint64_t protects;         /* UFFDIO_WRITEPROTECT calls */
     uint64_t pages_found;      /* written pages that scans found and re-armed: each cost its writer one fault */
     uint64_t pages_absent;     /* pages that remedy R1 found */
+    uint64_t pages_lost;       /* pages that remedy R2 found: discarded beneath a marker that survived */
+    uint64_t pages_told;       /* pages that the kernel told of by an event (dt_session_open with events) */
     uint64_t pages_declared;   /* pages dirty by mark_dirty and in_flight */
     uint64_t mappings_renewed; /* replaced mappings that were registered again */
     uint64_t scans_refused;    /* EPERM: what was found was harvested all the same */
@@ -209,7 +231,9 @@ typedef struct dt_statistics {
     uint64_t collect_ns;       /* inside collecting passes, nearly all of it in the kernel */
 } dt_statistics;
 
-int dt_session_open(uint32_t remedy, dt_session **out, dt_failure *why);
+/* events = 1: the kernel tells of discards, moves and unmaps too, to a thread that the session starts. Whoever discards
+ * waits for that thread, some 20 microseconds a call. */
+int dt_session_open(uint32_t remedy, int events, dt_session **out, dt_failure *why);
 void dt_session_drop(dt_session **session);
 uint64_t dt_generation(void);                          /* of this process: another after each fork; 0: no memory */
 int dt_session_close(dt_session *session);             /* unregisters everything; the second call does nothing */
@@ -221,12 +245,23 @@ int dt_session_suspend(dt_session *session, dt_failure *why);
 int dt_session_resume(dt_session *session, dt_failure *why);
 int dt_session_statistics(dt_session *session, dt_statistics *out);
 
-/* Registers the pages around [address, address + nbytes), rounded outward to granule_bytes. Arms nothing. */
-int dt_register(dt_session *session, uint64_t address, uint64_t nbytes, uint64_t granule_bytes, dt_region **out,
-                dt_failure *why);
+typedef struct dt_region_info {
+    uint64_t id;
+    uint64_t start, end;     /* the page span: rounded outward to the pages of the mappings at either end */
+    uint64_t granule_bytes;  /* the largest page in it */
+    uint32_t kinds;          /* enum dt_kind, or-ed */
+    uint32_t arming;         /* DT_ARM_ALL or DT_ARM_PRESENT */
+    uint32_t aliases;        /* other mappings of the same memory that are armed with it */
+    uint32_t unseen_aliases; /* and those, writable, that could not be registered: writes through them are not seen */
+} dt_region_info;
+
+/* Registers the pages around [address, address + nbytes). granule_bytes: what the caller knows to be resolved for this
+ * memory, 0 or the page where it knows nothing; a huge page of the pool is found by itself. Arms nothing. */
+int dt_register(dt_session *session, uint64_t address, uint64_t nbytes, uint64_t granule_bytes, uint32_t arming,
+                dt_region **out, dt_failure *why);
 int dt_unregister(dt_region *region, dt_failure *why); /* -EBUSY while a listener watches it */
 void dt_region_drop(dt_region **region);
-uint64_t dt_region_id(dt_region *region);
+void dt_region_about(dt_region *region, dt_region_info *out);
 int dt_region_registered(dt_region *region);           /* 1 or 0 */
 /* Collects for every listener of those pages and re-arms; first arms what was never armed. */
 int dt_write_protect(dt_region *region, dt_failure *why);
@@ -263,7 +298,7 @@ int dt_listener_statistics(dt_listener *listener, dt_statistics *out);
 enum dt_site {
     DT_SITE_ALLOCATE = 1, DT_SITE_SCAN = 2, DT_SITE_REGISTER = 4, DT_SITE_UNREGISTER = 8, DT_SITE_PROTECT = 16,
     DT_SITE_API = 32, DT_SITE_OPEN_USER_MODE = 64, DT_SITE_OPEN_DEVICE = 128, DT_SITE_OPEN_FULL = 256,
-    DT_SITE_OPEN_PAGEMAP = 512, DT_SITE_COPY = 1024, DT_SITE_MAPS = 2048
+    DT_SITE_OPEN_PAGEMAP = 512, DT_SITE_COPY = 1024, DT_SITE_MAPS = 2048, DT_SITE_EVENTS = 4096
 };
 
 /* The nth call (from 1) at any of `sites`, and the `times` - 1 calls after it (0: all of them), fail with os_errno;

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT
- * The session's own structures, shared by session.c, region.c, scan.c, heal.c, listener.c, collect.c and audit.c.
+ * The session's own structures, shared by session.c, region.c, scan.c, content.c, alias.c, events.c, heal.c,
+ * listener.c, collect.c and audit.c.
  *
  * Who owns what. A session lives while a handle to it, to one of its regions or to one of its listeners lives, or a set
  * that one of its listeners delivered. Everything below is guarded by session->lock, but for the three queues, which
@@ -26,6 +27,11 @@ struct dt_region {
     _Atomic bool registered;
     bool armed;                   /* since its registration */
     bool dropped;                 /* no handle is left */
+    bool present;                 /* DT_ARM_PRESENT: what is not populated is not armed */
+    uint32_t kinds;               /* enum dt_kind, or-ed */
+    uint64_t granule;             /* the largest page in it */
+    dt_watch *content;            /* remedy R2: the pages that may have content (content.c); NULL where it needs none */
+    uint32_t unseen_aliases;      /* other mappings of its memory that could not be registered */
     uint32_t watchers;
     uint64_t gone_version;        /* counts what went away; a watch compares it with what it was told */
     uint64_t gone_start, gone_end, gone_bytes; /* the first hole, and all of them */
@@ -33,7 +39,8 @@ struct dt_region {
     dt_region *next_dropped;
 };
 
-/* What one listener has pending of one region: one bit a page. */
+/* What one listener has pending of one region: one bit a page. Without a listener: region->content, which is told of
+ * each page that the listeners are told of. */
 struct dt_watch {
     dt_watch *next_detached;
     dt_listener *listener;
@@ -49,6 +56,7 @@ typedef struct dt_audit_slot { uint64_t page, hash; bool valid; } dt_audit_slot;
 
 typedef struct dt_range {         /* what is scanned in one go: spans that touch or overlap, united */
     uint64_t start, end;
+    bool present;                 /* all of its own watches are of regions with DT_ARM_PRESENT */
     uint64_t first, count;        /* its watches, everybody's, in listener->overlaps */
 } dt_range;
 
@@ -58,6 +66,7 @@ struct dt_listener {
     bool running;
     bool dropped;                 /* no handle is left */
     bool overlapping;             /* some of its own regions overlap */
+    uint64_t granule;             /* the largest page in its regions */
     uint64_t epoch;
     dt_watch **watches;           /* sorted by start */
     uint64_t watch_count, watch_room, detached_count;
@@ -75,6 +84,16 @@ struct dt_listener {
     dt_listener *next_dropped;
 };
 
+/* [start, end) is the same shared memory as [other, ...), mapped elsewhere in this process. */
+typedef struct dt_alias {
+    const dt_region *region;      /* whose memory it is; [start, end) lies in it */
+    uint64_t start, end, other;
+    uint64_t inode, offset;       /* of the file, at `other` */
+    uint32_t device_major, device_minor;
+    bool armed;
+} dt_alias;
+typedef struct dt_events dt_events;
+
 typedef struct dt_flight { uint64_t start, end, count; } dt_flight;
 
 struct dt_session {
@@ -83,7 +102,8 @@ struct dt_session {
     uint64_t generation;          /* of the process that made it: see dt_forked */
     _Atomic bool closed;
     bool suspended;
-    bool find_absent;             /* remedy R1 */
+    bool find_absent;             /* remedy R1, of all memory: this kernel needs it */
+    uint32_t remedy;              /* enum dt_remedy, as given */
     int uffd, pagemap, door;
     uint64_t features;
     uint64_t next_id;
@@ -96,6 +116,10 @@ struct dt_session {
     uint64_t flight_count, flight_room;
     dt_run *bridges;              /* registered beyond any region, to spare the kernel mappings */
     uint64_t bridge_count, bridge_room;
+    dt_alias *aliases;            /* pairs of ranges that are the same memory: see alias.c */
+    uint64_t alias_count, alias_room;
+    bool wants_events;
+    dt_events *events;            /* what the kernel tells by itself, NULL where it was not asked to */
     dt_run *foreign;              /* beneath our regions, but by now registered by another session */
     uint64_t foreign_count, foreign_room;
     uint64_t registrations, thefts; /* what of dt_registrations and dt_thefts has been looked at */
@@ -114,6 +138,10 @@ typedef struct dt_pass {
     dt_set *direct;               /* self's finds go here, sorted, instead of its bits; NULL: to its bits */
     dt_watch *const *watches;     /* everybody who watches some of the range */
     uint64_t watch_count;
+    bool present;                 /* arm and find what is populated only */
+    bool find_absent;             /* remedy R1: the kernel or the kind of memory needs it */
+    bool find_lost;               /* remedy R2: somewhere beneath it a marker may survive a discard */
+    bool aliased;                 /* some of it is mapped elsewhere too */
 } dt_pass;
 
 /* session.c */
@@ -140,12 +168,57 @@ typedef bool (*dt_counts)(const dt_region *region, const dt_region *except);
 bool dt_next_uncovered(const dt_session *s, dt_counts counts, const dt_region *except, uint64_t *at, uint64_t end,
                        uint64_t *from, uint64_t *to);
 bool dt_counts_armed(const dt_region *region, const dt_region *except);
+bool dt_counts_registered(const dt_region *region, const dt_region *except);
+int dt_survey(dt_region *region, uint64_t granule); /* its kinds, granule and page span, from what is mapped there */
 void dt_region_unwatch(dt_region *region);    /* one watcher less; unregisters a dropped region with the last */
 void dt_free_region(dt_session *s, dt_region *region);
 void dt_drain_regions(dt_session *s);
 
+/* content.c: remedy R2 */
+bool dt_needs_content(const dt_region *region);
+int dt_content_begin(dt_session *s, dt_region *region);     /* -ENOMEM; what may have content is unknown: all of it */
+void dt_content_end(dt_session *s, dt_region *region);
+/* Around the first arming: before it, while a page in swap can be told from a marker, and after it. */
+int dt_content_before_arming(dt_session *s, dt_region *region, uint64_t start, uint64_t end);
+int dt_content_after_arming(dt_session *s, dt_region *region, uint64_t start, uint64_t end);
+/* Pages of `content` within [start, end) that may have had content and are neither present nor known to hold data. Where
+ * it is certain that nothing is left of a page, `keep` is false: it need not be told again. */
+typedef void (*dt_on_lost)(void *context, uint64_t start, uint64_t end, bool keep);
+int dt_find_lost(dt_session *s, dt_watch *content, uint64_t start, uint64_t end, bool note, dt_on_lost on_lost,
+                 void *context);
+
+/* alias.c */
+int dt_alias_begin(dt_session *s, dt_region *region);       /* finds and registers the other mappings of its memory */
+void dt_alias_end(dt_session *s, const dt_region *region);
+uint64_t dt_alias_count(const dt_session *s, const dt_region *region);
+bool dt_aliased(const dt_session *s, uint64_t start, uint64_t end);
+int dt_alias_arm(dt_session *s, const dt_region *region);
+/* [start, end) was written: so were the same pages elsewhere. */
+void dt_alias_tell(dt_session *s, uint64_t start, uint64_t end);
+/* What [start, end) is elsewhere, one part at a time; `next` begins as 0. */
+bool dt_alias_next(const dt_session *s, uint64_t start, uint64_t end, uint64_t *next, dt_run *elsewhere);
+/* The address in [start, ...) that became elsewhere->start, `number` being the `next` of that call less 1. */
+uint64_t dt_alias_origin(const dt_session *s, uint64_t number, uint64_t start);
+/* Part of an alias is not registered any more: it is again, or it is no alias any more. Either way it may have been
+ * written: its pages elsewhere are told. */
+int dt_alias_heal(dt_session *s, uint64_t start, uint64_t end);
+/* Another session may have registered what is mapped there by now: those are let go of. lost: there were some. */
+int dt_alias_verify(dt_session *s, bool *lost);
+
+/* events.c */
+int dt_events_start(dt_session *s);
+void dt_events_stop(dt_session *s);                         /* before the userfaultfd is closed */
+void dt_events_forget(dt_session *s);                       /* in a forked child */
+void dt_events_drain(dt_session *s);
+
 /* scan.c */
 uint64_t dt_now_ns(void);
+/* A scan that arms nothing over [start, end), told run by run: pages whose categories, `inverted` ones turned round, have
+ * all of `mask` and, where it is not 0, any of `anyof`. */
+typedef void (*dt_on_run)(void *context, uint64_t start, uint64_t end);
+typedef struct dt_question { uint64_t flags, mask, inverted, anyof; } dt_question;
+extern const dt_question DT_ABSENT; /* neither present nor swapped: no marker either */
+int dt_query(dt_session *s, uint64_t start, uint64_t end, const dt_question *question, dt_on_run on_run, void *context);
 void dt_mark(dt_watch *w, uint64_t start, uint64_t end);
 void dt_mark_all(dt_watch *const *watches, uint64_t n, uint64_t start, uint64_t end);
 void dt_unmark(dt_watch *w, uint64_t start, uint64_t end);
@@ -153,7 +226,8 @@ void dt_fold(dt_pass *pass);      /* what went to pass->direct goes to the bits,
 int dt_scan_pass(dt_pass *pass, uint64_t start, uint64_t end, dt_failure *why);
 int dt_protect(dt_session *s, uint64_t start, uint64_t end);      /* UFFDIO_WRITEPROTECT, in chunks */
 int dt_arm(dt_session *s, dt_region *region, dt_failure *why);    /* at first, or again with a collecting pass */
-int dt_peek_range(dt_session *s, uint64_t start, uint64_t end, dt_set *written, dt_set *absent, dt_failure *why);
+int dt_peek_range(dt_session *s, uint64_t start, uint64_t end, bool present, dt_watch *const *watches, uint64_t watch_count,
+                  dt_set *written, dt_set *others, dt_failure *why);
 int dt_page_written(dt_session *s, uint64_t page);                /* 1, 0 or -errno; arms nothing */
 int dt_page_armable(dt_session *s, uint64_t page);                /* 1: somebody registered its mapping for WP_ASYNC */
 
@@ -165,6 +239,7 @@ bool dt_next_own(const dt_session *s, uint64_t *at, uint64_t end, uint64_t *from
 
 /* listener.c */
 int dt_fail_region(dt_failure *why, int code, const dt_region *region);
+dt_watch *dt_make_watch(dt_listener *l, dt_region *region, unsigned bits); /* so many a page; NULL: no memory */
 void dt_mark_whole(dt_watch *w);
 void dt_forget(dt_watch *w);                  /* nothing is pending */
 dt_watch *dt_watch_of(const dt_listener *l, const dt_region *region);

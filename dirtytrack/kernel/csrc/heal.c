@@ -92,13 +92,52 @@ int dt_look_for_strangers(dt_session *s)
         if (rc)
             return rc;
     }
-    if (registrations != s->registrations && s->foreign_count)
+    bool lost = false;
+    int rc = dt_alias_verify(s, &lost);
+    if (rc)
+        return rc;
+    if (registrations != s->registrations && (s->foreign_count || lost))
         thefts = atomic_fetch_add(&dt_thefts, 1) + 1;
     s->registrations = registrations;
     for (uint64_t i = 0; thefts != s->thefts && i < s->watch_count; i++)
         dt_mark(s->watches[i], s->watches[i]->start, s->watches[i]->end);
     s->thefts = thefts;
     return 0;
+}
+
+/* A mapping that was replaced may be of another kind than the one that was registered. */
+static int note_kind(dt_session *s, uint64_t start, uint64_t end, const dt_mapping *m, bool *fits, bool *present)
+{
+    *fits = *present = true;
+    for (uint64_t i = 0; i < s->region_count; i++) {
+        dt_region *r = s->regions[i];
+        if (!r->registered || r->start >= end || r->end <= start)
+            continue;
+        r->kinds |= dt_kind_of(m);
+        if (r->present && r->kinds != DT_KIND_ANONYMOUS) {
+            r->present = false;
+            s->layout_version++;
+        }
+        *present &= r->present;
+        /* Part of a huge page would be passed over in silence. */
+        *fits &= !((dt_max(r->start, m->start) | dt_min(r->end, m->end)) & (m->page_bytes - 1));
+        if (dt_content_begin(s, r))
+            return -ENOMEM;
+    }
+    return 0;
+}
+
+/* What is mapped there now; it is wholly dirty already. */
+static int arm_anew(dt_session *s, uint64_t start, uint64_t end, bool present)
+{
+    int rc = 0;
+    for (uint64_t i = 0; i < s->region_count && !rc; i++)
+        rc = dt_content_before_arming(s, s->regions[i], start, end);
+    if (!rc && !present)
+        dt_protect(s, start, end); /* what it cannot arm, the scan that follows reports */
+    for (uint64_t i = 0; i < s->region_count && !rc; i++)
+        rc = dt_content_after_arming(s, s->regions[i], start, end);
+    return rc;
 }
 
 /* Looks at what is mapped in [start, end), which holds whole regions: what was replaced is registered again and counts
@@ -130,12 +169,16 @@ int dt_heal(dt_session *s, uint64_t start, uint64_t end)
             if (rc < 0)
                 return rc;
         } else {
+            bool fits, present;
+            rc = note_kind(s, at, next, &m, &fits, &present);
+            if (rc)
+                return rc;
             dt_mark_all(s->watches, s->watch_count, at, next);
             s->statistics.mappings_renewed++;
             /* What cannot be registered (a special mapping, another's userfaultfd) counts as written at each collect:
              * its scan fails with EPERM each time and comes here. */
-            if (!dt_uffd_register(s, at, next))
-                dt_protect(s, at, next);
+            if (fits && !dt_uffd_register(s, at, next) && (rc = arm_anew(s, at, next, present)))
+                return rc;
         }
         at = next;
     }

@@ -29,6 +29,13 @@ void *dt_alloc(size_t bytes);                     /* zeroed, or NULL */
 void *dt_grow(void *block, size_t old_bytes, size_t bytes); /* the new part is not zeroed; NULL leaves the old block */
 void dt_free(void *block);
 
+/* ---- mappings (maps.c) ---- */
+/* Each mapping that touches [start, end), in order, until `visit` returns another number than 0, which is returned. */
+int dt_each_mapping(uint64_t start, uint64_t end, int (*visit)(void *context, const dt_mapping *mapping), void *context);
+bool dt_maps_query(void);                       /* whether PROCMAP_QUERY is there */
+uint32_t dt_kind_of(const dt_mapping *mapping); /* enum dt_kind, or-ed */
+int64_t dt_swapped_bytes(uint64_t start, uint64_t end); /* of the mappings that touch it, in swap; or -errno */
+
 /* ---- pages ---- */
 uint64_t dt_page_bytes(void);    /* asked of the system once */
 unsigned dt_page_shift(void);
@@ -70,6 +77,7 @@ static inline void dt_set_append(dt_set *set, uint64_t start, uint64_t end)
     *next = (dt_run){start, end};
     set->count++;
 }
+void dt_set_sort(dt_set *set);                    /* runs that were put there in no order: sorted and coalesced */
 void dt_set_count_pages(dt_set *set);             /* pages, from the runs */
 uint64_t dt_set_first(const dt_set *set, uint64_t address); /* index of the first run that ends after address */
 void dt_session_give_back(dt_block *block);       /* listener.c: queue an undelivered block; takes no lock */

@@ -14,10 +14,10 @@ int dt_fail_region(dt_failure *why, int code, const dt_region *region)
 
 /* ---- watches ---------------------------------------------------------------------------------------------------- */
 
-static dt_watch *make_watch(dt_listener *l, dt_region *region)
+dt_watch *dt_make_watch(dt_listener *l, dt_region *region, unsigned bits)
 {
     uint64_t pages = (region->end - region->start) >> dt_page_shift(), words = (pages + 63) / 64;
-    dt_watch *w = dt_alloc(sizeof *w + words * 8);
+    dt_watch *w = dt_alloc(sizeof *w + bits * words * 8);
     if (!w)
         return NULL;
     w->listener = l;
@@ -63,7 +63,10 @@ void dt_free_watch(dt_session *s, dt_watch *w)
             break;
         }
     s->layout_version++;
-    dt_region_unwatch(w->region);
+    if (w->listener)
+        dt_region_unwatch(w->region);
+    else
+        w->region->content = NULL;
     dt_free(w);
 }
 
@@ -268,7 +271,7 @@ static int watch_region(dt_listener *l, dt_region *region, dt_failure *why)
         return dt_fail_region(why, DT_UNREGISTERED, region);
     if (dt_watch_of(l, region))
         return dt_fail_region(why, DT_WATCHED, region);
-    dt_watch *w = make_watch(l, region);
+    dt_watch *w = dt_make_watch(l, region, 1);
     if (!w)
         return dt_fail_with(why, -ENOMEM, ENOMEM, DT_STEP_MEMORY, region->start, region->end);
     attach(l, w);

@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: MIT
- * This process's mappings: by PROCMAP_QUERY (Linux 6.11), else from the text of /proc/self/maps. */
+ * This process's mappings: by PROCMAP_QUERY (Linux 6.11), else from the text of /proc/self/maps and smaps. */
 #include "internal.h" /* first: it asks for GNU names */
 #include "abi.h"
 #include <fcntl.h>
 #include <limits.h>
 #include <stdio.h>
 #include <sys/ioctl.h>
+#include <sys/sysinfo.h>
 #include <unistd.h>
 
 static int open_maps(void)
@@ -134,15 +135,112 @@ static int by_text(int fd, uint64_t address, dt_mapping *out)
     }
 }
 
+/* ---- what only /proc/self/smaps tells ------------------------------------------------------------------------ */
+
+typedef struct smaps { uint64_t start, end, page_bytes, swap_bytes; } smaps;
+
+/* Each mapping that touches [start, end): told at its last line (VmFlags). 0, or -errno. */
+static int read_smaps(uint64_t start, uint64_t end, void (*visit)(void *context, const smaps *mapping), void *context)
+{
+    int fail = dt_fail_at(DT_SITE_MAPS);
+    FILE *file = fail ? NULL : fopen("/proc/self/smaps", "re");
+    if (!file)
+        return fail ? -abs(fail) : -errno;
+    smaps m = {0};
+    char *line = NULL;
+    size_t room = 0;
+    while (getline(&line, &room, file) > 0) {
+        unsigned long long a, b;
+        if (sscanf(line, "%llx-%llx ", &a, &b) == 2)
+            m = (smaps){.start = a, .end = b};
+        else if (m.start >= end)
+            break;
+        else if (m.end <= start)
+            continue;
+        else if (sscanf(line, "KernelPageSize: %llu kB", &a) == 1)
+            m.page_bytes = (uint64_t)a << 10;
+        else if (sscanf(line, "Swap: %llu kB", &a) == 1)
+            m.swap_bytes = (uint64_t)a << 10;
+        else if (!strncmp(line, "VmFlags:", 8))
+            visit(context, &m);
+    }
+    int code = ferror(file) ? -EIO : 0;
+    free(line);
+    fclose(file);
+    return code;
+}
+
+static void note_page_bytes(void *context, const smaps *m) { *(uint64_t *)context = m->page_bytes; }
+static void add_swap(void *context, const smaps *m) { *(uint64_t *)context += m->swap_bytes; }
+
+int64_t dt_swapped_bytes(uint64_t start, uint64_t end)
+{
+    struct sysinfo info;
+    if (!sysinfo(&info) && info.totalswap == info.freeswap)
+        return 0;
+    uint64_t bytes = 0;
+    int code = read_smaps(start, end, add_swap, &bytes);
+    return code ? code : (int64_t)bytes;
+}
+
+/* ---- one mapping, or each of many ----------------------------------------------------------------------------- */
+
+static int next_mapping(int fd, uint64_t address, dt_mapping *out)
+{
+    int code = by_query(fd, address, out);
+    /* The answers of kernels without the query, and of filters that forbid it. */
+    if (code == -ENOTTY || code == -EINVAL || code == -E2BIG || code == -ENOSYS || code == -EPERM || code == -EACCES)
+        code = by_text(fd, address, out);
+    if (!code && !out->page_bytes) { /* the text does not say; what is no file cannot be a huge page of the pool */
+        out->page_bytes = dt_page_bytes();
+        if (out->name[0] == '/')
+            code = read_smaps(out->start, out->start + 1, note_page_bytes, &out->page_bytes);
+    }
+    return code;
+}
+
 int dt_mapping_at(uint64_t address, dt_mapping *out)
 {
     int fd = open_maps();
     if (fd < 0)
         return fd;
-    int code = by_query(fd, address, out);
-    /* The answers of kernels without the query, and of filters that forbid it. */
-    if (code == -ENOTTY || code == -EINVAL || code == -E2BIG || code == -ENOSYS || code == -EPERM || code == -EACCES)
-        code = by_text(fd, address, out);
+    int code = next_mapping(fd, address, out);
     close(fd);
     return code;
+}
+
+int dt_each_mapping(uint64_t start, uint64_t end, int (*visit)(void *context, const dt_mapping *mapping), void *context)
+{
+    int fd = open_maps(), code = fd < 0 ? fd : 0;
+    for (uint64_t at = start; at < end && !code;) {
+        dt_mapping m;
+        code = next_mapping(fd, at, &m);
+        if (code || m.start >= end)
+            break;
+        at = m.end;
+        code = visit(context, &m);
+    }
+    if (fd >= 0)
+        close(fd);
+    return code == -ENOENT ? 0 : code;
+}
+
+bool dt_maps_query(void)
+{
+    int fd = open_maps();
+    struct k_procmap_query q;
+    int code = fd < 0 ? fd : query(fd, &q, 0, NULL, 0);
+    if (fd >= 0)
+        close(fd);
+    return code == 0;
+}
+
+uint32_t dt_kind_of(const dt_mapping *m)
+{
+    uint32_t huge = m->page_bytes > dt_page_bytes() ? DT_KIND_HUGETLB : 0;
+    if (m->shared)
+        return huge | DT_KIND_SHARED;
+    bool file = m->inode || m->name[0] == '/';
+    bool none = !strncmp(m->name, "/anon_hugepage", 14) || !strcmp(m->name, "/dev/zero"); /* anonymous by other names */
+    return huge | (file && !none ? DT_KIND_FILE : DT_KIND_ANONYMOUS);
 }

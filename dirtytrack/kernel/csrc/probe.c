@@ -101,9 +101,7 @@ void dt_probe(dt_support *out)
             try_untouched(&t, (char *)dt_up((uint64_t)t.memory + PAGES * t.page, table), table, out);
         }
     }
-    dt_mapping m;
-    if (!dt_mapping_at((uint64_t)out & ~(t.page - 1), &m))
-        out->maps_query = m.page_bytes != 0;
+    out->maps_query = dt_maps_query();
     if (t.uffd >= 0)
         close(t.uffd);
     if (t.pagemap >= 0)

@@ -120,23 +120,27 @@ static void tell(dt_pass *pass, const struct k_page_region *found, uint64_t n)
             continue;
         mark_found(watch, found, n);
     }
+    for (uint64_t i = 0; pass->aliased && i < n; i++)
+        dt_alias_tell(pass->session, found[i].start, found[i].end);
 }
 
 static void tell_range(dt_pass *pass, uint64_t start, uint64_t end)
 {
     dt_fold(pass);
     dt_mark_all(pass->watches, pass->watch_count, start, end);
+    if (pass->aliased)
+        dt_alias_tell(pass->session, start, end);
 }
 
 /* ---- the ioctls ------------------------------------------------------------------------------------------------- */
 
 /* The number of regions found, or -errno. The vector is zeroed before and after, as far as it was filled. */
-static long scan_ioctl(dt_session *s, uint64_t start, uint64_t end, uint64_t flags, uint64_t mask, uint64_t inverted,
-                       uint64_t returned)
+static long scan_ioctl(dt_session *s, uint64_t start, uint64_t end, const dt_question *q)
 {
-    struct k_pm_scan_arg arg = {.size = sizeof arg, .flags = flags, .start = start, .end = end,
-                                .vec = (uint64_t)s->vector, .vec_len = DT_VECTOR_LENGTH, .category_mask = mask,
-                                .category_inverted = inverted, .return_mask = returned};
+    struct k_pm_scan_arg arg = {.size = sizeof arg, .flags = q->flags, .start = start, .end = end,
+                                .vec = (uint64_t)s->vector, .vec_len = DT_VECTOR_LENGTH, .category_mask = q->mask,
+                                .category_inverted = q->inverted, .category_anyof_mask = q->anyof,
+                                .return_mask = q->mask & K_PAGE_IS_WRITTEN};
     int fail = dt_fail_at(DT_SITE_SCAN);
     if (fail > 0)
         return -fail;
@@ -160,24 +164,30 @@ static uint64_t harvested(const dt_session *s, uint64_t at)
     return n;
 }
 
-/* A scan that arms nothing over [start, end), told run by run. Resumes at the end of the last run it got: the kernel's
- * walk_end may name a place far before where the walk really was (measured, Linux 6.12-7.3), and is not used at all. */
-typedef void (*dt_on_run)(void *context, uint64_t start, uint64_t end);
-static int query(dt_session *s, uint64_t start, uint64_t end, uint64_t flags, uint64_t mask, uint64_t inverted,
-                 uint64_t returned, dt_on_run on_run, void *context)
+const dt_question DT_ABSENT = {.mask = K_PAGE_IS_PRESENT | K_PAGE_IS_SWAPPED,
+                               .inverted = K_PAGE_IS_PRESENT | K_PAGE_IS_SWAPPED};
+
+/* Calls end at multiples of a chunk: one that ended inside a huge page would pass over that page in silence. */
+static uint64_t chunk_end(uint64_t at, uint64_t end) { return dt_min(end, dt_down(at, DT_CHUNK_BYTES) + DT_CHUNK_BYTES); }
+
+/* Resumes at the end of the last run it got: the kernel's walk_end may name a place far before where the walk really was
+ * (measured, Linux 6.12-7.3), and is not used at all. */
+int dt_query(dt_session *s, uint64_t start, uint64_t end, const dt_question *question, dt_on_run on_run, void *context)
 {
-    for (uint64_t chunk = start; chunk < end; chunk += DT_CHUNK_BYTES) {
-        uint64_t at = chunk, to = dt_min(end, chunk + DT_CHUNK_BYTES);
+    for (uint64_t at = start, to; at < end; at = to) {
+        to = chunk_end(at, end);
         for (;;) {
-            long n = scan_ioctl(s, at, to, flags, mask, inverted, returned);
+            long n = scan_ioctl(s, at, to, question);
             if (n < 0) {
                 wipe_vector(s, DT_VECTOR_LENGTH);
                 return (int)n;
             }
-            for (long i = 0; i < n; i++)
-                on_run(context, s->vector[i].start, s->vector[i].end);
-            at = n ? s->vector[n - 1].end : to;
+            struct k_page_region found[DT_VECTOR_LENGTH]; /* whoever is told may ask something in turn */
+            memcpy(found, s->vector, (size_t)n * sizeof *found);
             wipe_vector(s, (uint64_t)n);
+            for (long i = 0; i < n; i++)
+                on_run(context, found[i].start, found[i].end);
+            at = n ? found[n - 1].end : to;
             if (n < (long)DT_VECTOR_LENGTH || at >= to)
                 break;
         }
@@ -191,26 +201,22 @@ static void remember_yes(void *context, uint64_t start, uint64_t end)
     *(bool *)context = true;
 }
 
-int dt_page_written(dt_session *s, uint64_t page)
+static int is_any(dt_session *s, uint64_t page, uint64_t mask)
 {
-    bool written = false;
-    int rc = query(s, page, page + dt_page_bytes(), 0, K_PAGE_IS_WRITTEN, 0, K_PAGE_IS_WRITTEN, remember_yes, &written);
-    return rc ? rc : written;
+    bool any = false;
+    int rc = dt_query(s, page, page + dt_page_bytes(), &(dt_question){.mask = mask}, remember_yes, &any);
+    return rc ? rc : any;
 }
 
-int dt_page_armable(dt_session *s, uint64_t page)
-{
-    bool allowed = false;
-    int rc = query(s, page, page + dt_page_bytes(), 0, K_PAGE_IS_WPALLOWED, 0, K_PAGE_IS_WPALLOWED, remember_yes, &allowed);
-    return rc ? rc : allowed;
-}
+int dt_page_written(dt_session *s, uint64_t page) { return is_any(s, page, K_PAGE_IS_WRITTEN); }
+int dt_page_armable(dt_session *s, uint64_t page) { return is_any(s, page, K_PAGE_IS_WPALLOWED); }
 
 /* SAFETY: UFFDIO_WRITEPROTECT erases what was written before it (measured): callers have told every listener, or no
  * listener waits for these pages. */
 int dt_protect(dt_session *s, uint64_t start, uint64_t end)
 {
-    for (uint64_t at = start; at < end; at += DT_CHUNK_BYTES) {
-        uint64_t length = dt_min(end - at, DT_CHUNK_BYTES);
+    for (uint64_t at = start, length; at < end; at += length) {
+        length = chunk_end(at, end) - at;
         int rc;
         do {
             struct k_uffdio_writeprotect wp = {{at, length}, K_UFFDIO_WRITEPROTECT_MODE_WP};
@@ -242,9 +248,15 @@ static void found_absent(void *context, uint64_t start, uint64_t end)
  * discarded and then written between the two would be in neither. */
 static int find_absent(dt_pass *pass, uint64_t start, uint64_t end)
 {
-    uint64_t absent = K_PAGE_IS_PRESENT | K_PAGE_IS_SWAPPED;
-    return query(pass->session, start, end, 0, absent, absent, K_PAGE_IS_PRESENT, found_absent, pass);
+    return dt_query(pass->session, start, end, &DT_ABSENT, found_absent, pass);
 }
+
+/* The one arming scan that is quick, and that finds discards on each kernel which reports them at all: any richer mask is
+ * up to 36 times slower, and over huge pages of the pool it can hang the process for ever (measured, Linux 6.12-7.1). */
+static const dt_question ARM_WRITTEN = {.flags = K_PM_SCAN_WP_MATCHING | K_PM_SCAN_CHECK_WPASYNC, .mask = K_PAGE_IS_WRITTEN};
+/* The exception, for private anonymous memory: what is not populated gets no page table to hold a marker. */
+static const dt_question ARM_PRESENT = {.flags = K_PM_SCAN_WP_MATCHING | K_PM_SCAN_CHECK_WPASYNC, .mask = K_PAGE_IS_WRITTEN,
+                                        .anyof = K_PAGE_IS_PRESENT | K_PAGE_IS_SWAPPED};
 
 /* To the end of `direct`, which has room, if there is one. Returns the pages found. */
 static uint64_t append(dt_set *direct, const struct k_page_region *found, uint64_t n)
@@ -279,13 +291,12 @@ static uint64_t append(dt_set *direct, const struct k_page_region *found, uint64
 static int scan_chunk(dt_pass *pass, uint64_t start, uint64_t end)
 {
     dt_session *s = pass->session;
-    int rc = s->find_absent ? find_absent(pass, start, end) : 0;
+    int rc = pass->find_absent ? find_absent(pass, start, end) : 0;
     if (rc)
         return rc;
     uint64_t used = 0;
     for (uint64_t at = start; at < end;) {
-        long n = scan_ioctl(s, at, end, K_PM_SCAN_WP_MATCHING | K_PM_SCAN_CHECK_WPASYNC, K_PAGE_IS_WRITTEN, 0,
-                            K_PAGE_IS_WRITTEN);
+        long n = scan_ioctl(s, at, end, pass->present ? &ARM_PRESENT : &ARM_WRITTEN);
         if (DT_UNLIKELY(n < 0)) {
             uint64_t kept = harvested(s, at);
             dt_fold(pass);
@@ -313,44 +324,152 @@ static int scan_chunk(dt_pass *pass, uint64_t start, uint64_t end)
     return 0;
 }
 
-/* [start, end) of a pass over [whole_start, whole_end). */
-static int scan_part(dt_pass *pass, uint64_t whole_start, uint64_t whole_end, uint64_t start, uint64_t end, int tries,
-                     dt_failure *why)
+/* [start, end) of a pass over [whole_start, whole_end), which `heal` looks at where it is not ours any more. */
+typedef int (*heal)(dt_session *s, uint64_t start, uint64_t end);
+
+static int scan_part(dt_pass *pass, uint64_t whole_start, uint64_t whole_end, uint64_t start, uint64_t end, heal mend,
+                     int tries, dt_failure *why)
 {
-    uint64_t at = start, from, to;
-    while (dt_next_own(pass->session, &at, end, &from, &to))
-        for (uint64_t chunk = from; chunk < to; chunk += DT_CHUNK_BYTES) {
-            uint64_t chunk_end = dt_min(to, chunk + DT_CHUNK_BYTES);
-            int rc = scan_chunk(pass, chunk, chunk_end), step = DT_STEP_SCAN;
+    uint64_t part = start, from, to;
+    while (dt_next_own(pass->session, &part, end, &from, &to))
+        for (uint64_t at = from, next; at < to; at = next) {
+            next = chunk_end(at, to);
+            int rc = scan_chunk(pass, at, next), step = DT_STEP_SCAN;
             if (rc == -EPERM && tries < 4) {
                 dt_fold(pass);
-                rc = dt_heal(pass->session, whole_start, whole_end);
+                rc = mend(pass->session, whole_start, whole_end);
                 if (!rc) {
-                    rc = scan_part(pass, whole_start, whole_end, chunk, chunk_end, tries + 1, why);
+                    rc = scan_part(pass, whole_start, whole_end, at, next, mend, tries + 1, why);
                     if (rc)
                         return rc;
                 }
                 step = DT_STEP_MAPS;
             } else if (rc == -EPERM) { /* somebody re-maps faster than we register, or it cannot be registered */
-                tell_range(pass, chunk, chunk_end);
+                tell_range(pass, at, next);
                 rc = 0;
             }
             if (rc) {
                 dt_fold(pass);
-                return dt_fail_with(why, rc, -rc, step, chunk, chunk_end);
+                return dt_fail_with(why, rc, -rc, step, at, next);
             }
         }
     return 0;
 }
 
+static void forget_content(dt_session *s, uint64_t start, uint64_t end)
+{
+    for (uint64_t i = 0; i < s->watch_count; i++)
+        if (!s->watches[i]->listener)
+            dt_unmark(s->watches[i], start, end);
+}
+
+static void found_lost(void *context, uint64_t start, uint64_t end, bool keep)
+{
+    dt_pass *pass = context;
+    dt_session *s = pass->session;
+    tell_range(pass, start, end);
+    if (!keep) { /* at each address and in each region that has it, lest they tell each other for ever */
+        uint64_t next = 0;
+        dt_run elsewhere;
+        forget_content(s, start, end);
+        while (pass->aliased && dt_alias_next(s, start, end, &next, &elsewhere))
+            forget_content(s, elsewhere.start, elsewhere.end);
+    }
+    s->statistics.pages_lost += (end - start) >> dt_page_shift();
+}
+
+static int find_lost(dt_pass *pass, uint64_t start, uint64_t end)
+{
+    int rc = 0;
+    for (uint64_t i = 0; i < pass->watch_count && !rc; i++) {
+        dt_watch *content = pass->watches[i];
+        if (!content->listener && content->region->armed)
+            rc = dt_find_lost(pass->session, content, start, end, true, found_lost, pass);
+    }
+    return rc;
+}
+
+/* Which remedies the memory beneath a pass needs. */
+static void look_beneath(dt_pass *pass, uint64_t start, uint64_t end)
+{
+    const dt_session *s = pass->session;
+    bool hugetlb = false;
+    for (uint64_t i = 0; i < pass->watch_count; i++) {
+        const dt_watch *w = pass->watches[i];
+        if (w->start >= end || w->end <= start)
+            continue;
+        pass->find_lost |= !w->listener;
+        hugetlb |= (w->region->kinds & DT_KIND_HUGETLB) != 0;
+    }
+    /* A huge page of the pool that was written and then discarded leaves neither page nor marker, and is not reported. */
+    pass->find_absent |= s->find_absent || (hugetlb && !(s->remedy & DT_REMEDY_NO_ABSENT));
+    pass->find_absent &= !pass->present;
+    pass->aliased |= s->alias_count && dt_aliased(s, start, end);
+}
+
 int dt_scan_pass(dt_pass *pass, uint64_t start, uint64_t end, dt_failure *why)
 {
-    return scan_part(pass, start, end, start, end, 0, why);
+    dt_session *s = pass->session;
+    look_beneath(pass, start, end);
+    if (DT_UNLIKELY(pass->aliased))
+        dt_fold(pass); /* what is found elsewhere is not found in the order of its addresses here */
+    int rc = scan_part(pass, start, end, start, end, dt_heal, 0, why);
+    uint64_t next = 0;
+    dt_run elsewhere;
+    while (!rc && pass->aliased && dt_alias_next(s, start, end, &next, &elsewhere)) {
+        dt_pass other = {.session = s, .self = pass->self, .watches = s->watches, .watch_count = s->watch_count,
+                         .find_absent = pass->find_absent, .aliased = true};
+        rc = scan_part(&other, elsewhere.start, elsewhere.end, elsewhere.start, elsewhere.end, dt_alias_heal, 0, why);
+    }
+    if (!rc && pass->find_lost && (rc = find_lost(pass, start, end))) { /* what it had to look at is still pending */
+        dt_fold(pass);
+        dt_fail_with(why, rc, -rc, DT_STEP_MAPS, start, end);
+    }
+    return rc;
+}
+
+static bool others_hold(const dt_session *s, const dt_region *region, uint64_t start, uint64_t end)
+{
+    for (uint64_t i = 0; i < s->region_count; i++) {
+        const dt_region *other = s->regions[i];
+        if (dt_counts_armed(other, region) && other->start < end && start < other->end)
+            return true;
+    }
+    return false;
+}
+
+static bool others_wait(const dt_session *s, const dt_region *region, uint64_t start, uint64_t end)
+{
+    bool wait = others_hold(s, region, start, end);
+    uint64_t next = 0;
+    dt_run elsewhere;
+    while (!wait && dt_alias_next(s, start, end, &next, &elsewhere))
+        wait = others_hold(s, region, elsewhere.start, elsewhere.end);
+    return wait;
+}
+
+static int arm_all(dt_session *s, dt_region *region, dt_failure *why)
+{
+    /* What another armed region holds has listeners who wait for its bits: there only a collecting scan may arm. */
+    uint64_t at = region->start, from, to;
+    int rc = 0;
+    while (!rc && dt_next_uncovered(s, dt_counts_armed, region, &at, region->end, &from, &to)) {
+        if (others_wait(s, region, from, to)) /* for the same pages at another address */
+            continue;
+        rc = dt_protect(s, from, to);
+        if (rc == -ENOENT) { /* replaced since it was registered, maybe in part */
+            rc = dt_heal(s, region->start, region->end);
+            if (!rc)
+                rc = dt_protect(s, from, to);
+        }
+        if (rc)
+            dt_fail_with(why, rc, -rc, DT_STEP_PROTECT, from, to);
+    }
+    return rc;
 }
 
 int dt_arm(dt_session *s, dt_region *region, dt_failure *why)
 {
-    dt_pass pass = {.session = s, .watches = s->watches, .watch_count = s->watch_count};
     int rc = dt_look_for_strangers(s);
     if (!rc && (region->gone_bytes || !dt_mapped(region->start, region->end)))
         rc = dt_heal(s, region->start, region->end);
@@ -361,35 +480,25 @@ int dt_arm(dt_session *s, dt_region *region, dt_failure *why)
             why->region = region->id;
         return dt_fail_with(why, DT_GONE, 0, DT_STEP_PROTECT, region->gone_start, region->gone_end);
     }
-    if (region->armed)
-        return dt_scan_pass(&pass, region->start, region->end, why);
-    /* What another armed region holds has listeners who wait for its bits: there only a collecting scan may arm. Twice
-     * over the span: the parts that nobody armed yet, then all of it, where the first kind is quick. */
-    uint64_t at = region->start, from, to;
-    while (!rc && dt_next_uncovered(s, dt_counts_armed, region, &at, region->end, &from, &to)) {
-        rc = dt_protect(s, from, to);
-        if (rc == -ENOENT) { /* replaced since it was registered, maybe in part */
-            rc = dt_heal(s, region->start, region->end);
-            if (!rc)
-                rc = dt_protect(s, from, to);
-        }
-        if (rc)
-            dt_fail_with(why, rc, -rc, DT_STEP_PROTECT, from, to);
-    }
-    bool shared = false;
-    for (uint64_t i = 0; i < s->region_count; i++) {
-        const dt_region *other = s->regions[i];
-        shared |= dt_counts_armed(other, region) && other->start < region->end && region->start < other->end;
-    }
-    if (!rc && shared)
+    bool first = !region->armed;
+    if (first && (rc = dt_content_before_arming(s, region, region->start, region->end)))
+        return dt_fail_with(why, rc, -rc, DT_STEP_MAPS, region->start, region->end);
+    if (first && !region->present && (rc = arm_all(s, region, why)))
+        return rc;
+    if (!first || region->present || others_wait(s, region, region->start, region->end)) {
+        dt_pass pass = {.session = s, .watches = s->watches, .watch_count = s->watch_count, .present = region->present,
+                        .find_absent = first};
         rc = dt_scan_pass(&pass, region->start, region->end, why);
+    }
+    if (!rc && first && ((rc = dt_content_after_arming(s, region, region->start, region->end)) || (rc = dt_alias_arm(s, region))))
+        dt_fail_with(why, rc, -rc, DT_STEP_PROTECT, region->start, region->end);
     region->armed |= !rc;
     return rc;
 }
 
 /* ---- a look that changes nothing -------------------------------------------------------------------------------------- */
 
-typedef struct peek_context { dt_set *out; int rc; } peek_context;
+typedef struct peek_context { dt_set *out; int rc; dt_session *s; } peek_context;
 
 static void add_run(void *context, uint64_t start, uint64_t end)
 {
@@ -400,19 +509,63 @@ static void add_run(void *context, uint64_t start, uint64_t end)
         dt_set_append(c->out, start, end);
 }
 
-int dt_peek_range(dt_session *s, uint64_t start, uint64_t end, dt_set *written, dt_set *absent, dt_failure *why)
+/* In no order. */
+static void push_run(void *context, uint64_t start, uint64_t end)
 {
-    peek_context c = {written, 0}, a = {absent, 0};
-    uint64_t kept = written->count, neither = K_PAGE_IS_PRESENT | K_PAGE_IS_SWAPPED;
-    int rc = query(s, start, end, K_PM_SCAN_CHECK_WPASYNC, K_PAGE_IS_WRITTEN, 0, K_PAGE_IS_WRITTEN, add_run, &c);
+    peek_context *c = context;
+    if (!c->rc)
+        c->rc = dt_set_reserve(c->out, c->out->count + 1);
+    if (!c->rc)
+        c->out->runs[c->out->count++] = (dt_run){start, end};
+}
+
+/* Whoever peeks will read the page, and then it is there again: so it is pending from now on. */
+static void push_lost(void *context, uint64_t start, uint64_t end, bool keep)
+{
+    const peek_context *c = context;
+    (void)keep;
+    push_run(context, start, end);
+    dt_mark_all(c->s->watches, c->s->watch_count, start, end);
+    dt_alias_tell(c->s, start, end);
+}
+
+typedef struct push_moved { peek_context *to; uint64_t distance; } push_moved;
+
+static void push_elsewhere(void *context, uint64_t start, uint64_t end)
+{
+    const push_moved *m = context;
+    push_run(m->to, start - m->distance, end - m->distance);
+}
+
+int dt_peek_range(dt_session *s, uint64_t start, uint64_t end, bool present, dt_watch *const *watches, uint64_t watch_count,
+                  dt_set *written, dt_set *others, dt_failure *why)
+{
+    peek_context c = {written, 0, s}, o = {others, 0, s};
+    uint64_t kept = written->count;
+    dt_pass beneath = {.session = s, .watches = watches, .watch_count = watch_count, .present = present};
+    look_beneath(&beneath, start, end);
+    dt_question question = present ? ARM_PRESENT : ARM_WRITTEN;
+    question.flags = K_PM_SCAN_CHECK_WPASYNC;
+    int rc = dt_query(s, start, end, &question, add_run, &c);
     if (rc == -EPERM && !c.rc) { /* some of it is not ours any more: a collect would renew it, wholly dirty */
         written->count = kept;
         add_run(&c, start, end);
         rc = 0;
     }
-    if (!rc && s->find_absent) /* remedy R1, as in a collect */
-        rc = query(s, start, end, 0, neither, neither, K_PAGE_IS_PRESENT, add_run, &a);
-    int memory = c.rc ? c.rc : a.rc;
+    if (!rc && beneath.find_absent) /* remedy R1, as in a collect */
+        rc = dt_query(s, start, end, &DT_ABSENT, push_run, &o);
+    for (uint64_t i = 0; !rc && beneath.find_lost && i < watch_count; i++) /* and R2 */
+        if (!watches[i]->listener && watches[i]->region->armed)
+            rc = dt_find_lost(s, watches[i], start, end, false, push_lost, &o);
+    uint64_t next = 0;
+    dt_run elsewhere;
+    while (!rc && beneath.aliased && dt_alias_next(s, start, end, &next, &elsewhere)) {
+        push_moved m = {&o, elsewhere.start - dt_alias_origin(s, next - 1, start)};
+        question.flags = 0; /* what is not ours there any more is all written: extra, and the next collect finds out */
+        rc = dt_query(s, elsewhere.start, elsewhere.end, &question, push_elsewhere, &m);
+    }
+    dt_set_sort(others);
+    int memory = c.rc ? c.rc : o.rc;
     if (memory)
         return dt_fail_with(why, memory, -memory, DT_STEP_MEMORY, start, end);
     return rc ? dt_fail_with(why, rc, -rc, DT_STEP_SCAN, start, end) : 0;

@@ -79,6 +79,7 @@ static void forget_inherited(dt_session *s)
     s->uffd = s->pagemap = -1;
     /* SAFETY: the vector was not inherited (MADV_DONTFORK), so its address may be somebody else's here: never unmap it. */
     s->vector = NULL;
+    dt_events_forget(s);
     close_inherited(uffd, "userfaultfd");
     close_inherited(pagemap, "pagemap");
 }
@@ -178,6 +179,8 @@ static int open_uffd(dt_session *s, dt_failure *why)
     if (fd < 0)
         return fd;
     uint64_t all = 0, wanted = K_UFFD_FEATURE_WP_ASYNC | K_UFFD_FEATURE_WP_UNPOPULATED | K_UFFD_FEATURE_WP_HUGETLBFS_SHMEM;
+    if (s->wants_events)
+        wanted |= K_UFFD_FEATURE_EVENT_REMOVE | K_UFFD_FEATURE_EVENT_REMAP | K_UFFD_FEATURE_EVENT_UNMAP;
     int rc = dt_uffd_api(fd, wanted, &all);
     if (rc) {
         close(fd);
@@ -186,6 +189,11 @@ static int open_uffd(dt_session *s, dt_failure *why)
     s->uffd = fd;
     s->door = door;
     s->features = all;
+    if (s->wants_events && (rc = dt_events_start(s))) {
+        close(fd);
+        s->uffd = -1;
+        return dt_fail_with(why, rc, -rc, DT_STEP_EVENTS, 0, 0);
+    }
     return 0;
 }
 
@@ -200,17 +208,20 @@ static void free_session(dt_session *s)
     dt_free(s->flights);
     dt_free(s->bridges);
     dt_free(s->foreign);
+    dt_free(s->aliases);
+    dt_free(s->events);
     pthread_mutex_destroy(&s->lock);
     dt_free(s);
 }
 
-int dt_session_open(uint32_t remedy, dt_session **out, dt_failure *why)
+int dt_session_open(uint32_t remedy, int events, dt_session **out, dt_failure *why)
 {
     static _Atomic int needs_remedy = -1; /* asked of the kernel once: a fork keeps the kernel */
     dt_session *s = dt_alloc(sizeof *s);
     if (!s)
         return dt_fail_with(why, -ENOMEM, ENOMEM, DT_STEP_MEMORY, 0, 0);
     s->refs = 1;
+    s->wants_events = events;
     s->uffd = s->pagemap = -1;
     s->generation = this_generation();
     s->registrations = atomic_load(&dt_registrations);
@@ -243,7 +254,8 @@ int dt_session_open(uint32_t remedy, dt_session **out, dt_failure *why)
         if (written < 0)
             rc = dt_fail_with(why, written, -written, DT_STEP_SCAN, 0, 0);
     }
-    if (!rc && remedy == DT_REMEDY_PROBE) {
+    s->remedy = remedy;
+    if (!rc && !(remedy & (DT_REMEDY_ABSENT | DT_REMEDY_NO_ABSENT))) {
         int needs = atomic_load(&needs_remedy);
         if (needs < 0) {
             dt_support support;
@@ -254,9 +266,10 @@ int dt_session_open(uint32_t remedy, dt_session **out, dt_failure *why)
         }
         s->find_absent = needs;
     } else if (!rc) {
-        s->find_absent = remedy == DT_REMEDY_ABSENT;
+        s->find_absent = remedy & DT_REMEDY_ABSENT;
     }
     if (rc) {
+        dt_events_stop(s);
         if (s->uffd >= 0)
             close(s->uffd);
         if (s->pagemap >= 0)
@@ -277,19 +290,29 @@ static void unregister_everything(dt_session *s)
     for (uint64_t i = 0; i < s->bridge_count; i++)
         dt_uffd_unregister(s, s->bridges[i].start, s->bridges[i].end);
     s->bridge_count = 0;
+    for (uint64_t i = 0; i < s->alias_count; i++)
+        dt_uffd_unregister(s, s->aliases[i].other, s->aliases[i].other + (s->aliases[i].end - s->aliases[i].start));
+    s->alias_count = 0;
+}
+
+/* Whoever waits for an event to be read goes on as soon as the descriptor is closed. */
+static void close_uffd(dt_session *s)
+{
+    dt_events_stop(s);
+    unregister_everything(s);
+    close(s->uffd);
+    s->uffd = -1;
 }
 
 static void close_locked(dt_session *s)
 {
     if (atomic_exchange(&s->closed, true))
         return;
-    if (s->uffd >= 0) {
-        unregister_everything(s);
-        close(s->uffd);
-    }
+    if (s->uffd >= 0)
+        close_uffd(s);
     if (s->pagemap >= 0)
         close(s->pagemap);
-    s->uffd = s->pagemap = -1;
+    s->pagemap = -1;
     for (uint64_t i = 0; i < s->region_count; i++)
         atomic_store(&s->regions[i]->registered, false);
 }
@@ -314,6 +337,8 @@ static void drain(dt_session *s)
         dt_drain_listeners(s);
     if (DT_UNLIKELY(atomic_load_explicit(&s->dropped_regions, memory_order_relaxed) != NULL))
         dt_drain_regions(s);
+    if (DT_UNLIKELY(s->events != NULL))
+        dt_events_drain(s);
 }
 
 void dt_release(dt_session *s)
@@ -390,9 +415,7 @@ int dt_session_suspend(dt_session *s, dt_failure *why)
     if (rc)
         return dt_fail_with(why, rc, 0, DT_STEP_NONE, 0, 0);
     if (!s->suspended) {
-        unregister_everything(s);
-        close(s->uffd);
-        s->uffd = -1;
+        close_uffd(s);
         s->suspended = true;
     }
     dt_leave(s);
@@ -423,13 +446,13 @@ int dt_session_resume(dt_session *s, dt_failure *why)
                 rc = 0; /* gone meanwhile: its listeners are told at their next collect */
             else if (rc)
                 dt_fail_with(why, rc, -rc, DT_STEP_REGISTER, r->start, r->end);
-            else if ((r->armed |= r->watchers > 0)) /* those that were watched meanwhile wait for their first arming */
+            else if ((r->armed |= r->watchers > 0) && !r->present) /* the watched meanwhile wait for their first arming */
                 dt_protect(s, r->start, r->end); /* what it cannot arm, the next collect reports */
+            if (!rc && !(rc = dt_alias_begin(s, r)) && r->armed)
+                rc = dt_alias_arm(s, r);
         }
         if (rc) {
-            unregister_everything(s);
-            close(s->uffd);
-            s->uffd = -1;
+            close_uffd(s);
             s->suspended = true;
         }
     }
@@ -443,6 +466,7 @@ static int declare(dt_session *s, uint64_t start, uint64_t end)
 {
     s->statistics.pages_declared += (dt_up(end, dt_page_bytes()) - dt_down(start, dt_page_bytes())) >> dt_page_shift();
     dt_mark_all(s->watches, s->watch_count, start, end);
+    dt_alias_tell(s, start, end);
     return 0;
 }
 

@@ -61,6 +61,23 @@ void dt_set_clear(dt_set *set)
     memset(set, 0, sizeof *set);
 }
 
+static int by_start(const void *a, const void *b)
+{
+    uint64_t x = ((const dt_run *)a)->start, y = ((const dt_run *)b)->start;
+    return (x > y) - (x < y);
+}
+
+void dt_set_sort(dt_set *set)
+{
+    uint64_t count = set->count;
+    if (!count) /* nor an array to sort */
+        return;
+    qsort(set->runs, count, sizeof *set->runs, by_start);
+    set->count = 0;
+    for (uint64_t i = 0; i < count; i++)
+        dt_set_append(set, set->runs[i].start, set->runs[i].end);
+}
+
 void dt_set_count_pages(dt_set *set)
 {
     uint64_t bytes = 0;

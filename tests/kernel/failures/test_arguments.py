@@ -12,17 +12,12 @@ import numpy as np
 import pytest
 
 import dirtytrack
-from dirtytrack import DirtyTracker, PageCategory, Pagemap, ScanFlag, UffdSession
+from dirtytrack import DirtyTracker, PageCategory, Pagemap, ScanFlag
 from tests.kernel.failures.world import HUGE_BYTES, PAGES, World, map_huge, map_raw, unmap, write
 from tests.oracle import PAGE
 from tests.sandbox import RESTRICTIONS, check, libc, run_in_child
 
 MNT_DETACH = 2
-
-
-def test_options_of_a_session_of_a_later_version() -> None:
-    with pytest.raises(dirtytrack.InvalidMemory, match="events"):
-        UffdSession(events=True)
 
 
 @pytest.mark.parametrize("audit", [-0.1, 1.1, float("nan"), float("inf")])

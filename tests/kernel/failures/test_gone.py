@@ -93,8 +93,8 @@ def test_a_page_vanishes_beneath_a_copy(world: World) -> None:
 
 def test_the_audit_finds_what_nobody_reported(world: World) -> None:
     shared = dirtytrack.allocate(4 * PAGE, shared=True)
-    with mmap.mmap(shared.fileno(), 4 * PAGE) as alias:
-        region = world.session.register(shared, name="shared", blind_spots="accepted")
+    region = world.session.register(shared, name="shared", blind_spots="accepted")
+    with mmap.mmap(shared.fileno(), 4 * PAGE) as alias:  # made after the registration, so nobody watches it
         tracker = DirtyTracker(world.session, [region], audit=1.0)
         tracker.start()
         tracker.collect()
@@ -111,9 +111,9 @@ def test_the_audit_finds_what_nobody_reported(world: World) -> None:
 def test_leaving_a_with_when_something_was_missed() -> None:
     shared = dirtytrack.allocate(4 * PAGE, shared=True)
     with (
-        mmap.mmap(shared.fileno(), 4 * PAGE) as alias,
         pytest.raises(dirtytrack.MissedWrite, match="blind_spots"),
         dirtytrack.track(shared, audit=1.0, blind_spots="accepted") as tracker,
+        mmap.mmap(shared.fileno(), 4 * PAGE) as alias,
     ):
         tracker.collect()
         alias[2 * PAGE] = 7

@@ -7,6 +7,7 @@ import ctypes
 import errno
 import mmap
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -175,3 +176,17 @@ def test_the_whole_system_has_no_descriptor_left() -> None:
         UffdSession()
     assert caught.value.errno == errno.ENFILE
     assert caught.value.feature == "fs.file-max"
+
+
+def no_thread_left() -> None:
+    tracked = World()
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+    with pytest.raises(dirtytrack.LimitReached, match="RLIMIT_NPROC") as caught:
+        UffdSession(events=True)
+    assert caught.value.errno == errno.EAGAIN
+    assert caught.value.feature == "threads"
+    tracked.assert_usable()
+
+
+def test_no_thread_can_be_started_for_events() -> None:
+    run_in_child(no_thread_left, "nobody")
