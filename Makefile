@@ -77,6 +77,12 @@ doctor: $(VENV)/.built ## set up, then say what tracking needs here and whether 
 bench: $(VENV)/.test ## measure, as ratios in one run against the bare ioctl (ARGS=... for a part)
 	$(BIN)/python -m benchmarks $(ARGS)
 
+.PHONY: bench-docs
+bench-docs: $(VENV)/.test ## measure everything, then rewrite the numbers, tables and plot of docs/performance.md
+	$(BIN)/python -m benchmarks --seconds 1.5 --write docs/benchmarks.json
+	$(BIN)/python docs/draw_tables.py docs/benchmarks.json docs/performance.md
+	$(BIN)/python docs/draw_epochs.py docs/benchmarks.json docs/epochs.svg
+
 # ---- testing --------------------------------------------------------------------------------------------------------
 
 .PHONY: test

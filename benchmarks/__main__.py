@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 
 from .algebra import algebra
 from .bare import Bare
@@ -42,6 +43,7 @@ def main() -> int:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="which to run (all)")
     parser.add_argument("--json", action="store_true", help="for machines")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write that JSON to a file, beside what is printed")
     parser.add_argument("--seconds", type=float, default=2.0, help="how long to measure each row (2)")
     parser.add_argument("--tiny", action="store_true", help="only see whether they run; the numbers mean nothing")
     options = parser.parse_args()
@@ -56,19 +58,22 @@ def main() -> int:
     if not options.json:
         for key, value in where.items():
             print(f"{key + ':':<9}{value}")
-    rows, bare = [], Bare()
+    rows, told, bare = [], [], Bare()
     for name in options.names or BENCHMARKS:
         for row in BENCHMARKS[name](settings, bare):
             rows.append(row)
+            told.append({"benchmark": name, **row.as_json()})
             if not options.json:
                 print(row, flush=True)
     bare.close()
     missed = sum(not row.ok for row in rows)
     if options.json:
-        json.dump({**where, "rows": [row.as_json() for row in rows]}, sys.stdout, indent=1)
+        json.dump({**where, "rows": told}, sys.stdout, indent=1)
         print()
     else:
         print(f"{len(rows)} rows, {missed} missed" if missed else f"{len(rows)} rows, every target met")
+    if options.write:
+        options.write.write_text(json.dumps({**where, "rows": told}, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -22,10 +22,10 @@ from statistics import median
 import dirtytrack
 
 from .bare import PAGE, Bare, address_of, compiled
-from .harness import GIB, Row, Settings, alone, scattered, show_bytes
+from .harness import GIB, Row, Settings, alone, rounds, scattered, show_bytes
 
 SHARES = (0.001, 0.01, 0.1, 1.0)
-ROUNDS = 5
+LEAST_ROUNDS, MOST_ROUNDS, MOST_SECONDS = 3, 7, 20.0  # of one share, all methods in turn
 UNTRACKED, FORK, DIRTYTRACK = "nothing tracked", "fork", "dirtytrack"
 
 Collect = Callable[[], object]  # makes the mirror equal
@@ -152,7 +152,8 @@ def epoch(settings: Settings, bare: Bare) -> Iterator[Row]:
         pages = scattered(nbytes // PAGE, share)
         samples: dict[str, list[int]] = {name: [] for name in ways.methods}
         gc.collect()
-        for turn in range(2 if settings.tiny else ROUNDS):
+        limits = Settings(0.0, 2, 2) if settings.tiny else Settings(MOST_SECONDS, LEAST_ROUNDS, MOST_ROUNDS)
+        for turn in rounds(limits):
             for name, taken in samples.items():
                 value = value % 255 + 1  # another one each time, so that each page differs from the mirror
                 taken.append(measure(bare, ways, name, pages, value))

@@ -260,9 +260,11 @@ def machine() -> dict[str, str]:
             processor = line.partition(":")[2].strip()
             break
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    release = platform.release().partition("-")[0]  # without what a distribution or a cloud adds
     return {
+        "date": time.strftime("%Y-%m-%d"),
         "machine": f"{processor}, {len(os.sched_getaffinity(0))} processors, {memory / GIB:.0f} GiB",
-        "kernel": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "kernel": f"{platform.system()} {release} {platform.machine()}",
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "command": " ".join(["python", "-m", "benchmarks", *sys.argv[1:]]),
     }

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: MIT
+"""Writes what was measured into docs/performance.md, between its markers. Standard library only.
+
+Run it as ``python docs/draw_tables.py docs/benchmarks.json docs/performance.md``; ``make bench-docs`` measures first.
+``<!-- table: NAME -->`` ... ``<!-- end -->`` holds the table of the benchmark NAME, ``<!-- machine -->`` ...
+``<!-- end -->`` where it was measured.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+Told = dict[str, Any]
+
+
+def time(ns: float) -> str:
+    """As the benchmarks print it, three digits."""
+    for unit, scale in (("s", 1e9), ("ms", 1e6), ("µs", 1e3)):
+        if ns >= scale:
+            return f"{ns / scale:.3g} {unit}" if ns < 100 * scale else f"{ns / scale:.0f} {unit}"
+    return f"{ns:.0f} ns"
+
+
+def percent(share: float) -> str:
+    """A share of the pages; small memory rounds it to whole pages, so two digits are enough."""
+    return f"{100 * share:.2g} %" if share < 1 else "100 %"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def against_bare(name: str, rows: list[Told]) -> str:
+    """One line a row, as printed."""
+    out = []
+    for row in rows:
+        what = row["name"].removeprefix(f"{name} ")
+        what = re.sub(r"([\d.e-]+) dirty", lambda share: f"{percent(float(share[1]))} written", what)
+        bare = time(row["bare_ns"]) if row["bare_ns"] is not None else ""
+        target = row["target"].replace(">=", "≥").replace("<=", "≤") + ("" if row["ok"] else ", **missed**")
+        out.append([what.replace("|", "&#124;"), time(row["ours_ns"]), bare, row["result"], target])
+    return table(["", "ours", "bare", "", "target"], out)
+
+
+def epochs(rows: list[Told]) -> str:
+    """One line a share of written pages, one column a method."""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    known = {(row["share"], row["method"]): row["ours_ns"] for row in rows}
+    lines = [
+        [percent(share), *(time(known[share, method]) for method in methods)]
+        for share in dict.fromkeys(row["share"] for row in rows)
+    ]
+    return table(["written", *methods], lines)
+
+
+def machine(told: Told) -> str:
+    """Where and when, in a sentence."""
+    return f"{told['kernel']}, {told['machine']}, {told['python']}, on {told['date']}; `{told['command']}`."
+
+
+def missed(told: Told) -> str:
+    """How many rows there are, and how many missed their targets."""
+    aimed = [row for row in told["rows"] if row["target"]]
+    return f"{len(aimed)} rows have a target; {sum(not row['ok'] for row in aimed)} of them missed it."
+
+
+def render(text: str, told: Told) -> str:
+    """The page with its marked parts rewritten."""
+
+    def part(match: re.Match[str]) -> str:
+        marker, name = match[1], match[2]
+        if marker == "machine":
+            body = machine(told)
+        elif marker == "missed":
+            body = missed(told)
+        else:
+            rows = [row for row in told["rows"] if row["benchmark"] == name]
+            if not rows:
+                raise SystemExit(f"nothing was measured by the benchmark {name!r}")
+            body = epochs(rows) if name == "epoch" else against_bare(name, rows)
+        return f"{match[0].partition('-->')[0]}-->\n\n{body}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- (machine|missed|table: (\w+)) -->.*?<!-- end -->", part, text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    page = Path(sys.argv[2])
+    measured = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    page.write_text(render(page.read_text(encoding="utf-8"), measured), encoding="utf-8")

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: MIT
+"""The numbers in docs/performance.md are those of docs/benchmarks.json, and so is the plot."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+from pathlib import Path
+
+DOCS = Path(__file__).parents[2] / "docs"
+TOLD = json.loads((DOCS / "benchmarks.json").read_text(encoding="utf-8"))
+PAGE = (DOCS / "performance.md").read_text(encoding="utf-8")
+
+
+def test_the_tables_are_what_was_measured() -> None:
+    assert runpy.run_path(str(DOCS / "draw_tables.py"))["render"](PAGE, TOLD) == PAGE
+
+
+def test_each_benchmark_has_its_table() -> None:
+    assert set(re.findall(r"<!-- table: (\w+) -->", PAGE)) == {row["benchmark"] for row in TOLD["rows"]}
+
+
+def test_no_time_stands_outside_the_tables() -> None:
+    prose = re.sub(r"<!-- (?:machine|missed|table: \w+) -->.*?<!-- end -->", "", PAGE, flags=re.DOTALL)
+    typed = re.findall(r"\d[\d.]* (?:ns|ms|s|million)\b|\d[\d.]* µs", prose)
+    assert typed == ["2 µs"], "by hand: only the target is; make bench-docs writes the rest"
+
+
+def test_the_plot_is_what_was_measured() -> None:
+    draw = runpy.run_path(str(DOCS / "draw_epochs.py"))["draw"]
+    assert (DOCS / "epochs.svg").read_text(encoding="utf-8") == draw(TOLD)
