@@ -18,6 +18,7 @@ __all__ = ["Region", "Run", "Span", "Survey", "range_of", "survey"]
 
 DMA = "DMA in flight"
 OTHER_WRITERS = "writes through a descriptor, another process, or a mapping made after the registration"
+OTHER_MAPPINGS = "writes through another mapping of it in this process, which another userfaultfd has"
 FILE_BENEATH = "the file changing beneath pages that were never written"
 REREAD = "pages discarded and there again, by a read or in a large folio, before the next collect"
 REREAD_BY_DESCRIPTOR = "holes punched or truncated through a descriptor and there again before the next collect"

@@ -17,7 +17,7 @@ from .kernel import core, engine
 from .kernel.abi import Fd, UffdFeature
 from .kernel.engine import Statistics
 from .memory import pin, sessions
-from .region import Region, Run, Span, range_of, survey
+from .region import OTHER_MAPPINGS, Region, Run, Span, range_of, survey
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -196,11 +196,12 @@ class UffdSession:
             pinned.shape,
             pinned.dtype,
         )
-        region = Region(span, seen.blind_spots, slot, pinned.hold, memory)
+        spots = seen.blind_spots | {OTHER_MAPPINGS} if about.unseen_aliases else seen.blind_spots
+        region = Region(span, spots, slot, pinned.hold, memory)
         self._all[number] = region
         if self.closed:
             region._end("closed")
-        _log.debug("registered %r, blind spots: %s", span.name, "; ".join(sorted(seen.blind_spots)))
+        _log.debug("registered %r, blind spots: %s", span.name, "; ".join(sorted(spots)))
         return region
 
     def unregister(self, region: Region) -> None:

@@ -204,6 +204,8 @@ class About(NamedTuple):
     """``all`` or ``present``."""
     aliases: int
     """Other mappings of the same memory in this process that are armed with it."""
+    unseen_aliases: int
+    """And those that could not be registered."""
 
 
 _ARMS = {None: "DT_ARM_AUTO", "all": "DT_ARM_ALL", "present": "DT_ARM_PRESENT"}
@@ -223,7 +225,8 @@ def about(handle: CData) -> About:
     out = core.ffi.new("dt_region_info *")
     core.lib.dt_region_about(handle, out)
     arm = "present" if out.arming == core.lib.DT_ARM_PRESENT else "all"
-    return About(out.id, out.start, out.end, out.granule_bytes, out.kinds, arm, out.aliases)
+    numbers = out.id, out.start, out.end, out.granule_bytes, out.kinds
+    return About(*numbers, arm, out.aliases, out.unseen_aliases)
 
 
 def unregister(handle: CData, region: Region) -> bool:

@@ -8,6 +8,7 @@ more successful collect it must equal the memory.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import random
 from collections.abc import Callable
 
@@ -63,6 +64,7 @@ class World:
     def __init__(self, variant: str = "plain", remedy: int = 0, seed: int = 1) -> None:
         self.random = random.Random(seed)
         self.base = oracle.map_at(0, PAGES * PAGE)
+        self.remedy = remedy
         self.session = UffdSession(_remedy=remedy)
         self.low, self.high, self.spare = (self.register(pages) for pages in (LOW, HIGH, SPARE))
         self.first = self.listen([self.low, self.high], LOW, HIGH)
@@ -282,6 +284,29 @@ def open_session(w: World) -> None:
             assert tracker.collect()
 
 
+def every_kind(w: World) -> None:
+    """Memory whose discards a marker hides, two mappings of it, what is populated only, and what the kernel tells."""
+    shared, sparse = dirtytrack.allocate(8 * PAGE, shared=True), dirtytrack.allocate(8 * PAGE)
+    alias = mmap.mmap(shared.fileno(), shared.nbytes)
+    shared[:] = alias[:]  # present at both
+    with UffdSession(events=True, _remedy=w.remedy) as session:
+        both = [session.register(shared, name="shared", blind_spots="accepted")]
+        both.append(session.register(sparse, name="sparse", arm="present"))
+        with DirtyTracker(session, both) as tracker:
+            mirrors = {"shared": bytearray(shared), "sparse": bytearray(sparse)}
+            seen = alias if both[0].aliases else shared  # that it cannot be registered is said, not raised
+            assert both[0].aliases or any("another userfaultfd" in spot for spot in both[0].blind_spots)
+            sparse[0] = seen[0] = 1
+            shared.madvise(mmap.MADV_REMOVE, 5 * PAGE, PAGE)
+            try:
+                tracker.collect_into(mirrors)
+            except FAILURES:
+                tracker.collect_into(mirrors)
+                raise
+            finally:
+                assert mirrors == {"shared": shared[:], "sparse": sparse[:]}
+
+
 def drop(w: World) -> None:
     """Finalisers only queue work: the next call does it."""
     w.listeners.remove(w.second)
@@ -317,3 +342,5 @@ OPERATIONS: tuple[Callable[[World], None], ...] = (
     *(remove, stop, put_back, peek, write_protect, suspend, resume, suspended_start, declare, close, open_session),
     *(drop, read_bytes, scan),
 )
+OF_ITS_OWN = (every_kind,)
+"""With a session of its own, so that nothing of the world matters to it."""

@@ -235,6 +235,30 @@ def test_every_blind_spot_is_proven() -> None:
     assert {spot for _, spot, _ in WAYS} | {DMA} == frozenset().union(*SPOTS.values())
 
 
+def test_a_mapping_that_another_userfaultfd_has_is_named(session: UffdSession) -> None:
+    memory = dirtytrack.allocate(4 * PAGE, shared=True)
+    with mmap.mmap(memory.fileno(), memory.nbytes) as alias, oracle.userfaultfd() as other:
+        at = oracle.address_of(alias)
+        oracle.register(other, at, at + memory.nbytes)
+        region = session.register(memory, blind_spots="accepted")
+        assert region.aliases == 0
+        assert any("another userfaultfd" in spot for spot in region.blind_spots)
+        tracker = armed(session, region)
+        alias[PAGE] = 1
+        assert not tracker.collect(), "it really is one"
+
+
+def test_two_sessions_cannot_have_two_mappings_of_one_memory(session: UffdSession) -> None:
+    """The first takes them all, since a store through any of them is its region's."""
+    memory = dirtytrack.allocate(4 * PAGE, shared=True)
+    with mmap.mmap(memory.fileno(), memory.nbytes) as alias, UffdSession() as other:
+        other.register(memory, blind_spots="accepted")
+        with pytest.raises(dirtytrack.RangeBusy):
+            session.register(alias, blind_spots="accepted")
+        other.close()
+        assert session.register((oracle.address_of(alias), PAGE), blind_spots="accepted").aliases == 1
+
+
 # ---- mark_dirty -----------------------------------------------------------------------------------------------------
 
 

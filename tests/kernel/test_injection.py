@@ -84,6 +84,11 @@ def test_each_call_of_an_operation_fails_once(operation: Operation, variant: str
     assert done or operation.__name__ in DO_NOT_FAIL or variant == "suspended"
 
 
+@pytest.mark.parametrize("operation", injected.OF_ITS_OWN, ids=lambda operation: operation.__name__)
+def test_each_call_fails_once_on_other_kinds_of_memory(operation: Operation) -> None:
+    assert cases("plain", operation=operation)
+
+
 @pytest.mark.parametrize("operation", LOOK_FOR_ABSENT, ids=lambda operation: operation.__name__)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_each_call_of_an_operation_fails_once_where_absent_pages_are_looked_for(

@@ -8,6 +8,7 @@ notice an engine that is broken is proven here too, by breaking it. Takes 60 s o
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -16,7 +17,8 @@ from unittest import mock
 import pytest
 from hypothesis import Phase, settings
 
-from dirtytrack import DirtySet, DirtyTracker, Region
+import dirtytrack
+from dirtytrack import DirtySet, DirtyTracker, Region, UffdSession
 from dirtytrack.kernel import core, engine, sets
 from tests import oracle
 from tests.kernel.machine import run
@@ -179,3 +181,47 @@ def test_a_broken_engine_is_found_out(owner: Any, name: str, broken: Callable[..
     )
     with mock.patch.object(owner, name, broken), pytest.raises(AssertionError, match=FOUND_OUT):
         run(Kind.PRIVATE, chosen)
+
+
+NO_ABSENT, NO_LOST, NO_ALIAS = 2, 4, 8  # enum dt_remedy
+
+
+@pytest.mark.parametrize(
+    ("kind", "remedy"),
+    [(Mapped.HUGETLB, NO_LOST), (Mapped.FILE, NO_LOST), (Kind.SHARED, NO_LOST)],
+    ids=lambda part: part.name.lower() if isinstance(part, (Kind, Mapped)) else "R2",
+)
+def test_a_remedy_that_is_off_is_found_out(kind: Kind | Mapped, remedy: int) -> None:
+    chosen = settings(
+        max_examples=400, stateful_step_count=40, database=None, derandomize=True, phases=(Phase.generate,)
+    )
+    with pytest.raises(AssertionError, match=FOUND_OUT):
+        run(kind, chosen, remedy=remedy)
+
+
+@pytest.mark.parametrize("remedy", [0, NO_ABSENT, NO_LOST, NO_ABSENT | NO_LOST])
+def test_a_huge_page_that_is_gone_without_a_marker_is_found_by_either_remedy(remedy: int) -> None:
+    """Kernels that need R1 for small pages are tried by `make kernels`."""
+    world = World(Mapped.HUGETLB, populated=True, remedy=remedy)
+    listener = world.listen([world.register(Span(0, world.nbytes))])
+    world.write(Span(5, 9), Way.STORE)
+    world.discard(Span(0, PAGE))
+    if remedy == NO_ABSENT | NO_LOST:
+        with pytest.raises(Missed):
+            world.collect(listener)
+    else:
+        assert world.collect(listener).page_count == 512
+    world.close()
+
+
+def test_aliases_that_are_off_are_found_out() -> None:
+    memory = dirtytrack.allocate(4 * PAGE, shared=True)
+    with mmap.mmap(memory.fileno(), memory.nbytes) as alias:
+        for remedy, pages in ((0, [2]), (NO_ALIAS, [])):
+            with UffdSession(_remedy=remedy) as session:
+                region = session.register(memory, blind_spots="accepted")
+                tracker = DirtyTracker(session)
+                tracker.start()
+                alias[2 * PAGE] = 1
+                assert list(tracker.collect().pages(region)) == pages
+                assert region.aliases == (1 if pages else 0)

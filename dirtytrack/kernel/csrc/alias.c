@@ -11,14 +11,16 @@ typedef struct search {
     dt_mapping own; /* a mapping of the region's */
 } search;
 
-static int add(dt_session *s, const dt_region *r, uint64_t start, uint64_t end, uint64_t other, uint64_t offset,
+static int add(dt_session *s, dt_region *r, uint64_t start, uint64_t end, uint64_t other, uint64_t offset,
                const dt_mapping *m)
 {
     int rc = dt_room((void **)&s->aliases, &s->alias_room, s->alias_count + 1, sizeof *s->aliases);
     if (rc)
         return rc;
-    if (dt_uffd_register(s, other, other + (end - start)))
-        return 0; /* another's, or not writable: as unseen as another process's */
+    if (dt_uffd_register(s, other, other + (end - start))) {
+        r->unseen_aliases += m->writable; /* another userfaultfd has it: as unseen as another process's */
+        return 0;
+    }
     s->aliases[s->alias_count++] = (dt_alias){r, start, end, other, m->inode, offset, m->device_major, m->device_minor, false};
     return 0;
 }
@@ -61,6 +63,7 @@ int dt_alias_begin(dt_session *s, dt_region *r)
     if (!(r->kinds & DT_KIND_SHARED) || s->suspended || s->remedy & DT_REMEDY_NO_ALIAS)
         return 0;
     search q = {.s = s, .region = r};
+    r->unseen_aliases = 0;
     return dt_each_mapping(r->start, r->end, search_all, &q);
 }
 

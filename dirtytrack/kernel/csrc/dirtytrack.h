@@ -251,7 +251,8 @@ typedef struct dt_region_info {
     uint64_t granule_bytes;  /* the largest page in it */
     uint32_t kinds;          /* enum dt_kind, or-ed */
     uint32_t arming;         /* DT_ARM_ALL or DT_ARM_PRESENT */
-    uint64_t aliases;        /* other mappings of the same memory that are armed with it */
+    uint32_t aliases;        /* other mappings of the same memory that are armed with it */
+    uint32_t unseen_aliases; /* and those, writable, that could not be registered: writes through them are not seen */
 } dt_region_info;
 
 /* Registers the pages around [address, address + nbytes). granule_bytes: what the caller knows to be resolved for this

@@ -31,6 +31,7 @@ struct dt_region {
     uint32_t kinds;               /* enum dt_kind, or-ed */
     uint64_t granule;             /* the largest page in it */
     dt_watch *content;            /* remedy R2: the pages that may have content (content.c); NULL where it needs none */
+    uint32_t unseen_aliases;      /* other mappings of its memory that could not be registered */
     uint32_t watchers;
     uint64_t gone_version;        /* counts what went away; a watch compares it with what it was told */
     uint64_t gone_start, gone_end, gone_bytes; /* the first hole, and all of them */

@@ -314,7 +314,8 @@ void dt_region_about(dt_region *region, dt_region_info *out)
     int rc = dt_enter(region->session);
     out->kinds = region->kinds; /* as last seen: both change where something else is mapped there */
     out->arming = region->present ? DT_ARM_PRESENT : DT_ARM_ALL;
-    out->aliases = rc ? 0 : dt_alias_count(region->session, region);
+    out->aliases = rc ? 0 : (uint32_t)dt_alias_count(region->session, region);
+    out->unseen_aliases = region->unseen_aliases;
     if (!rc)
         dt_leave(region->session);
 }

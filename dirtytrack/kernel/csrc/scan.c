@@ -396,9 +396,9 @@ static void look_beneath(dt_pass *pass, uint64_t start, uint64_t end)
     bool hugetlb = false;
     for (uint64_t i = 0; i < pass->watch_count; i++) {
         const dt_watch *w = pass->watches[i];
-        if (w->listener || w->start >= end || w->end <= start)
+        if (w->start >= end || w->end <= start)
             continue;
-        pass->find_lost = true;
+        pass->find_lost |= !w->listener;
         hugetlb |= (w->region->kinds & DT_KIND_HUGETLB) != 0;
     }
     /* A huge page of the pool that was written and then discarded leaves neither page nor marker, and is not reported. */
