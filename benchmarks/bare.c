@@ -98,7 +98,8 @@ static int64_t pass(int fd, uint64_t start, uint64_t end, struct page_region *ve
 }
 
 /* The first of `passes` listeners finds; each other one makes its own pass, which finds nothing, and has a copy of the
- * list: the least that gives each of them its answer. `kept` has `each` runs for each of them. */
+ * list. That is the least that gives each of them its answer, and less than the same job: a list grows without bound
+ * while its listener sleeps. `kept` has `each` runs for each of them. */
 int64_t bare_collect(int fd, uint64_t start, uint64_t end, struct page_region *vec, uint64_t room, uint64_t page_bytes,
                      uint64_t passes, uint8_t *mirror, struct run *kept, uint64_t each, uint64_t *pages)
 {
@@ -112,6 +113,78 @@ int64_t bare_collect(int fd, uint64_t start, uint64_t end, struct page_region *v
         memcpy(kept + i * each, kept, (uint64_t)count * sizeof *kept);
     }
     return count < 0 ? count : now() - begin;
+}
+
+/* ---- several listeners, each told of everything at a bit a page, however long it sleeps ---- */
+
+/* Sets the bits of each run, counted from `base`. */
+static void mark(uint64_t *bits, const struct run *runs, int64_t count, uint64_t base, unsigned shift)
+{
+    for (int64_t i = 0; i < count; i++) {
+        uint64_t first = (runs[i].start - base) >> shift, last = ((runs[i].end - base) >> shift) - 1;
+        uint64_t low = ~UINT64_C(0) << (first & 63), high = ~UINT64_C(0) >> (63 - (last & 63));
+        uint64_t *word = bits + first / 64, *to = bits + last / 64;
+        if (word == to) {
+            *word |= low & high;
+            continue;
+        }
+        *word++ |= low;
+        while (word < to)
+            *word++ = ~UINT64_C(0);
+        *word |= high;
+    }
+}
+
+/* The runs of set bits, which are cleared. Returns how many runs there are. */
+static int64_t take(uint64_t *bits, uint64_t words, uint64_t base, unsigned shift, struct run *kept, uint64_t *pages)
+{
+    int64_t count = 0;
+    uint64_t open = 0; /* 1: the run at `count` goes on from the word before */
+    for (uint64_t i = 0; i < words; i++) {
+        uint64_t word = bits[i], at = base + (i * 64 << shift);
+        if (!(word | open))
+            continue;
+        bits[i] = 0;
+        *pages += (uint64_t)__builtin_popcountll(word);
+        for (uint64_t edges = word ^ (word << 1 | open); edges; edges &= edges - 1) { /* where 0 and 1 meet */
+            uint64_t edge = at + ((uint64_t)__builtin_ctzll(edges) << shift);
+            if (open)
+                kept[count++].end = edge;
+            else
+                kept[count].start = edge;
+            open ^= 1;
+        }
+    }
+    if (open)
+        kept[count++].end = base + (words * 64 << shift);
+    return count;
+}
+
+/* `passes` listeners collect in turn. Each makes its pass, marks what it found in the bitmap of each other one, and has
+ * what it found and what others had marked for it. Here the first finds, and the others read it out of their bits.
+ * `bitmaps` has `words` words for each of them, all zero before and after. */
+int64_t bare_listen(int fd, uint64_t start, uint64_t end, struct page_region *vec, uint64_t room, uint64_t page_bytes,
+                    uint64_t passes, struct run *kept, uint64_t each, uint64_t *bitmaps, uint64_t words, uint64_t *pages)
+{
+    unsigned shift = (unsigned)__builtin_ctzll(page_bytes);
+    *pages = 0;
+    int64_t begin = now();
+    for (uint64_t i = 0; i < passes; i++) {
+        struct run *mine = kept + i * each;
+        uint64_t *bits = bitmaps + i * words;
+        int64_t count = pass(fd, start, end, vec, room, page_bytes, NULL, mine, pages);
+        if (count < 0)
+            return count;
+        for (uint64_t j = 0; count && j < passes; j++)
+            if (j != i)
+                mark(bitmaps + j * words, mine, count, start, shift);
+        if (!i) /* nothing is marked for the first: each of the others has seen it collect */
+            continue;
+        if (count)
+            return -EBUSY; /* somebody writes meanwhile: this loop unites nothing */
+        take(bits, words, start, shift, mine, pages);
+    }
+    return now() - begin;
 }
 
 int64_t bare_gather(const struct run *runs, uint64_t n, uint8_t *out)

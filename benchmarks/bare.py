@@ -54,10 +54,27 @@ class Bare:
             u64,
             pointer,
         )
+        self._declare(
+            "bare_listen",
+            ctypes.c_int64,
+            ctypes.c_int,
+            u64,
+            u64,
+            pointer,
+            u64,
+            u64,
+            u64,
+            pointer,
+            u64,
+            pointer,
+            u64,
+            pointer,
+        )
         self._declare("bare_gather", ctypes.c_int64, pointer, u64, pointer)
         self._declare("bare_changed", ctypes.c_int64, pointer, u64, u64, pointer, u64, pointer)
         self._vector = bytearray(24 * VECTOR_REGIONS)
         self._kept = bytearray(16)
+        self._bitmaps = bytearray(8)
         self._pages = ctypes.c_uint64()
         self._pagemap = self._checked(self._lib.bare_open())
 
@@ -84,9 +101,7 @@ class Bare:
 
     def collect(self, start: int, end: int, passes: int = 1, mirror: int | None = None) -> tuple[int, int]:
         """`passes` scans that re-arm, and copies to the mirror if there is one: (ns, pages found)."""
-        each = (end - start) // PAGE // 2 + 1  # runs, at the worst
-        if len(self._kept) < 16 * each * passes:
-            self._kept = bytearray(16 * each * passes)
+        each = self._room(start, end, passes)
         elapsed = self._checked(
             self._lib.bare_collect(
                 self._pagemap,
@@ -103,6 +118,36 @@ class Bare:
             )
         )
         return elapsed, self._pages.value
+
+    def listen(self, start: int, end: int, passes: int) -> tuple[int, int]:
+        """As `collect`, each listener having a bitmap of what the others found: (ns, pages found by all of them)."""
+        each, words = self._room(start, end, passes), -(-(end - start) // PAGE // 64)
+        if len(self._bitmaps) < 8 * words * passes:
+            self._bitmaps = bytearray(8 * words * passes)
+        elapsed = self._checked(
+            self._lib.bare_listen(
+                self._pagemap,
+                start,
+                end,
+                address_of(self._vector),
+                VECTOR_REGIONS,
+                PAGE,
+                passes,
+                address_of(self._kept),
+                each,
+                address_of(self._bitmaps),
+                words,
+                ctypes.addressof(self._pages),
+            )
+        )
+        return elapsed, self._pages.value
+
+    def _room(self, start: int, end: int, passes: int) -> int:
+        """Makes room for what each pass may find, and returns how many runs that is."""
+        each = (end - start) // PAGE // 2 + 1
+        if len(self._kept) < 16 * each * passes:
+            self._kept = bytearray(16 * each * passes)
+        return each
 
     def gather(self, runs: array[int], out: int) -> int:
         """memcpy of each run, one behind the other: ns."""

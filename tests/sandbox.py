@@ -106,6 +106,7 @@ RESTRICTIONS: dict[str, Callable[[], None]] = {
     "no-proc": lambda: _hide("/proc"),
     "seccomp-eperm": forbid_userfaultfd,
     "seccomp-enosys": lambda: forbid_userfaultfd(errno.ENOSYS),
+    "seccomp-no-io-uring": lambda: _filter(errno.EPERM, 425),  # io_uring_setup, on each architecture
     "no-wp-async": lambda: forbid_ioctl(UFFDIO_API, errno.EINVAL),
     "no-pagemap-scan": lambda: forbid_ioctl(PAGEMAP_SCAN, errno.ENOTTY),
     "64-descriptors": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)),

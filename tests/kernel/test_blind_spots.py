@@ -259,6 +259,30 @@ def test_two_sessions_cannot_have_two_mappings_of_one_memory(session: UffdSessio
         assert session.register((oracle.address_of(alias), PAGE), blind_spots="accepted").aliases == 1
 
 
+def test_where_a_mapping_was_another_session_may_have_its_own(session: UffdSession) -> None:
+    """The address is used again: nobody takes the other's bits, and what was taken meanwhile is told."""
+    memory = dirtytrack.allocate(4 * PAGE, shared=True)
+    alias = mmap.mmap(memory.fileno(), memory.nbytes)
+    at = oracle.address_of(alias)
+    region = session.register(memory, blind_spots="accepted")
+    tracker = armed(session, region)
+    alias.close()
+    oracle.map_at(at, 4 * PAGE)
+    with UffdSession() as other:
+        theirs = other.register((at, 4 * PAGE))
+        listener = DirtyTracker(other, [theirs])
+        listener.start()
+        oracle.poke_bytes(at + 2 * PAGE, b"x")
+        tracker.collect()
+        assert 2 in pages_of(listener.collect(), theirs)
+        assert region.aliases == 0
+        oracle.poke_bytes(at + 3 * PAGE, b"x")
+        memory[PAGE] = 1
+        assert pages_of(tracker.collect(), region) == [1]
+        assert pages_of(listener.collect(), theirs) == [3]
+    oracle.unmap(at, 4 * PAGE)
+
+
 # ---- mark_dirty -----------------------------------------------------------------------------------------------------
 
 

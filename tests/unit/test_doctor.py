@@ -15,7 +15,9 @@ import pytest
 import dirtytrack
 from dirtytrack import PageCategory, UffdFeature
 from dirtytrack.cli import doctor, main
+from dirtytrack.cli.doctor_costs import costs
 from dirtytrack.kernel import core
+from dirtytrack.kernel.trial import knows_guard_pages
 from tests.sandbox import run_in_child
 
 
@@ -53,6 +55,11 @@ def test_the_command_says_that_tracking_works(command: list[str | Path]) -> None
     assert max(map(len, done.stdout.splitlines())) <= 100
     for name in ("C core", "userfaultfd", "PAGEMAP_SCAN", "stores"):
         assert f"  ok  {name}: " in done.stdout
+    headings = [line for line in done.stdout.splitlines() if line and line[0] != " "]
+    assert headings[1:] == ["Permissions", "Container", "Limits", "Holes, each tried", "Costs", "Tracking works."]
+    assert "  ok  MADV_DONTNEED (anonymous" in done.stdout
+    assert "  --  write(2) to the file (memfd shared" in done.stdout
+    assert ("  --  guard pages: " in done.stdout) is knows_guard_pages()
 
 
 @pytest.mark.tracking
@@ -66,6 +73,21 @@ def test_the_report_is_what_probe_found() -> None:
     assert {"WP_ASYNC", "WP_UNPOPULATED"} <= set(told["kernel"]["features"]["names"])
     assert {"WRITTEN", "PRESENT", "WPALLOWED"} <= set(told["kernel"]["categories"]["names"])
     assert {"system", "release", "machine", "python"} <= told.keys()
+    assert {check["name"] for check in told["permissions"]} >= {*support.door_errnos, "dumpable", "seccomp"}
+    assert told["missed"] is False
+    assert {hole["verdict"] for hole in told["holes"]} >= {"seen", "found", "blind"}
+    assert {hole["memory"] for hole in told["holes"]} >= {
+        "anonymous",
+        "memfd shared",
+        "file private",
+        "hugetlb private",
+    }
+    for cost in told["costs"]:
+        assert bool(cost["why_not"]) is (cost["measured"] is None)
+    assert [cost["name"] for cost in told["costs"] if cost["measured"] is not None][:2] == [
+        "first store to an armed page",
+        "idle collect, a page",
+    ]
 
 
 @pytest.mark.tracking
@@ -132,6 +154,12 @@ def test_no_descriptor_is_left() -> None:
     told = json.loads(run_in_child(uses_every_descriptor, "64-descriptors", status=1))
     assert "EMFILE" in told["why_not"]
     assert "ulimit -n" in " ".join(told["remedies"])
+
+
+def test_nothing_is_measured_where_memory_is_short() -> None:
+    found = list(costs(100 << 20))
+    assert [cost.measured for cost in found] == [None] * 5
+    assert {cost.why_not for cost in found} == {"MemoryError: less than 128 MiB left in the memory cgroup"}
 
 
 def test_another_platform(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -202,6 +202,35 @@ static int check(void *context, const dt_mapping *m)
     return 0;
 }
 
+/* 1: [start, end) is still what it was; 0 or -errno. */
+static int still_holds(const dt_alias *a)
+{
+    uint64_t end = a->other + (a->end - a->start);
+    claim c = {a, dt_mapped(a->other, end)};
+    int rc = dt_each_mapping(a->other, end, check, &c);
+    return rc ? rc : c.holds;
+}
+
+int dt_alias_verify(dt_session *s, bool *lost)
+{
+    for (uint64_t i = 0; i < s->alias_count;) {
+        dt_alias *a = &s->aliases[i];
+        int rc = still_holds(a);
+        if (rc > 0)
+            rc = dt_uffd_owns(s, a->other, a->other + (a->end - a->start));
+        if (rc < 0 && rc != -EINVAL)
+            return rc;
+        if (rc > 0) {
+            i++;
+            continue;
+        }
+        *lost = true;
+        dt_mark_all(s->watches, s->watch_count, a->start, a->end);
+        *a = s->aliases[--s->alias_count];
+    }
+    return 0;
+}
+
 int dt_alias_heal(dt_session *s, uint64_t start, uint64_t end)
 {
     for (uint64_t i = 0; i < s->alias_count;) {
@@ -211,13 +240,12 @@ int dt_alias_heal(dt_session *s, uint64_t start, uint64_t end)
             i++;
             continue;
         }
-        claim c = {a, dt_mapped(a->other, a->other + length)};
-        int rc = dt_each_mapping(a->other, a->other + length, check, &c);
-        if (rc)
-            return rc;
+        int holds = still_holds(a);
+        if (holds < 0)
+            return holds;
         dt_mark_all(s->watches, s->watch_count, a->start, a->end);
         dt_mark_all(s->watches, s->watch_count, a->other, a->other + length); /* whose bits arming erases */
-        if (c.holds && !dt_uffd_register(s, a->other, a->other + length) && !dt_protect(s, a->other, a->other + length))
+        if (holds && !dt_uffd_register(s, a->other, a->other + length) && !dt_protect(s, a->other, a->other + length))
             i++;
         else
             *a = s->aliases[--s->alias_count];

@@ -26,6 +26,10 @@
 #include <sys/vfs.h>
 #include <unistd.h>
 
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22 /* Linux 5.14 */
+#endif
+
 enum answer { HOLDS_DATA, IS_EMPTY, UNKNOWN };
 typedef void (*on_answer)(void *context, uint64_t start, uint64_t end, enum answer answer);
 
@@ -227,6 +231,8 @@ static int ask(dt_session *s, uint64_t start, uint64_t end, on_answer tell, void
 
 static void mark_run(void *context, uint64_t start, uint64_t end) { dt_mark(context, start, end); }
 
+static bool is_set(const uint64_t *bits, uint64_t i) { return bits[i >> 6] >> (i & 63) & 1; }
+
 /* The bits that say that a page was present at the last look lie behind the others. */
 static uint64_t *was_present(const dt_watch *content) { return (uint64_t *)content->bits + content->words; }
 
@@ -273,9 +279,35 @@ int dt_content_before_arming(dt_session *s, dt_region *r, uint64_t start, uint64
     return rc;
 }
 
+/* Shared pages that hold data, and are in memory, are mapped now: only of a page that was present can it be told that
+ * somebody took it away, where data came back. What is on a disk alone is left there. */
+static void populate(void *context, uint64_t start, uint64_t end)
+{
+    const dt_watch *c = context;
+    unsigned char there[256];
+    uint64_t page = dt_page_bytes(), part;
+    start = dt_max(start, c->start);
+    for (end = dt_min(end, c->end); start < end; start += part) {
+        part = dt_min(end - start, page * sizeof there);
+        if (mincore((void *)start, part, there))
+            return;
+        for (uint64_t i = 0, from; i < part / page; i++) {
+            for (from = i; i < part / page && there[i] & 1 && is_set(c->bits, (start + i * page - c->start) / page);)
+                i++;
+            if (i > from)
+                madvise((void *)(start + from * page), (i - from) * page, MADV_POPULATE_READ);
+        }
+    }
+}
+
 /* A page may have come between the look before and the arming. */
 int dt_content_after_arming(dt_session *s, dt_region *r, uint64_t start, uint64_t end)
 {
+    if (r->content && (r->kinds & (DT_KIND_SHARED | DT_KIND_HUGETLB)) == DT_KIND_SHARED) {
+        int rc = dt_query(s, dt_max(start, r->start), dt_min(end, r->end), &NOT_PRESENT, populate, r->content);
+        if (rc)
+            return rc;
+    }
     return r->content ? dt_query(s, dt_max(start, r->start), dt_min(end, r->end), &PRESENT, note_present, r->content) : 0;
 }
 
@@ -298,8 +330,6 @@ static void tell_lost(void *context, uint64_t start, uint64_t end, enum answer a
     if (answer != HOLDS_DATA || l->taken)
         l->on_lost(l->context, start, end, answer != IS_EMPTY);
 }
-
-static bool is_set(const uint64_t *bits, uint64_t i) { return bits[i >> 6] >> (i & 63) & 1; }
 
 static void look_at_absent(void *context, uint64_t start, uint64_t end)
 {

@@ -202,6 +202,8 @@ uint64_t dt_alias_origin(const dt_session *s, uint64_t number, uint64_t start);
 /* Part of an alias is not registered any more: it is again, or it is no alias any more. Either way it may have been
  * written: its pages elsewhere are told. */
 int dt_alias_heal(dt_session *s, uint64_t start, uint64_t end);
+/* Another session may have registered what is mapped there by now: those are let go of. lost: there were some. */
+int dt_alias_verify(dt_session *s, bool *lost);
 
 /* events.c */
 int dt_events_start(dt_session *s);

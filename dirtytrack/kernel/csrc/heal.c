@@ -92,7 +92,11 @@ int dt_look_for_strangers(dt_session *s)
         if (rc)
             return rc;
     }
-    if (registrations != s->registrations && s->foreign_count)
+    bool lost = false;
+    int rc = dt_alias_verify(s, &lost);
+    if (rc)
+        return rc;
+    if (registrations != s->registrations && (s->foreign_count || lost))
         thefts = atomic_fetch_add(&dt_thefts, 1) + 1;
     s->registrations = registrations;
     for (uint64_t i = 0; thefts != s->thefts && i < s->watch_count; i++)

@@ -6,8 +6,15 @@ Takes about 1 s of CI's 20 min.
 
 from __future__ import annotations
 
+import mmap
+import os
+from pathlib import Path
+
 import pytest
 
+import dirtytrack
+from tests import oracle
+from tests.kernel.host import on_disk
 from tests.kernel.kinds import Area, Kind, some
 from tests.kernel.watched import Watched
 from tests.kernel.ways import (
@@ -18,6 +25,7 @@ from tests.kernel.ways import (
     punch,
     rows,
 )
+from tests.oracle import PAGE
 
 
 def assert_found(watched: Watched, wanted: set[int]) -> None:
@@ -56,3 +64,23 @@ def test_a_hole_in_a_file_that_this_mapping_never_had(area: Area) -> None:
         assert area.load(UNIT) == b"\0"
         area.store(UNIT)
         assert watched.collect() == {UNIT}
+
+
+@pytest.mark.parametrize("name", ["memfd", "disk"])
+@pytest.mark.parametrize("how", ["punched", "truncated"])
+def test_a_hole_that_a_store_near_by_filled_again(name: str, how: str, tmp_path: Path) -> None:
+    """Filled by one large write(2), so that it is in large folios; nobody looked at it through the mapping."""
+    fd = os.memfd_create("large") if name == "memfd" else os.open(on_disk(tmp_path), os.O_TMPFILE | os.O_RDWR)
+    os.pwrite(fd, b"\3" * 16 * PAGE, 0)
+    with mmap.mmap(fd, 16 * PAGE) as memory, dirtytrack.track(memory, blind_spots="accepted") as tracker:
+        if how == "punched":
+            area = Area(oracle.address_of(memory), 16 * PAGE, PAGE, fd)
+            punch(area, 8)
+        else:
+            os.ftruncate(fd, PAGE)
+            os.ftruncate(fd, 16 * PAGE)
+        memory[(UNIT + 1) * PAGE + 8] = 7
+        gone = set(range(UNIT, UNIT + 8) if how == "punched" else range(1, 16))
+        assert gone <= set(tracker.collect().pages())
+        assert not tracker.collect()
+    os.close(fd)
