@@ -23,12 +23,10 @@ if TYPE_CHECKING:
 
 project = "dirtytrack"
 author = "the dirtytrack maintainers"
-copyright = "the dirtytrack maintainers, MIT licence"
+project_copyright = "the dirtytrack maintainers, MIT licence"
 version = release = dirtytrack.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
-# A page that another change brings is taken in as soon as it is there: the toctree asks for it by a pattern.
-suppress_warnings = ["toc.empty_glob"]
 exclude_patterns = ["_static"]
 nitpicky = True
 highlight_language = "none"
@@ -143,12 +141,12 @@ def _process_signature(
     app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str | None, returns: str | None
 ) -> tuple[str | None, str | None]:
     """How to make what users never make themselves is left out, and so are private options."""
-    if what == "class" and name.split(".")[-1] in _MADE_BY_US:
+    if what == "class" and name.rpartition(".")[2] in _MADE_BY_US:
         return "", None
     return re.sub(r", _\w+: \w+ = \w+", "", signature or "") or None, returns
 
 
-# ---- names that have no page of their own -----------------------------------------------------------------------------
+# ---- names that have no page of their own ---------------------------------------------------------------------------
 
 _ALIASES = {"AnyBuffer", "Trackable", "Mirror"}  # for type checkers; api/index.md explains them
 _TYPING = {"Self", "Buffer", "typing_extensions.Self", "typing_extensions.Buffer"}
@@ -162,7 +160,7 @@ def _is_of_python(target: str) -> bool:
     for module in ("typing", "collections.abc", "types"):
         found = found or getattr(sys.modules[module], target, None)
     home = getattr(found, "__module__", None) or getattr(inspect.getmodule(found), "__name__", "")
-    return found is not None and home.split(".")[0] in sys.stdlib_module_names
+    return found is not None and str(home).split(".")[0] in sys.stdlib_module_names
 
 
 def _missing_reference(
