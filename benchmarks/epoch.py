@@ -109,7 +109,7 @@ class Ways:
 
     @contextmanager
     def _fork(self) -> Iterator[Collect]:
-        """The child keeps the memory as it was before the writes. It says nothing of what changed and copies nothing."""
+        """The child keeps the memory as it was before the writes. It tells of no change and copies nothing."""
         child = ctypes.c_int()
         begin = time.perf_counter_ns()
         self._call("fork_begin", ctypes.byref(child))

@@ -136,7 +136,8 @@ typedef struct dt_pass {
     dt_listener *self;            /* whose collect it is, or NULL */
     dt_region *only;              /* the region that it is about, or NULL: all of self's */
     dt_set *direct;               /* self's finds go here, sorted, instead of its bits; NULL: to its bits */
-    dt_watch *const *watches;     /* everybody who watches some of the range */
+    bool everybody;               /* all of the session's watches are told, which may become more in the middle */
+    dt_watch *const *watches;     /* else these: everybody who watches some of the range */
     uint64_t watch_count;
     bool present;                 /* arm and find what is populated only */
     bool find_absent;             /* remedy R1: the kernel or the kind of memory needs it */

@@ -112,10 +112,20 @@ static void mark_found(dt_watch *w, const struct k_page_region *found, uint64_t 
         dt_mark(w, found[i].start, found[i].end);
 }
 
+/* Those who are told. A mapping that was replaced by one of another kind may have added to the session's watches, and
+ * moved them. */
+static dt_watch *const *told(const dt_pass *pass, uint64_t *count)
+{
+    *count = pass->everybody ? pass->session->watch_count : pass->watch_count;
+    return pass->everybody ? pass->session->watches : pass->watches;
+}
+
 static void tell(dt_pass *pass, const struct k_page_region *found, uint64_t n)
 {
-    for (uint64_t w = 0; w < pass->watch_count; w++) {
-        dt_watch *watch = pass->watches[w];
+    uint64_t count;
+    dt_watch *const *watches = told(pass, &count);
+    for (uint64_t w = 0; w < count; w++) {
+        dt_watch *watch = watches[w];
         if (pass->direct && watch->listener == pass->self && (!pass->only || watch->region == pass->only))
             continue;
         mark_found(watch, found, n);
@@ -126,8 +136,10 @@ static void tell(dt_pass *pass, const struct k_page_region *found, uint64_t n)
 
 static void tell_range(dt_pass *pass, uint64_t start, uint64_t end)
 {
+    uint64_t count;
+    dt_watch *const *watches = told(pass, &count);
     dt_fold(pass);
-    dt_mark_all(pass->watches, pass->watch_count, start, end);
+    dt_mark_all(watches, count, start, end);
     if (pass->aliased)
         dt_alias_tell(pass->session, start, end);
 }
@@ -381,8 +393,10 @@ static void found_lost(void *context, uint64_t start, uint64_t end, bool keep)
 static int find_lost(dt_pass *pass, uint64_t start, uint64_t end)
 {
     int rc = 0;
-    for (uint64_t i = 0; i < pass->watch_count && !rc; i++) {
-        dt_watch *content = pass->watches[i];
+    uint64_t count;
+    dt_watch *const *watches = told(pass, &count);
+    for (uint64_t i = 0; i < count && !rc; i++) {
+        dt_watch *content = watches[i];
         if (!content->listener && content->region->armed)
             rc = dt_find_lost(pass->session, content, start, end, true, found_lost, pass);
     }
@@ -394,8 +408,10 @@ static void look_beneath(dt_pass *pass, uint64_t start, uint64_t end)
 {
     const dt_session *s = pass->session;
     bool hugetlb = false;
-    for (uint64_t i = 0; i < pass->watch_count; i++) {
-        const dt_watch *w = pass->watches[i];
+    uint64_t count;
+    dt_watch *const *watches = told(pass, &count);
+    for (uint64_t i = 0; i < count; i++) {
+        const dt_watch *w = watches[i];
         if (w->start >= end || w->end <= start)
             continue;
         pass->find_lost |= !w->listener;
@@ -414,12 +430,15 @@ int dt_scan_pass(dt_pass *pass, uint64_t start, uint64_t end, dt_failure *why)
     if (DT_UNLIKELY(pass->aliased))
         dt_fold(pass); /* what is found elsewhere is not found in the order of its addresses here */
     int rc = scan_part(pass, start, end, start, end, dt_heal, 0, why);
-    uint64_t next = 0;
+    uint64_t next = 0, known = s->alias_count;
     dt_run elsewhere;
     while (!rc && pass->aliased && dt_alias_next(s, start, end, &next, &elsewhere)) {
-        dt_pass other = {.session = s, .self = pass->self, .watches = s->watches, .watch_count = s->watch_count,
-                         .find_absent = pass->find_absent, .aliased = true};
+        dt_pass other = {.session = s, .self = pass->self, .everybody = true, .find_absent = pass->find_absent, .aliased = true};
         rc = scan_part(&other, elsewhere.start, elsewhere.end, elsewhere.start, elsewhere.end, dt_alias_heal, 0, why);
+        if (known != s->alias_count) { /* some were let go of, and others have their places */
+            known = s->alias_count;
+            next = 0;
+        }
     }
     if (!rc && pass->find_lost && (rc = find_lost(pass, start, end))) { /* what it had to look at is still pending */
         dt_fold(pass);
@@ -486,8 +505,7 @@ int dt_arm(dt_session *s, dt_region *region, dt_failure *why)
     if (first && !region->present && (rc = arm_all(s, region, why)))
         return rc;
     if (!first || region->present || others_wait(s, region, region->start, region->end)) {
-        dt_pass pass = {.session = s, .watches = s->watches, .watch_count = s->watch_count, .present = region->present,
-                        .find_absent = first};
+        dt_pass pass = {.session = s, .everybody = true, .present = region->present, .find_absent = first};
         rc = dt_scan_pass(&pass, region->start, region->end, why);
     }
     if (!rc && first && ((rc = dt_content_after_arming(s, region, region->start, region->end)) || (rc = dt_alias_arm(s, region))))
