@@ -11,6 +11,7 @@ from .algebra import algebra
 from .bare import Bare
 from .collect import collect, listeners
 from .content import changed, collect_into, gather
+from .epoch import epoch
 from .harness import Benchmark, Settings, machine
 from .importing import import_
 
@@ -22,6 +23,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "changed": changed,
     "algebra": algebra,
     "import": import_,
+    "epoch": epoch,
 }
 
 

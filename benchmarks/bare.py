@@ -17,7 +17,7 @@ PAGE = mmap.PAGESIZE
 # How many regions one PAGEMAP_SCAN of the bare loop may return; resumed when full. With more than 341 (8 KiB) the
 # kernel (6.18) takes its buffer from the page allocator, at 0.5 µs a call; with fewer there are more calls.
 VECTOR_REGIONS = 341
-FLAGS = ("-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC")
+FLAGS = ("-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread")
 
 
 def address_of(buffer: Any) -> int:
@@ -25,16 +25,20 @@ def address_of(buffer: Any) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
+def compiled(name: str) -> ctypes.CDLL:
+    """The functions of a C file in this directory."""
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    with tempfile.TemporaryDirectory() as directory:
+        library = Path(directory) / "compiled.so"
+        subprocess.run([*compiler, *FLAGS, "-o", str(library), str(Path(__file__).with_name(name))], check=True)
+        return ctypes.CDLL(str(library))
+
+
 class Bare:
     """The functions of bare.c. The timed ones return nanoseconds that C measured."""
 
     def __init__(self) -> None:
-        compiler = shlex.split(os.environ.get("CC", "cc"))
-        with tempfile.TemporaryDirectory() as directory:
-            library = Path(directory) / "bare.so"
-            source = Path(__file__).with_name("bare.c")
-            subprocess.run([*compiler, *FLAGS, "-o", str(library), str(source)], check=True)
-            self._lib = ctypes.CDLL(str(library))
+        self._lib = compiled("bare.c")
         u64, pointer = ctypes.c_uint64, ctypes.c_void_p
         self._declare("bare_open", ctypes.c_int)
         self._declare("bare_populate", ctypes.c_int, u64, u64)

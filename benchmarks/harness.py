@@ -50,6 +50,8 @@ class Row:
     rounds: int
     ours_quartiles_ns: tuple[float, float]
     bare_quartiles_ns: tuple[float, float] | None
+    share: float | None = None  # of the pages, that was written: where the row has its place in a table
+    method: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
