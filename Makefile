@@ -153,7 +153,7 @@ lint-c: ## compile the C core by gcc, and by clang where there is one, warnings 
 
 .PHONY: docs
 docs: $(VENV)/.docs ## build the documentation into build/docs; a reference that leads nowhere is an error
-	$(BIN)/sphinx-build -q -n -W --keep-going -d build/doctrees docs build/docs
+	$(BIN)/sphinx-build -q -E -n -W --keep-going -d build/doctrees docs build/docs
 	@echo "build/docs/index.html"
 
 .PHONY: format

@@ -105,8 +105,8 @@ def _field(section: str, lines: list[str]) -> Iterator[str]:
     for entry in _entries(lines):
         names = _ENTRY.match(entry)
         if names:
-            role = ":py:exc:`{}`" if section in ("Raises", "Warns") else "``{}``"
-            listed = ", ".join(role.format(name) for name in names[1].split(", "))
+            quoted = "`{}`" if section in ("Raises", "Warns") else "``{}``"  # errors are links
+            listed = ", ".join(quoted.format(name) for name in names[1].split(", "))
             yield f"    * {listed}" + (f": {names[2]}" if names[2] else "")
         else:
             yield f"    * {entry}"
@@ -114,6 +114,8 @@ def _field(section: str, lines: list[str]) -> Iterator[str]:
 
 def _process_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Sections become fields: several errors or arguments may share an entry, which no extension knows."""
+    if lines and lines[0].startswith("Alias for field number"):  # what Python says of a field without a docstring
+        lines.clear()
     done: list[str] = []
     waiting = lines[:]
     while waiting:
@@ -140,9 +142,9 @@ _MADE_BY_US |= {"PageCategory", "ScanFlag", "UffdFeature"}
 def _process_signature(
     app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str | None, returns: str | None
 ) -> tuple[str | None, str | None]:
-    """How to make what users never make themselves is left out, and so are private options."""
-    if what == "class" and name.rpartition(".")[2] in _MADE_BY_US:
-        return "", None
+    """How to make what only this library makes is left out, and so are private options."""
+    if what == "exception" or (what == "class" and name.rpartition(".")[2] in _MADE_BY_US):
+        return "" if signature else None, None
     return re.sub(r", _\w+: \w+ = \w+", "", signature or "") or None, returns
 
 
