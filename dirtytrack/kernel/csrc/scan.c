@@ -265,9 +265,9 @@ static int find_absent(dt_pass *pass, uint64_t start, uint64_t end)
 
 /* The one arming scan that is quick, and that finds discards on each kernel which reports them at all: any richer mask is
  * up to 36 times slower, and over huge pages of the pool it can hang the process for ever (measured, Linux 6.12-7.1). */
-static const dt_question ARM_WRITTEN = {.flags = K_PM_SCAN_WP_MATCHING | K_PM_SCAN_CHECK_WPASYNC, .mask = K_PAGE_IS_WRITTEN};
+const dt_question DT_ARM_WRITTEN = {.flags = K_PM_SCAN_WP_MATCHING | K_PM_SCAN_CHECK_WPASYNC, .mask = K_PAGE_IS_WRITTEN};
 /* The exception, for private anonymous memory: what is not populated gets no page table to hold a marker. */
-static const dt_question ARM_PRESENT = {.flags = K_PM_SCAN_WP_MATCHING | K_PM_SCAN_CHECK_WPASYNC, .mask = K_PAGE_IS_WRITTEN,
+const dt_question DT_ARM_POPULATED = {.flags = K_PM_SCAN_WP_MATCHING | K_PM_SCAN_CHECK_WPASYNC, .mask = K_PAGE_IS_WRITTEN,
                                         .anyof = K_PAGE_IS_PRESENT | K_PAGE_IS_SWAPPED};
 
 /* To the end of `direct`, which has room, if there is one. Returns the pages found. */
@@ -308,7 +308,7 @@ static int scan_chunk(dt_pass *pass, uint64_t start, uint64_t end)
         return rc;
     uint64_t used = 0;
     for (uint64_t at = start; at < end;) {
-        long n = scan_ioctl(s, at, end, pass->present ? &ARM_PRESENT : &ARM_WRITTEN);
+        long n = scan_ioctl(s, at, end, pass->present ? &DT_ARM_POPULATED : &DT_ARM_WRITTEN);
         if (DT_UNLIKELY(n < 0)) {
             uint64_t kept = harvested(s, at);
             dt_fold(pass);
@@ -403,8 +403,7 @@ static int find_lost(dt_pass *pass, uint64_t start, uint64_t end)
     return rc;
 }
 
-/* Which remedies the memory beneath a pass needs. */
-static void look_beneath(dt_pass *pass, uint64_t start, uint64_t end)
+void dt_look_beneath(dt_pass *pass, uint64_t start, uint64_t end)
 {
     const dt_session *s = pass->session;
     bool hugetlb = false;
@@ -426,7 +425,7 @@ static void look_beneath(dt_pass *pass, uint64_t start, uint64_t end)
 int dt_scan_pass(dt_pass *pass, uint64_t start, uint64_t end, dt_failure *why)
 {
     dt_session *s = pass->session;
-    look_beneath(pass, start, end);
+    dt_look_beneath(pass, start, end);
     if (DT_UNLIKELY(pass->aliased))
         dt_fold(pass); /* what is found elsewhere is not found in the order of its addresses here */
     int rc = scan_part(pass, start, end, start, end, dt_heal, 0, why);
@@ -512,79 +511,4 @@ int dt_arm(dt_session *s, dt_region *region, dt_failure *why)
         dt_fail_with(why, rc, -rc, DT_STEP_PROTECT, region->start, region->end);
     region->armed |= !rc;
     return rc;
-}
-
-/* ---- a look that changes nothing -------------------------------------------------------------------------------------- */
-
-typedef struct peek_context { dt_set *out; int rc; dt_session *s; } peek_context;
-
-static void add_run(void *context, uint64_t start, uint64_t end)
-{
-    peek_context *c = context;
-    if (!c->rc)
-        c->rc = dt_set_reserve(c->out, c->out->count + 1);
-    if (!c->rc)
-        dt_set_append(c->out, start, end);
-}
-
-/* In no order. */
-static void push_run(void *context, uint64_t start, uint64_t end)
-{
-    peek_context *c = context;
-    if (!c->rc)
-        c->rc = dt_set_reserve(c->out, c->out->count + 1);
-    if (!c->rc)
-        c->out->runs[c->out->count++] = (dt_run){start, end};
-}
-
-/* Whoever peeks will read the page, and then it is there again: so it is pending from now on. */
-static void push_lost(void *context, uint64_t start, uint64_t end, bool keep)
-{
-    const peek_context *c = context;
-    (void)keep;
-    push_run(context, start, end);
-    dt_mark_all(c->s->watches, c->s->watch_count, start, end);
-    dt_alias_tell(c->s, start, end);
-}
-
-typedef struct push_moved { peek_context *to; uint64_t distance; } push_moved;
-
-static void push_elsewhere(void *context, uint64_t start, uint64_t end)
-{
-    const push_moved *m = context;
-    push_run(m->to, start - m->distance, end - m->distance);
-}
-
-int dt_peek_range(dt_session *s, uint64_t start, uint64_t end, bool present, dt_watch *const *watches, uint64_t watch_count,
-                  dt_set *written, dt_set *others, dt_failure *why)
-{
-    peek_context c = {written, 0, s}, o = {others, 0, s};
-    uint64_t kept = written->count;
-    dt_pass beneath = {.session = s, .watches = watches, .watch_count = watch_count, .present = present};
-    look_beneath(&beneath, start, end);
-    dt_question question = present ? ARM_PRESENT : ARM_WRITTEN;
-    question.flags = K_PM_SCAN_CHECK_WPASYNC;
-    int rc = dt_query(s, start, end, &question, add_run, &c);
-    if (rc == -EPERM && !c.rc) { /* some of it is not ours any more: a collect would renew it, wholly dirty */
-        written->count = kept;
-        add_run(&c, start, end);
-        rc = 0;
-    }
-    if (!rc && beneath.find_absent) /* remedy R1, as in a collect */
-        rc = dt_query(s, start, end, &DT_ABSENT, push_run, &o);
-    for (uint64_t i = 0; !rc && beneath.find_lost && i < watch_count; i++) /* and R2 */
-        if (!watches[i]->listener && watches[i]->region->armed)
-            rc = dt_find_lost(s, watches[i], start, end, false, push_lost, &o);
-    uint64_t next = 0;
-    dt_run elsewhere;
-    while (!rc && beneath.aliased && dt_alias_next(s, start, end, &next, &elsewhere)) {
-        push_moved m = {&o, elsewhere.start - dt_alias_origin(s, next - 1, start)};
-        question.flags = 0; /* what is not ours there any more is all written: extra, and the next collect finds out */
-        rc = dt_query(s, elsewhere.start, elsewhere.end, &question, push_elsewhere, &m);
-    }
-    dt_set_sort(others);
-    int memory = c.rc ? c.rc : o.rc;
-    if (memory)
-        return dt_fail_with(why, memory, -memory, DT_STEP_MEMORY, start, end);
-    return rc ? dt_fail_with(why, rc, -rc, DT_STEP_SCAN, start, end) : 0;
 }
