@@ -3,6 +3,7 @@
 PYTHON ?= python3
 CC := $(if $(filter default,$(origin CC)),gcc,$(CC))
 ARGS ?=
+TORCH ?= torch>=2.6
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -56,7 +57,11 @@ $(VENV)/.test: $(VENV)/.built pyproject.toml
 	$(PIP) install --group test
 	@touch $@
 
-$(VENV)/.lint: $(VENV)/.test pyproject.toml
+$(VENV)/.docs: $(VENV)/.built pyproject.toml
+	$(PIP) install --group docs
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.test $(VENV)/.docs pyproject.toml
 	$(PIP) install --group lint
 	@touch $@
 
@@ -91,6 +96,11 @@ test: $(VENV)/.test c-test ## set up, then all tests; with CI=true a skipped tes
 
 .PHONY: c-test
 c-test: $(C_TESTS:tests/c/%.c=build/c/%.ran) ## the C core with its own tests, without Python
+
+.PHONY: test-torch
+test-torch: $(VENV)/.test ## the page on PyTorch, which it installs: large, so neither make test nor CI does
+	$(PIP) install "$(TORCH)"
+	$(BIN)/python -m pytest tests/unit/test_docs.py -m torch $(ARGS)
 
 .PHONY: soak
 soak: $(VENV)/.test ## the long storms: minutes to an hour
@@ -132,7 +142,7 @@ pythons: $(VENV)/.built ## one wheel from the sdist, installed and tried in each
 	done; echo "$$tried of Python 3.10-3.13 found, each works with $$(basename build/pythons/*.whl)"; [ $$tried -gt 0 ]
 
 .PHONY: lint
-lint: $(VENV)/.lint lint-c ## format, ruff, mypy --strict, and the C core under every warning
+lint: $(VENV)/.lint lint-c docs ## format, ruff, mypy --strict, the C core and the docs under every warning
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -146,6 +156,11 @@ lint-c: ## compile the C core by gcc, and by clang where there is one, warnings 
 	    done; \
 	    echo "$$compiler: no warnings"; \
 	done
+
+.PHONY: docs
+docs: $(VENV)/.docs ## build the documentation into build/docs; a reference that leads nowhere is an error
+	$(BIN)/sphinx-build -q -E -n -W --keep-going -d build/doctrees docs build/docs
+	@echo "build/docs/index.html"
 
 .PHONY: format
 format: $(VENV)/.lint ## rewrite the Python sources as ruff formats them

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Generator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ TESTS = Path(__file__).parent
 NEED_TRACKING = (TESTS / "kernel", TESTS / "programs")
 IN_CI = os.environ.get("CI") == "true"
 SOAK = os.environ.get("DIRTYTRACK_SOAK") == "1"
+TORCH = find_spec("torch") is not None
 SANITIZED = os.environ.get("DIRTYTRACK_SANITIZE") == "1"
 
 # In CI a skip is a failure, so that a green run means that everything ran. Not so for these: the beginning of a test's
@@ -36,6 +38,8 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     support = probe()
     tracking = "works" if support.tracking else f"does not work, so its tests are skipped: {support.why_not}"
     lines = [f"kernel: {platform.system()} {os.uname().release} {platform.machine()}; tracking {tracking}"]
+    if not TORCH:
+        lines.append("PyTorch is not installed: the blocks of docs/cookbook/torch.md are NOT run; make test-torch does")
     if IN_CI:
         lines.append("CI=true: a skipped test is a failure, except " + (", ".join(MAY_BE_SKIPPED) or "none"))
     return lines
@@ -51,6 +55,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("tracking") and not support.tracking:
             item.add_marker(pytest.mark.skip(reason=support.why_not))
         runs = SOAK or not item.get_closest_marker("soak")
+        runs = runs and (TORCH or not item.get_closest_marker("torch"))
         runs = runs and not (SANITIZED and item.get_closest_marker("unsanitized"))
         (kept if runs else dropped).append(item)
     items[:] = kept

@@ -19,6 +19,9 @@ from typing import NamedTuple
 
 import pytest
 
+import dirtytrack
+from dirtytrack import region
+
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 DOCUMENTS += sorted((ROOT / "docs").rglob("*.md"))
@@ -30,6 +33,7 @@ RUN = (
 )
 NOT_RUN = re.compile(r"(sudo )?(apt-get|pip|git|sysctl|cd|docker|podman|chmod|setfacl|systemctl|ulimit) ")
 LANGUAGES = {"python", "console", "sh", "c", "toml", "json", "ini", "text", ""}
+LANGUAGES |= {"{toctree}", "{eval-rst}", "{include}"}  # directives of Sphinx
 
 
 class Block(NamedTuple):
@@ -74,7 +78,11 @@ def make_targets() -> set[str]:
     return set(re.findall(r"^([a-z][a-z-]*):", text, re.MULTILINE))
 
 
-WITH_PYTHON = [path for path in DOCUMENTS if any(block.language == "python" for block in blocks(path))]
+WITH_PYTHON = [
+    pytest.param(path, id=name_of(path), marks=[pytest.mark.torch] if path.name == "torch.md" else [])
+    for path in DOCUMENTS
+    if any(block.language == "python" for block in blocks(path))
+]
 COMMANDS = [
     pytest.param(command, id=f"{name_of(path)}: {command}")
     for path in DOCUMENTS
@@ -84,7 +92,7 @@ COMMANDS = [
 
 
 @pytest.mark.tracking
-@pytest.mark.parametrize("path", WITH_PYTHON, ids=name_of)
+@pytest.mark.parametrize("path", WITH_PYTHON)
 def test_python_blocks_run(path: Path, tmp_path: Path) -> None:
     script = list[str]()
     for block in blocks(path):
@@ -117,7 +125,7 @@ def test_commands_run_or_are_known(command: str) -> None:
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 def test_blocks_name_their_language(path: Path) -> None:
-    assert not {block.language for block in blocks(path)} - LANGUAGES
+    assert not {block.language.partition(" ")[0] for block in blocks(path)} - LANGUAGES
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
@@ -131,6 +139,33 @@ def test_links_lead_somewhere(path: Path) -> None:
 def test_readme_opens_with_the_two_commands() -> None:
     first = next(block for block in blocks(ROOT / "README.md"))
     assert [*commands(first)] == ["make demo", "make test"]
+
+
+def test_the_api_pages_have_every_public_name() -> None:
+    text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "api").glob("*.md"))
+    shown = re.findall(r"^\.\. auto(?:class|data|exception|function|module):: (\S+)$", text, re.MULTILINE)
+    assert len(shown) == len(set(shown))
+    names = {name.removeprefix("dirtytrack.") for name in shown}
+    assert names >= set(dirtytrack.__all__)
+    assert names >= {f"pagemap.{name}" for name in dirtytrack.pagemap.__all__} - {"pagemap.Pagemap", "pagemap.Scan"}
+    assert names >= set(dirtytrack.errors.__all__)
+
+
+def test_every_blind_spot_is_explained() -> None:
+    rows = (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8").splitlines()
+    explained = {row.split("|")[1].strip() for row in rows if row.startswith("| ")}
+    spots = {value for name, value in vars(region).items() if name.isupper() and isinstance(value, str)}
+    assert "DMA in flight" in spots
+    assert spots <= explained
+
+
+def test_the_tests_that_are_named_exist() -> None:
+    sources = [path for suffix in ("*.py", "*.c") for path in (ROOT / "tests").rglob(suffix)]
+    code = "".join(path.read_text(encoding="utf-8") for path in sources)
+    defined = set(re.findall(r"\b(test_\w+)\(", code)) | {path.stem for path in sources}
+    for path in DOCUMENTS:
+        named = set(re.findall(r"\btest_\w+", path.read_text(encoding="utf-8")))
+        assert not named - defined, name_of(path)
 
 
 def test_the_picture_is_what_its_script_draws() -> None:
