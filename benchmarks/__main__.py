@@ -14,6 +14,8 @@ from .content import changed, collect_into, gather
 from .epoch import epoch
 from .harness import Benchmark, Settings, machine
 from .importing import import_
+from .regions import regions
+from .remedies import remedies
 
 BENCHMARKS: dict[str, Benchmark] = {
     "collect": collect,
@@ -23,6 +25,8 @@ BENCHMARKS: dict[str, Benchmark] = {
     "changed": changed,
     "algebra": algebra,
     "import": import_,
+    "regions": regions,
+    "remedies": remedies,
     "epoch": epoch,
 }
 

@@ -187,6 +187,22 @@ int64_t bare_listen(int fd, uint64_t start, uint64_t end, struct page_region *ve
     return now() - begin;
 }
 
+/* One pass over each of `n` ranges. */
+int64_t bare_ranges(int fd, const struct run *ranges, uint64_t n, struct page_region *vec, uint64_t room,
+                    uint64_t page_bytes, struct run *kept, uint64_t *pages)
+{
+    int64_t count = 0;
+    *pages = 0;
+    int64_t begin = now();
+    for (uint64_t i = 0; i < n; i++) {
+        int64_t more = pass(fd, ranges[i].start, ranges[i].end, vec, room, page_bytes, NULL, kept + count, pages);
+        if (more < 0)
+            return more;
+        count += more;
+    }
+    return now() - begin;
+}
+
 int64_t bare_gather(const struct run *runs, uint64_t n, uint8_t *out)
 {
     int64_t begin = now();

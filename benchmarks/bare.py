@@ -74,6 +74,7 @@ class Bare:
             u64,
             pointer,
         )
+        self._declare("bare_ranges", ctypes.c_int64, ctypes.c_int, pointer, u64, pointer, u64, u64, pointer, pointer)
         self._declare("bare_gather", ctypes.c_int64, pointer, u64, pointer)
         self._declare("bare_changed", ctypes.c_int64, pointer, u64, u64, pointer, u64, pointer)
         self._vector = bytearray(24 * VECTOR_REGIONS)
@@ -141,6 +142,24 @@ class Bare:
                 each,
                 address_of(self._bitmaps),
                 words,
+                ctypes.addressof(self._pages),
+            )
+        )
+        return elapsed, self._pages.value
+
+    def ranges(self, ranges: array[int]) -> tuple[int, int]:
+        """One scan that re-arms for each of start, end, start, end, ...: (ns, pages found)."""
+        count = len(ranges) // 2
+        self._room(0, sum(ranges[1::2]) - sum(ranges[::2]) + count * 2 * PAGE, 1)
+        elapsed = self._checked(
+            self._lib.bare_ranges(
+                self._pagemap,
+                ranges.buffer_info()[0],
+                count,
+                address_of(self._vector),
+                VECTOR_REGIONS,
+                PAGE,
+                address_of(self._kept),
                 ctypes.addressof(self._pages),
             )
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib.util
 import mmap
 import os
 import time
@@ -109,7 +110,7 @@ class Ways:
 
     @contextmanager
     def _fork(self) -> Iterator[Collect]:
-        """The child keeps the memory as it was before the writes. It says nothing of what changed and copies nothing."""
+        """The child keeps the memory as it was before the writes. It tells and copies nothing."""
         child = ctypes.c_int()
         begin = time.perf_counter_ns()
         self._call("fork_begin", ctypes.byref(child))
@@ -119,9 +120,10 @@ class Ways:
 
 def _xxh3() -> object:
     """XXH3 as the xxhash package brings it, with the widest instructions of this processor where it can choose."""
-    import xxhash._xxhash as module
-
-    library = ctypes.CDLL(module.__file__)
+    module = importlib.util.find_spec("xxhash._xxhash")
+    if module is None or module.origin is None:
+        raise ModuleNotFoundError("the xxhash package is not installed: pip install xxhash")
+    library = ctypes.CDLL(module.origin)
     function = getattr(library, "XXH3_64bits_dispatch", None) or library.XXH3_64bits
     return ctypes.cast(function, ctypes.c_void_p)
 

@@ -251,11 +251,10 @@ class DirtySet:
             target = sets.new_bytes(room)
             result = core.view_of(target, room) if room else memoryview(bytearray())
         else:
-            pinned = pin(out, what="output")
-            if pinned.nbytes < room:
-                raise InvalidMemory(f"the output has {pinned.nbytes} bytes, the set has {room}: see DirtySet.nbytes")
-            self._layout.refuse_overlap(pinned.address, pinned.address + pinned.nbytes, "the output")
-            target = pinned.hold if pinned.hold is not None else core.pointer_to(pinned.address)
+            target, address, length = _writable(out)
+            if length < room:
+                raise InvalidMemory(f"the output has {length} bytes, the set has {room}: see DirtySet.nbytes")
+            self._layout.refuse_overlap(address, address + length, "the output")
             result = core.view_of(target, room)
         sets.gather(self._set, extents, target, room)
         del holds
@@ -327,6 +326,19 @@ class DirtySet:
 def _unpickled(runs: bytes, epoch: int, complete: bool, spans: tuple[Any, ...]) -> DirtySet:
     core.load()
     return DirtySet(sets.from_runs(runs, len(runs) // 16, epoch=epoch, complete=complete), Layout(spans))
+
+
+def _writable(out: Any) -> tuple[Any, int, int]:
+    """(pointer that holds it, address, bytes) of an output buffer, at a third of what `pin` takes."""
+    try:
+        hold = core.pin(out, writable=True)
+    except (TypeError, ValueError, BufferError):
+        hold = None
+    if hold is None or not len(hold):  # empty, or no plain buffer: `pin` knows the other kinds, and says what is wrong
+        pinned = pin(out, what="output")
+        hold = pinned.hold if pinned.hold is not None else core.pointer_to(pinned.address)
+        return hold, pinned.address, pinned.nbytes
+    return hold, core.address_of(hold), len(hold)
 
 
 def _rows_of(array: Any) -> tuple[int, int, int, int]:

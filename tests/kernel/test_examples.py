@@ -13,7 +13,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-BENCHMARKS = ("collect", "listeners", "gather", "collect_into", "changed", "algebra", "import")
+BENCHMARKS = (
+    *("collect", "listeners", "gather", "collect_into", "changed", "algebra", "import"),
+    *("regions", "remedies", "epoch"),
+)
 
 
 def run(*arguments: str, cwd: Path) -> str:

@@ -173,19 +173,24 @@ static bool has_listeners(const dt_session *s, const dt_alias *alias, uint64_t s
 
 int dt_alias_arm(dt_session *s, const dt_region *r)
 {
+    bool healed = false;
     for (uint64_t i = 0; i < s->alias_count; i++) {
         dt_alias *a = &s->aliases[i];
         if (a->region != r || a->armed)
             continue;
         uint64_t start = a->other, end = start + (a->end - a->start);
-        dt_pass pass = {.session = s, .watches = s->watches, .watch_count = s->watch_count, .find_absent = true, .aliased = true};
+        dt_pass pass = {.session = s, .everybody = true, .find_absent = true, .aliased = true};
+        uint64_t known = s->alias_count;
         /* Where somebody waits for its bits, only a collecting scan may arm. */
         int rc = has_listeners(s, a, start, end) ? dt_scan_pass(&pass, start, end, NULL) : dt_protect(s, start, end);
-        if (rc == -ENOENT)
-            rc = dt_alias_heal(s, start, end);
+        if (rc == -ENOENT && !healed && !(rc = dt_alias_heal(s, start, end)))
+            healed = true, known = s->alias_count + 1;
         if (rc)
             return rc;
-        a->armed = true;
+        if (known != s->alias_count) /* some were let go of, and others have their places */
+            i = UINT64_MAX;
+        else
+            a->armed = true;
     }
     return 0;
 }

@@ -203,8 +203,13 @@ static int select_watches(dt_listener *l, dt_region *only, selection *out, dt_fa
 
 static void mark_flights(dt_session *s, const selection *what)
 {
-    for (uint64_t f = 0; f < s->flight_count; f++)
+    for (uint64_t f = 0; f < s->flight_count; f++) {
+        uint64_t next = 0;
+        dt_run elsewhere;
         dt_mark_all(what->watches, what->watch_count, s->flights[f].start, s->flights[f].end);
+        while (dt_alias_next(s, s->flights[f].start, s->flights[f].end, &next, &elsewhere))
+            dt_mark_all(what->watches, what->watch_count, elsewhere.start, elsewhere.end);
+    }
 }
 
 static void add_statistics(dt_statistics *to, const dt_statistics *now, const dt_statistics *then)
@@ -248,8 +253,8 @@ static int scan_selection(dt_listener *l, const selection *what, double budget_s
         for (uint64_t i = 0; i < what->range_count; i++) {
             const dt_range *range = &what->ranges[i];
             dt_pass pass = {.session = s, .self = l, .only = what->own ? what->own->region : NULL, .direct = direct ? out : NULL,
-                            .watches = what->own ? s->watches : l->overlaps + range->first,
-                            .watch_count = what->own ? s->watch_count : range->count, .present = range->present};
+                            .everybody = what->own, .watches = l->overlaps + range->first, .watch_count = range->count,
+                            .present = range->present};
             int rc = limited ? scan_on_budget(l, &pass, range, lap ? 0 : cursor, lap ? cursor : UINT64_MAX, deadline, &out->why)
                              : dt_scan_pass(&pass, range->start, range->end, &out->why);
             if (rc > 0) {

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT
- * The session's own structures, shared by session.c, region.c, scan.c, content.c, alias.c, events.c, heal.c,
+ * The session's own structures, shared by session.c, region.c, scan.c, peek.c, content.c, alias.c, events.c, heal.c,
  * listener.c, collect.c and audit.c.
  *
  * Who owns what. A session lives while a handle to it, to one of its regions or to one of its listeners lives, or a set
@@ -136,7 +136,8 @@ typedef struct dt_pass {
     dt_listener *self;            /* whose collect it is, or NULL */
     dt_region *only;              /* the region that it is about, or NULL: all of self's */
     dt_set *direct;               /* self's finds go here, sorted, instead of its bits; NULL: to its bits */
-    dt_watch *const *watches;     /* everybody who watches some of the range */
+    bool everybody;               /* all of the session's watches are told, which may become more in the middle */
+    dt_watch *const *watches;     /* else these: everybody who watches some of the range */
     uint64_t watch_count;
     bool present;                 /* arm and find what is populated only */
     bool find_absent;             /* remedy R1: the kernel or the kind of memory needs it */
@@ -218,18 +219,22 @@ uint64_t dt_now_ns(void);
 typedef void (*dt_on_run)(void *context, uint64_t start, uint64_t end);
 typedef struct dt_question { uint64_t flags, mask, inverted, anyof; } dt_question;
 extern const dt_question DT_ABSENT; /* neither present nor swapped: no marker either */
+extern const dt_question DT_ARM_WRITTEN, DT_ARM_POPULATED; /* the two that arm: of all pages, of what is populated */
 int dt_query(dt_session *s, uint64_t start, uint64_t end, const dt_question *question, dt_on_run on_run, void *context);
 void dt_mark(dt_watch *w, uint64_t start, uint64_t end);
 void dt_mark_all(dt_watch *const *watches, uint64_t n, uint64_t start, uint64_t end);
 void dt_unmark(dt_watch *w, uint64_t start, uint64_t end);
 void dt_fold(dt_pass *pass);      /* what went to pass->direct goes to the bits, and so does the rest */
+void dt_look_beneath(dt_pass *pass, uint64_t start, uint64_t end); /* which remedies the memory there needs */
 int dt_scan_pass(dt_pass *pass, uint64_t start, uint64_t end, dt_failure *why);
 int dt_protect(dt_session *s, uint64_t start, uint64_t end);      /* UFFDIO_WRITEPROTECT, in chunks */
 int dt_arm(dt_session *s, dt_region *region, dt_failure *why);    /* at first, or again with a collecting pass */
-int dt_peek_range(dt_session *s, uint64_t start, uint64_t end, bool present, dt_watch *const *watches, uint64_t watch_count,
-                  dt_set *written, dt_set *others, dt_failure *why);
 int dt_page_written(dt_session *s, uint64_t page);                /* 1, 0 or -errno; arms nothing */
 int dt_page_armable(dt_session *s, uint64_t page);                /* 1: somebody registered its mapping for WP_ASYNC */
+
+/* peek.c */
+int dt_peek_range(dt_session *s, uint64_t start, uint64_t end, bool present, dt_watch *const *watches, uint64_t watch_count,
+                  dt_set *written, dt_set *others, dt_failure *why);
 
 /* heal.c */
 bool dt_mapped(uint64_t start, uint64_t end);

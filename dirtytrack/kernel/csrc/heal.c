@@ -32,18 +32,29 @@ static void note_hole(dt_session *s, uint64_t within_start, uint64_t within_end,
     }
 }
 
-/* Never too much stays: what is foreign is not scanned. */
-static void forget_foreign(dt_session *s, uint64_t start, uint64_t end)
+/* Of [start, end) it is found out anew. What is forgotten beyond it would be scanned, and its bits taken. */
+static int forget_foreign(dt_session *s, uint64_t start, uint64_t end)
 {
-    for (uint64_t i = 0; i < s->foreign_count;) {
+    int rc = dt_room((void **)&s->foreign, &s->foreign_room, s->foreign_count + 1, sizeof *s->foreign);
+    for (uint64_t i = 0; !rc && i < s->foreign_count;) {
         dt_run *f = &s->foreign[i];
-        if (f->end <= start || f->start >= end)
+        if (f->end <= start || f->start >= end) {
             i++;
-        else if (f->start < start)
-            f->end = start, i++;
-        else
+        } else if (f->start < start && f->end > end) { /* no other run lies in it: there is one such at most */
+            s->foreign[s->foreign_count++] = (dt_run){end, f->end};
+            f->end = start;
+            i++;
+        } else if (f->start < start) {
+            f->end = start;
+            i++;
+        } else if (f->end > end) {
+            f->start = end;
+            i++;
+        } else {
             *f = s->foreign[--s->foreign_count];
+        }
     }
+    return rc;
 }
 
 static int note_foreign(dt_session *s, uint64_t within_start, uint64_t within_end, uint64_t start, uint64_t end)
@@ -144,7 +155,9 @@ static int arm_anew(dt_session *s, uint64_t start, uint64_t end, bool present)
  * as written, what is gone is noted in its regions. */
 int dt_heal(dt_session *s, uint64_t start, uint64_t end)
 {
-    forget_foreign(s, start, end);
+    int forgotten = forget_foreign(s, start, end);
+    if (forgotten)
+        return forgotten;
     for (uint64_t i = 0; i < s->region_count; i++)
         s->regions[i]->seen_start = s->regions[i]->seen_end = s->regions[i]->seen_bytes = 0;
     for (uint64_t at = start; at < end;) {

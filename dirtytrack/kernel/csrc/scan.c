@@ -112,10 +112,20 @@ static void mark_found(dt_watch *w, const struct k_page_region *found, uint64_t 
         dt_mark(w, found[i].start, found[i].end);
 }
 
+/* Those who are told. A mapping that was replaced by one of another kind may have added to the session's watches, and
+ * moved them. */
+static dt_watch *const *told(const dt_pass *pass, uint64_t *count)
+{
+    *count = pass->everybody ? pass->session->watch_count : pass->watch_count;
+    return pass->everybody ? pass->session->watches : pass->watches;
+}
+
 static void tell(dt_pass *pass, const struct k_page_region *found, uint64_t n)
 {
-    for (uint64_t w = 0; w < pass->watch_count; w++) {
-        dt_watch *watch = pass->watches[w];
+    uint64_t count;
+    dt_watch *const *watches = told(pass, &count);
+    for (uint64_t w = 0; w < count; w++) {
+        dt_watch *watch = watches[w];
         if (pass->direct && watch->listener == pass->self && (!pass->only || watch->region == pass->only))
             continue;
         mark_found(watch, found, n);
@@ -126,8 +136,10 @@ static void tell(dt_pass *pass, const struct k_page_region *found, uint64_t n)
 
 static void tell_range(dt_pass *pass, uint64_t start, uint64_t end)
 {
+    uint64_t count;
+    dt_watch *const *watches = told(pass, &count);
     dt_fold(pass);
-    dt_mark_all(pass->watches, pass->watch_count, start, end);
+    dt_mark_all(watches, count, start, end);
     if (pass->aliased)
         dt_alias_tell(pass->session, start, end);
 }
@@ -253,9 +265,9 @@ static int find_absent(dt_pass *pass, uint64_t start, uint64_t end)
 
 /* The one arming scan that is quick, and that finds discards on each kernel which reports them at all: any richer mask is
  * up to 36 times slower, and over huge pages of the pool it can hang the process for ever (measured, Linux 6.12-7.1). */
-static const dt_question ARM_WRITTEN = {.flags = K_PM_SCAN_WP_MATCHING | K_PM_SCAN_CHECK_WPASYNC, .mask = K_PAGE_IS_WRITTEN};
+const dt_question DT_ARM_WRITTEN = {.flags = K_PM_SCAN_WP_MATCHING | K_PM_SCAN_CHECK_WPASYNC, .mask = K_PAGE_IS_WRITTEN};
 /* The exception, for private anonymous memory: what is not populated gets no page table to hold a marker. */
-static const dt_question ARM_PRESENT = {.flags = K_PM_SCAN_WP_MATCHING | K_PM_SCAN_CHECK_WPASYNC, .mask = K_PAGE_IS_WRITTEN,
+const dt_question DT_ARM_POPULATED = {.flags = K_PM_SCAN_WP_MATCHING | K_PM_SCAN_CHECK_WPASYNC, .mask = K_PAGE_IS_WRITTEN,
                                         .anyof = K_PAGE_IS_PRESENT | K_PAGE_IS_SWAPPED};
 
 /* To the end of `direct`, which has room, if there is one. Returns the pages found. */
@@ -296,7 +308,7 @@ static int scan_chunk(dt_pass *pass, uint64_t start, uint64_t end)
         return rc;
     uint64_t used = 0;
     for (uint64_t at = start; at < end;) {
-        long n = scan_ioctl(s, at, end, pass->present ? &ARM_PRESENT : &ARM_WRITTEN);
+        long n = scan_ioctl(s, at, end, pass->present ? &DT_ARM_POPULATED : &DT_ARM_WRITTEN);
         if (DT_UNLIKELY(n < 0)) {
             uint64_t kept = harvested(s, at);
             dt_fold(pass);
@@ -381,21 +393,24 @@ static void found_lost(void *context, uint64_t start, uint64_t end, bool keep)
 static int find_lost(dt_pass *pass, uint64_t start, uint64_t end)
 {
     int rc = 0;
-    for (uint64_t i = 0; i < pass->watch_count && !rc; i++) {
-        dt_watch *content = pass->watches[i];
+    uint64_t count;
+    dt_watch *const *watches = told(pass, &count);
+    for (uint64_t i = 0; i < count && !rc; i++) {
+        dt_watch *content = watches[i];
         if (!content->listener && content->region->armed)
             rc = dt_find_lost(pass->session, content, start, end, true, found_lost, pass);
     }
     return rc;
 }
 
-/* Which remedies the memory beneath a pass needs. */
-static void look_beneath(dt_pass *pass, uint64_t start, uint64_t end)
+void dt_look_beneath(dt_pass *pass, uint64_t start, uint64_t end)
 {
     const dt_session *s = pass->session;
     bool hugetlb = false;
-    for (uint64_t i = 0; i < pass->watch_count; i++) {
-        const dt_watch *w = pass->watches[i];
+    uint64_t count;
+    dt_watch *const *watches = told(pass, &count);
+    for (uint64_t i = 0; i < count; i++) {
+        const dt_watch *w = watches[i];
         if (w->start >= end || w->end <= start)
             continue;
         pass->find_lost |= !w->listener;
@@ -410,16 +425,19 @@ static void look_beneath(dt_pass *pass, uint64_t start, uint64_t end)
 int dt_scan_pass(dt_pass *pass, uint64_t start, uint64_t end, dt_failure *why)
 {
     dt_session *s = pass->session;
-    look_beneath(pass, start, end);
+    dt_look_beneath(pass, start, end);
     if (DT_UNLIKELY(pass->aliased))
         dt_fold(pass); /* what is found elsewhere is not found in the order of its addresses here */
     int rc = scan_part(pass, start, end, start, end, dt_heal, 0, why);
-    uint64_t next = 0;
+    uint64_t next = 0, known = s->alias_count;
     dt_run elsewhere;
     while (!rc && pass->aliased && dt_alias_next(s, start, end, &next, &elsewhere)) {
-        dt_pass other = {.session = s, .self = pass->self, .watches = s->watches, .watch_count = s->watch_count,
-                         .find_absent = pass->find_absent, .aliased = true};
+        dt_pass other = {.session = s, .self = pass->self, .everybody = true, .find_absent = pass->find_absent, .aliased = true};
         rc = scan_part(&other, elsewhere.start, elsewhere.end, elsewhere.start, elsewhere.end, dt_alias_heal, 0, why);
+        if (known != s->alias_count) { /* some were let go of, and others have their places */
+            known = s->alias_count;
+            next = 0;
+        }
     }
     if (!rc && pass->find_lost && (rc = find_lost(pass, start, end))) { /* what it had to look at is still pending */
         dt_fold(pass);
@@ -486,87 +504,11 @@ int dt_arm(dt_session *s, dt_region *region, dt_failure *why)
     if (first && !region->present && (rc = arm_all(s, region, why)))
         return rc;
     if (!first || region->present || others_wait(s, region, region->start, region->end)) {
-        dt_pass pass = {.session = s, .watches = s->watches, .watch_count = s->watch_count, .present = region->present,
-                        .find_absent = first};
+        dt_pass pass = {.session = s, .everybody = true, .present = region->present, .find_absent = first};
         rc = dt_scan_pass(&pass, region->start, region->end, why);
     }
     if (!rc && first && ((rc = dt_content_after_arming(s, region, region->start, region->end)) || (rc = dt_alias_arm(s, region))))
         dt_fail_with(why, rc, -rc, DT_STEP_PROTECT, region->start, region->end);
     region->armed |= !rc;
     return rc;
-}
-
-/* ---- a look that changes nothing -------------------------------------------------------------------------------------- */
-
-typedef struct peek_context { dt_set *out; int rc; dt_session *s; } peek_context;
-
-static void add_run(void *context, uint64_t start, uint64_t end)
-{
-    peek_context *c = context;
-    if (!c->rc)
-        c->rc = dt_set_reserve(c->out, c->out->count + 1);
-    if (!c->rc)
-        dt_set_append(c->out, start, end);
-}
-
-/* In no order. */
-static void push_run(void *context, uint64_t start, uint64_t end)
-{
-    peek_context *c = context;
-    if (!c->rc)
-        c->rc = dt_set_reserve(c->out, c->out->count + 1);
-    if (!c->rc)
-        c->out->runs[c->out->count++] = (dt_run){start, end};
-}
-
-/* Whoever peeks will read the page, and then it is there again: so it is pending from now on. */
-static void push_lost(void *context, uint64_t start, uint64_t end, bool keep)
-{
-    const peek_context *c = context;
-    (void)keep;
-    push_run(context, start, end);
-    dt_mark_all(c->s->watches, c->s->watch_count, start, end);
-    dt_alias_tell(c->s, start, end);
-}
-
-typedef struct push_moved { peek_context *to; uint64_t distance; } push_moved;
-
-static void push_elsewhere(void *context, uint64_t start, uint64_t end)
-{
-    const push_moved *m = context;
-    push_run(m->to, start - m->distance, end - m->distance);
-}
-
-int dt_peek_range(dt_session *s, uint64_t start, uint64_t end, bool present, dt_watch *const *watches, uint64_t watch_count,
-                  dt_set *written, dt_set *others, dt_failure *why)
-{
-    peek_context c = {written, 0, s}, o = {others, 0, s};
-    uint64_t kept = written->count;
-    dt_pass beneath = {.session = s, .watches = watches, .watch_count = watch_count, .present = present};
-    look_beneath(&beneath, start, end);
-    dt_question question = present ? ARM_PRESENT : ARM_WRITTEN;
-    question.flags = K_PM_SCAN_CHECK_WPASYNC;
-    int rc = dt_query(s, start, end, &question, add_run, &c);
-    if (rc == -EPERM && !c.rc) { /* some of it is not ours any more: a collect would renew it, wholly dirty */
-        written->count = kept;
-        add_run(&c, start, end);
-        rc = 0;
-    }
-    if (!rc && beneath.find_absent) /* remedy R1, as in a collect */
-        rc = dt_query(s, start, end, &DT_ABSENT, push_run, &o);
-    for (uint64_t i = 0; !rc && beneath.find_lost && i < watch_count; i++) /* and R2 */
-        if (!watches[i]->listener && watches[i]->region->armed)
-            rc = dt_find_lost(s, watches[i], start, end, false, push_lost, &o);
-    uint64_t next = 0;
-    dt_run elsewhere;
-    while (!rc && beneath.aliased && dt_alias_next(s, start, end, &next, &elsewhere)) {
-        push_moved m = {&o, elsewhere.start - dt_alias_origin(s, next - 1, start)};
-        question.flags = 0; /* what is not ours there any more is all written: extra, and the next collect finds out */
-        rc = dt_query(s, elsewhere.start, elsewhere.end, &question, push_elsewhere, &m);
-    }
-    dt_set_sort(others);
-    int memory = c.rc ? c.rc : o.rc;
-    if (memory)
-        return dt_fail_with(why, memory, -memory, DT_STEP_MEMORY, start, end);
-    return rc ? dt_fail_with(why, rc, -rc, DT_STEP_SCAN, start, end) : 0;
 }
