@@ -3,7 +3,7 @@
 PYTHON ?= python3
 CC := $(if $(filter default,$(origin CC)),gcc,$(CC))
 ARGS ?=
-TORCH ?= torch>=2.6
+TORCH ?= torch==2.13.0
 
 VENV := .venv
 BIN := $(VENV)/bin
