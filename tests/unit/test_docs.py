@@ -83,12 +83,12 @@ WITH_PYTHON = [
     for path in DOCUMENTS
     if any(block.language == "python" for block in blocks(path))
 ]
-COMMANDS = [
-    pytest.param(command, id=f"{name_of(path)}: {command}")
-    for path in DOCUMENTS
-    for block in blocks(path)
-    for command in commands(block)
-]
+FIRST_IN: dict[str, str] = {}  # a command that stands in several documents is run once
+for document in DOCUMENTS:
+    for each in blocks(document):
+        for command in commands(each):
+            FIRST_IN.setdefault(command, name_of(document))
+COMMANDS = [pytest.param(command, id=f"{where}: {command}") for command, where in FIRST_IN.items()]
 
 
 @pytest.mark.tracking
