@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: MIT
+"""Boot kernels, run the tests there, keep the results."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from . import archive, disk, machine, results
+from .plan import SMOKE, WANTED, Wanted
+
+ROOT = Path(__file__).parents[1]
+BUILD = ROOT / "build" / "kernels"
+CROSS = "aarch64-linux-gnu-gcc"
+PACKAGES = "qemu-system-x86 busybox-static e2fsprogs gcc libc6-dev"
+PACKAGES_ARM64 = "qemu-system-arm gcc-aarch64-linux-gnu libc6-dev-arm64-cross"
+
+
+def lacks(arm64: bool) -> list[str]:
+    """What is not on this machine."""
+    needed = ["qemu-system-x86_64", "busybox", "mke2fs", "gcc", "dpkg-deb"]
+    if arm64:
+        needed += ["qemu-system-aarch64", CROSS]
+    return [name for name in needed if shutil.which(name) is None]
+
+
+def c_tests(compiler: str, into: Path) -> list[Path]:
+    """The C core's tests, static."""
+    into.mkdir(parents=True, exist_ok=True)
+    core = sorted((ROOT / "dirtytrack/kernel/csrc").glob("*.c"))
+    made = []
+    for test in sorted((ROOT / "tests/c").glob("*.c")):
+        flags = ["-std=gnu11", "-O2", "-static", "-pthread", "-D_GNU_SOURCE=", f"-I{core[0].parent}"]
+        subprocess.run([compiler, *flags, test, *core, "-o", into / test.stem], check=True)
+        made.append(into / test.stem)
+    return made
+
+
+def disk_for(architecture: str, source: archive.Archive, same: bool) -> Path:
+    """Make the disk for machines of an architecture, or take the same again."""
+    image = BUILD / f"disk-{architecture}"
+    if same and image.exists():
+        return image
+    if architecture == "amd64":
+        tests = c_tests("gcc", BUILD / "c-amd64")
+        disk.make(image, tests, Path(shutil.which("busybox") or ""), None, python=True)
+    else:
+        source.unpack("busybox-static", architecture, BUILD / "busybox-arm64")
+        (busybox,) = (BUILD / "busybox-arm64").rglob("bin/busybox")
+        disk.make(image, c_tests(CROSS, BUILD / "c-arm64"), busybox, None, python=False)
+    return image
+
+
+def run(wanted: Wanted, source: archive.Archive, image: Path, args: argparse.Namespace) -> results.Result:
+    """Boot one kernel, and return what came of it."""
+    kernel = source.fetch(wanted)
+    accelerator = machine.ACCELERATOR if wanted.architecture == "amd64" else "tcg"
+    slow = 1 if accelerator == "kvm" else 6
+    tests, pytest_seconds = ("smoke", 60 * slow) if args.smoke else ("all", 900 * slow)
+    pytest_seconds = args.pytest_seconds or pytest_seconds
+    limit = pytest_seconds + 200 * slow
+    log = BUILD / f"{kernel.version}.log"
+    steps = machine.boot(kernel, image, log, limit, TESTS=tests, C_SECONDS=60 * slow, PYTEST_SECONDS=pytest_seconds)
+    result = results.result_of(kernel, accelerator, steps, why=wanted.why)
+    if not args.smoke:
+        results.keep(result, steps)
+    return result
+
+
+def arguments() -> argparse.Namespace:
+    """What the command was told."""
+    parser = argparse.ArgumentParser(prog="python -m kernels", description=__doc__)
+    parser.add_argument("--smoke", action="store_true", help="one kernel, a few tests; results are not kept")
+    parser.add_argument("--only", default="", help="kernels whose version and architecture contain this")
+    parser.add_argument("--pytest-seconds", type=int, default=0, help="for pytest in each machine")
+    parser.add_argument("--same-disk", action="store_true", help="with the disks made before")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Return 1 where a test failed, 2 where something lacks."""
+    args = arguments()
+    chosen = [SMOKE] if args.smoke else [w for w in WANTED if args.only in f"{w.version} {w.architecture}"]
+    architectures = {wanted.architecture for wanted in chosen}
+    missing = lacks("arm64" in architectures)
+    if missing:
+        packages = PACKAGES + (f" {PACKAGES_ARM64}" if "arm64" in architectures else "")
+        print(f"Missing: {' '.join(missing)}. On Debian, as root:", file=sys.stderr)
+        print(f"    apt-get install --no-install-recommends {packages}", file=sys.stderr)
+        return 2
+    BUILD.mkdir(parents=True, exist_ok=True)
+    source = archive.Archive(BUILD)
+    source.update(chosen if args.smoke else WANTED)
+    images = {name: disk_for(name, source, args.same_disk) for name in sorted(architectures)}
+    bad = 0
+    for wanted in chosen:
+        began = time.monotonic()
+        result = run(wanted, source, images[wanted.architecture], args)
+        print(f"{results.one_line(result)} ({time.monotonic() - began:.0f} s)", flush=True)
+        for problem in result["problems"]:
+            print(f"    {problem}", flush=True)
+        bad += bool(result["problems"])
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
