@@ -32,19 +32,19 @@ def c_tests(compiler: str, into: Path) -> list[Path]:
     """The C core's tests, static."""
     into.mkdir(parents=True, exist_ok=True)
     core = sorted((ROOT / "dirtytrack/kernel/csrc").glob("*.c"))
-    made = []
-    for test in sorted((ROOT / "tests/c").glob("*.c")):
-        flags = ["-std=gnu11", "-O2", "-static", "-pthread", "-D_GNU_SOURCE=", f"-I{core[0].parent}"]
-        subprocess.run([compiler, *flags, test, *core, "-o", into / test.stem], check=True)
-        made.append(into / test.stem)
-    return made
+    flags = ["-std=gnu11", "-O2", "-pthread", f"-I{core[0].parent}"]
+    subprocess.run([compiler, *flags, "-c", *map(str, core)], cwd=into, check=True)
+    objects = [f"{path.stem}.o" for path in core]
+    tests = sorted((ROOT / "tests/c").glob("*.c"))
+    for test in tests:
+        command = [compiler, *flags, "-D_GNU_SOURCE=", "-static", str(test), *objects, "-o", test.stem]
+        subprocess.run(command, cwd=into, check=True)
+    return [into / test.stem for test in tests]
 
 
-def disk_for(architecture: str, source: archive.Archive, same: bool) -> Path:
-    """Make the disk for machines of an architecture, or take the same again."""
+def make_disk(architecture: str, source: archive.Archive) -> None:
+    """Make the disk for machines of an architecture."""
     image = BUILD / f"disk-{architecture}"
-    if same and image.exists():
-        return image
     if architecture == "amd64":
         tests = c_tests("gcc", BUILD / "c-amd64")
         disk.make(image, tests, Path(shutil.which("busybox") or ""), None, python=True)
@@ -52,19 +52,21 @@ def disk_for(architecture: str, source: archive.Archive, same: bool) -> Path:
         source.unpack("busybox-static", architecture, BUILD / "busybox-arm64")
         (busybox,) = (BUILD / "busybox-arm64").rglob("bin/busybox")
         disk.make(image, c_tests(CROSS, BUILD / "c-arm64"), busybox, None, python=False)
-    return image
 
 
-def run(wanted: Wanted, source: archive.Archive, image: Path, args: argparse.Namespace) -> results.Result:
-    """Boot one kernel, and return what came of it."""
+def run(wanted: Wanted, source: archive.Archive, args: argparse.Namespace) -> results.Result:
+    """Boot one kernel, or take what it printed before, and return what came of it."""
     kernel = source.fetch(wanted)
     accelerator = machine.ACCELERATOR if wanted.architecture == "amd64" else "tcg"
     slow = 1 if accelerator == "kvm" else 6
     tests, pytest_seconds = ("smoke", 60 * slow) if args.smoke else ("all", 900 * slow)
     pytest_seconds = args.pytest_seconds or pytest_seconds
-    limit = pytest_seconds + 200 * slow
-    log = BUILD / f"{kernel.version}.log"
-    steps = machine.boot(kernel, image, log, limit, TESTS=tests, C_SECONDS=60 * slow, PYTEST_SECONDS=pytest_seconds)
+    limit = pytest_seconds + 400 * slow
+    log, image = BUILD / f"{kernel.version}.log", BUILD / f"disk-{wanted.architecture}"
+    if not args.judge:
+        asked = {"TESTS": tests, "C_SECONDS": 60 * slow, "PYTEST_SECONDS": pytest_seconds}
+        machine.boot(kernel, image, log, limit, asked)
+    steps = machine.steps_of(log.with_suffix(".out").read_text(errors="replace"))
     result = results.result_of(kernel, accelerator, steps, why=wanted.why)
     if not args.smoke:
         results.keep(result, steps)
@@ -78,6 +80,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", default="", help="kernels whose version and architecture contain this")
     parser.add_argument("--pytest-seconds", type=int, default=0, help="for pytest in each machine")
     parser.add_argument("--same-disk", action="store_true", help="with the disks made before")
+    parser.add_argument("--judge", action="store_true", help="boot nothing: judge again what was printed before")
     return parser.parse_args()
 
 
@@ -95,11 +98,13 @@ def main() -> int:
     BUILD.mkdir(parents=True, exist_ok=True)
     source = archive.Archive(BUILD)
     source.update(chosen if args.smoke else WANTED)
-    images = {name: disk_for(name, source, args.same_disk) for name in sorted(architectures)}
+    for architecture in sorted(architectures):
+        if not (args.judge or args.same_disk):
+            make_disk(architecture, source)
     bad = 0
     for wanted in chosen:
         began = time.monotonic()
-        result = run(wanted, source, images[wanted.architecture], args)
+        result = run(wanted, source, args)
         print(f"{results.one_line(result)} ({time.monotonic() - began:.0f} s)", flush=True)
         for problem in result["problems"]:
             print(f"    {problem}", flush=True)

@@ -100,13 +100,13 @@ class Archive:
 
     def _versions(self, wanted: Wanted) -> dict[str, str]:
         """Package by version of the kernel."""
-        pattern = rf"^linux-(image|binary)-([0-9].*)-cloud-{wanted.architecture}$"
+        pattern = rf"^linux-(image|binary)-([0-9]+[.][0-9]+[.][0-9].*)-cloud-{wanted.architecture}$"
         found: dict[str, str] = {}
         for line in self._run("apt-cache", "search", "-n", pattern).splitlines():
             name = line.split(" ", 1)[0]
             match = re.match(pattern, name)
             # Since 7.1 the image is empty, and depends on `binary`, which has it.
-            if match and "." in match[2] and (match[1] == "binary" or match[2] not in found):
+            if match and (match[1] == "binary" or match[2] not in found):
                 found[match[2]] = name
         return found
 
@@ -138,8 +138,9 @@ class Archive:
             about = subprocess.run(["dpkg-deb", "-f", deb, "Version"], capture_output=True, text=True, check=True)
             deb.unlink()
             label.write_text(f"{package} {about.stdout.strip()}")
-        (image,) = home.glob("boot/vmlinu*")
-        return Kernel(image.name.split("-", 1)[1], wanted.architecture, label.read_text(), image)
+        (image,) = (path for path in home.rglob("vmlinu*") if path.is_file())  # in boot, or beside its modules
+        release = re.sub("^linux-(image|binary)-", "", package)
+        return Kernel(release, wanted.architecture, label.read_text(), image)
 
     def unpack(self, package: str, architecture: str, into: Path) -> None:
         """Have a package's files below a folder."""

@@ -16,7 +16,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from .plan import DESELECTED, SMOKE_TESTS, TESTS
+from .plan import DESELECTED, FIRST, SMOKE_TESTS
 
 __all__ = ["make"]
 
@@ -145,6 +145,16 @@ def _compiler(root: _Root) -> None:
         root.file(header)
 
 
+def _in_order() -> list[str]:
+    """The files of tests for a machine, those first that differ between kernels."""
+    found = [
+        str(path.relative_to(ROOT))
+        for name in ("kernel", "unit")
+        for path in (ROOT / "tests" / name).rglob("test_*.py")
+    ]
+    return [*FIRST, *sorted(name for name in found if not name.startswith((*FIRST, *DESELECTED)))]
+
+
 def _choice(*words: str) -> str:
     """A file of arguments for pytest."""
     return "".join(f"{word}\n" for word in words)
@@ -180,7 +190,7 @@ def make(image: Path, c_tests: Iterable[Path], busybox: Path, modules: Path | No
         root.libraries()
         (root.folder / "python").write_text(f"{sys.executable} {ROOT}\n")
         deselected = [word for start in DESELECTED for word in ("--deselect", start)]
-        (root.folder / "chosen-all").write_text(_choice(*deselected, *TESTS))
+        (root.folder / "chosen-all").write_text(_choice(*deselected, *_in_order()))
         (root.folder / "chosen-smoke").write_text(_choice(*SMOKE_TESTS))
     used = sum(path.lstat().st_blocks * 512 for path in root.folder.rglob("*"))
     with image.open("wb") as file:

@@ -6,12 +6,13 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from .archive import Kernel
 
-__all__ = ["ACCELERATOR", "Step", "boot"]
+__all__ = ["ACCELERATOR", "Step", "boot", "steps_of"]
 
 
 def _virtualizes() -> bool:
@@ -36,24 +37,25 @@ class Step(NamedTuple):
 
 # Emulated in software a machine has one processor: with two, each change of a page table stops both, and the C tests
 # took eight times as long.
-def _command(kernel: Kernel, disk: Path, log: Path, environment: dict[str, object]) -> list[str]:
+def _command(kernel: Kernel, disk: Path, log: Path, environment: Mapping[str, object]) -> list[str]:
     if kernel.architecture == "amd64":
         words = ["qemu-system-x86_64", "-accel", ACCELERATOR]
         words += ["-cpu", "max", "-smp", "2"] if ACCELERATOR == "kvm" else ["-cpu", "max,-la57", "-smp", "1"]
-        serial = "ttyS0"
+        serial, out = "ttyS0", "ttyS1"
+        words += ["-serial", f"file:{log}", "-serial", "stdio"]
     else:
         words = ["qemu-system-aarch64", "-machine", "virt", "-accel", "tcg", "-cpu", "cortex-a72", "-smp", "1"]
-        serial = "ttyAMA0"
+        serial, out = "ttyAMA0", "hvc0"  # there is but one serial port
+        words += ["-serial", f"file:{log}"]
+        words += ["-chardev", "stdio,id=out", "-device", "virtio-serial-pci", "-device", "virtconsole,chardev=out"]
     settings = " ".join(f"{name}={value}" for name, value in environment.items())
     words += ["-m", _MEMORY, "-display", "none", "-nodefaults", "-no-reboot"]
     words += ["-kernel", str(kernel.image)]
-    start = f"console={serial} loglevel=5 panic=-1 mitigations=off root=/dev/nvme0n1 rw init=/init"
+    start = f"console={serial} loglevel=5 panic=-1 mitigations=off root=/dev/nvme0n1 rw init=/init OUT={out}"
     words += ["-append", f"{start} {settings}"]
     # Writes go to a temporary file, so each machine finds the disk as it was made.
     words += ["-drive", f"file={disk},format=raw,if=none,id=disk,snapshot=on,cache=unsafe"]
-    words += ["-device", "nvme,serial=disk,drive=disk"]
-    words += ["-serial", f"file:{log}"]
-    return [*words, "-chardev", "stdio,id=out", "-device", "virtio-serial-pci", "-device", "virtconsole,chardev=out"]
+    return [*words, "-device", "nvme,serial=disk,drive=disk"]
 
 
 def steps_of(output: str) -> dict[str, Step]:
@@ -69,8 +71,8 @@ def steps_of(output: str) -> dict[str, Step]:
     return found
 
 
-def boot(kernel: Kernel, disk: Path, log: Path, seconds: float, **environment: object) -> dict[str, Step]:
-    """Boot, run, and return what each step told.
+def boot(kernel: Kernel, disk: Path, log: Path, seconds: float, environment: Mapping[str, object]) -> None:
+    """Boot, and wait for the end.
 
     Args:
         kernel: what to boot.
@@ -79,11 +81,9 @@ def boot(kernel: Kernel, disk: Path, log: Path, seconds: float, **environment: o
         seconds: after these the machine is turned off.
         environment: for its first process.
     """
-    out = log.with_suffix(".out")
-    with out.open("wb") as file:
+    with log.with_suffix(".out").open("wb") as file:
         try:
             command = _command(kernel, disk, log, environment)
             subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, timeout=seconds, check=True)
         except subprocess.TimeoutExpired:
             file.write(b"\n")
-    return steps_of(out.read_text(errors="replace"))

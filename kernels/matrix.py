@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from .plan import DESELECTED
+from .plan import DESELECTED, KNOWN, OF_SOUND_KERNELS
 from .results import REFUSED, Counts, Result, kept
 
 __all__ = ["PAGE", "page"]
@@ -42,6 +42,7 @@ def _told(counts: Counts | None) -> str:
         return "not run"
     words = [f"{counts['passed']:,} passed"]
     words += [f"**{counts['failed']} failed**"] if counts["failed"] else []
+    words += [f"{counts['expected']} failed as they should"] if counts["expected"] else []
     words += [f"{counts['skipped']} skipped"] if counts["skipped"] else []
     words += [f"{counts['not_reached']:,} not reached in {counts['seconds']:.0f} s"] if counts["not_reached"] else []
     return ", ".join(words)
@@ -72,7 +73,11 @@ def _row(result: Result) -> tuple[str, ...]:
 
 
 def _problems(results: list[Result]) -> str:
-    lines = [f"- `{result['release']}`: `{problem}`\n" for result in results for problem in result["problems"]]
+    lines = [
+        f"- `{result['release']}`: `{problem}` ({KNOWN.get(problem, 'not explained yet')})\n"
+        for result in results
+        for problem in result["problems"]
+    ]
     return "\n## What was not as it should be\n\n" + "".join(lines) if lines else ""
 
 
@@ -88,6 +93,8 @@ def _refusals(results: list[Result]) -> str:
 def _left_out(results: list[Result]) -> str:
     text = "\n## What was not run there\n\n"
     text += _table(("tests", "why"), *((f"`{start}`", why) for start, why in DESELECTED.items()))
+    text += "\nOn a HOLEY kernel these fail, and should:\n\n"
+    text += _table(("tests", "why"), *((f"`{start}`", why) for start, why in OF_SOUND_KERNELS.items()))
     reasons: dict[str, dict[str, int]] = {}
     for result in results:
         if result["behaviour"] != REFUSED:
