@@ -32,6 +32,8 @@ class Kernel(NamedTuple):
     package: str
     """With its version."""
     image: Path
+    home: Path
+    """The package, unpacked."""
 
 
 def _numbers(version: str) -> list[int]:
@@ -140,7 +142,7 @@ class Archive:
             label.write_text(f"{package} {about.stdout.strip()}")
         (image,) = (path for path in home.rglob("vmlinu*") if path.is_file())  # in boot, or beside its modules
         release = re.sub("^linux-(image|binary)-", "", package)
-        return Kernel(release, wanted.architecture, label.read_text(), image)
+        return Kernel(release, wanted.architecture, label.read_text(), image, home)
 
     def unpack(self, package: str, architecture: str, into: Path) -> None:
         """Have a package's files below a folder."""

@@ -179,7 +179,7 @@ def make(image: Path, c_tests: Iterable[Path], busybox: Path, modules: Path | No
     shutil.copy2(ROOT / "kernels" / "guest-init", root.folder / "init")
     for test in c_tests:
         shutil.copy2(test, root.folder / "c-tests")
-    if modules is not None:
+    if modules is not None and modules.exists():
         shutil.copytree(modules, root.folder / "modules", dirs_exist_ok=True)
     if python:
         _python(root)

@@ -14,7 +14,7 @@ from kernels.plan import DESELECTED, FIRST, KNOWN, OF_SOUND_KERNELS, SMOKE_TESTS
 from kernels.results import Result, kept, result_of
 
 ROOT = Path(__file__).parents[2]
-KERNEL = Kernel("6.99.1", "amd64", "linux-image-6.99.1 6.99.1-1", Path("vmlinuz"))
+KERNEL = Kernel("6.99.1", "amd64", "linux-image-6.99.1 6.99.1-1", Path("vmlinuz"), Path())
 PROBED = "door 1, features 0x1ffff, categories 0xff, stores {}, discards {}, untouched {}\n12 passed, 0 failed"
 PYTEST = """\
 collected 9 items / 2 deselected / 7 selected
