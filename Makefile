@@ -141,6 +141,14 @@ pythons: $(VENV)/.built ## one wheel from the sdist, installed and tried in each
 	    done; \
 	done; echo "$$tried of Python 3.10-3.13 found, each works with $$(basename build/pythons/*.whl)"; [ $$tried -gt 0 ]
 
+.PHONY: kernels
+kernels: $(VENV)/.test ## all tests in Debian's kernels, emulated, and docs/support-matrix.md from what came of it: hours
+	$(BIN)/python -m kernels $(ARGS); status=$$?; $(BIN)/python -m kernels.matrix; exit $$status
+
+.PHONY: kernels-smoke
+kernels-smoke: $(VENV)/.test ## the C tests and those of the remedies in one kernel that needs the remedies
+	$(BIN)/python -m kernels --smoke
+
 .PHONY: lint
 lint: $(VENV)/.lint lint-c docs ## format, ruff, mypy --strict, the C core and the docs under every warning
 	$(BIN)/ruff format --check .

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: MIT
+"""Which kernels are booted, and which tests run there: decided in this one place."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = ["DESELECTED", "FIRST", "KNOWN", "OF_SOUND_KERNELS", "SMOKE", "SMOKE_TESTS", "WANTED", "Wanted"]
+
+
+class Wanted(NamedTuple):
+    """A kernel of Debian's; where the archive no longer has it, the nearest of its series is taken."""
+
+    version: str
+    """As in the package's name. ``6.1.0-*`` or ``7.3.*``: the newest of the series."""
+    suite: str
+    """Of Debian's archive; `-security` suites are searched beside it."""
+    architecture: str = "amd64"
+    why: str = ""
+
+
+WANTED = (
+    Wanted("6.1.0-*", "bookworm", why="Debian 12; older than asynchronous write protection"),
+    Wanted("6.12.43+deb12", "bookworm-backports", why="hides freed page tables; one way to hang in the scan"),
+    Wanted("6.12.*", "trixie", why="Debian 13"),
+    Wanted("6.18.*", "trixie-backports", why="the newest of the series in the archive"),
+    Wanted("7.1.3+deb13", "trixie-backports", why="hides freed page tables; one way to hang in the scan"),
+    Wanted("7.1.*", "trixie-backports", why="the newest of the series in the archive"),
+    Wanted("7.3.*", "trixie-backports", why="the newest in the archive"),
+    Wanted("6.12.43+deb12", "bookworm-backports", "arm64", why="hides freed page tables, on arm64"),
+    Wanted("6.12.*", "trixie", "arm64", why="Debian 13 on arm64"),
+    Wanted("7.3.*", "trixie-backports", "arm64", why="the newest in the archive, on arm64"),
+)
+
+SMOKE = WANTED[1]
+"""The one that CI boots: most kernels in use need the remedies that it needs."""
+SMOKE_TESTS = ("tests/kernel/conformance/test_discards.py", "tests/kernel/test_unseen.py")
+
+FIRST = (
+    "tests/kernel/conformance/test_discards.py",
+    "tests/kernel/test_unseen.py",
+    "tests/kernel/test_unseen_flights.py",
+    "tests/kernel/test_contract.py",
+    "tests/kernel/test_contract_gone.py",
+    "tests/kernel/conformance/test_huge_pages.py",
+    "tests/kernel/conformance/test_pressure.py",
+    "tests/kernel/test_memory.py",
+    "tests/kernel/test_pagemap.py",
+    "tests/kernel/test_blind_spots.py",
+    "tests/kernel/conformance/test_moves.py",
+    "tests/kernel/conformance/test_base.py",
+    "tests/kernel/conformance/test_transact.py",
+    "tests/kernel/failures",
+)
+"""These first: what differs between kernels, should the time not suffice for all. Then all others."""
+
+DESELECTED: dict[str, str] = {
+    "tests/unit/test_packaging.py": "builds wheels: needs pip's network and a whole toolchain",
+    "tests/unit/test_docs.py": "tells of the sources, not of the kernel; runs make and git",
+    "tests/unit/test_layers.py": "tells of the sources, not of the kernel",
+    "tests/unit/test_support_matrix.py": "tells of what came of these runs",
+    "tests/unit/test_abi.py": "tells of the sources and of the build, not of the kernel",
+}
+"""What is not run there: a file, or the beginning of a test's id; and why."""
+
+OF_SOUND_KERNELS: dict[str, str] = {
+    "tests/kernel/conformance/test_huge_pages.py::test_a_zapped_shared_huge_page_is_dirty": (
+        "asks the kernel itself, without a session: a HOLEY one does not report it, which is what remedy R1 is for"
+    ),
+}
+"""What a HOLEY kernel fails, and should: the beginning of a test's id, and why. No tracker may be in such a test."""
+
+KNOWN: dict[str, str] = {
+    "c:test_sets: status 1: 58532 passed, 2 failed": (
+        "arm64 ignores the top byte of an address: `Pagemap.scan` up to address 1 << 63 is not refused there as a whole"
+    ),
+}
+"""Problems that are known, and what is behind each."""
