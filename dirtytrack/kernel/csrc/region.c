@@ -217,11 +217,13 @@ failed:
 
 static int unregister_locked(dt_session *s, dt_region *region)
 {
-    if (!atomic_exchange(&region->registered, false) || s->uffd < 0)
+    if (!atomic_exchange(&region->registered, false))
         return 0;
     region->armed = false;
     dt_alias_end(s, region);
     dt_content_end(s, region);
+    if (s->uffd < 0)
+        return 0;
     uint64_t at = region->start, from, to;
     int failed = 0;
     while (dt_next_uncovered(s, dt_counts_registered, region, &at, region->end, &from, &to)) {
