@@ -20,6 +20,10 @@ from tests.kernel.host import HUGE_PAGE, POOLS, NotHere, machine_lock, setting
 from tests.oracle import PAGE
 from tests.sandbox import DEVICE, check, libc, run_in_child
 
+pytestmark = pytest.mark.unsanitized(
+    "filters, limits and time-outs of processes that the sanitizer slows and maps into"
+)
+
 _CLONE_NEWUSER = 0x10000000
 Told = dict[str, Any]
 

@@ -24,6 +24,10 @@ import dirtytrack
 from dirtytrack.cli import main
 from tests.sandbox import DEVICE, ROOT, check, libc, run_in_child
 
+pytestmark = pytest.mark.unsanitized(
+    "filters, limits and time-outs of processes that the sanitizer slows and maps into"
+)
+
 PROFILE = ROOT / "docs" / "seccomp.json"
 _LOAD, _AND, _EQUAL, _RETURN = 0x20, 0x54, 0x15, 0x06
 _ALLOW, _ERRNO = 0x7FFF0000, 0x00050000

@@ -26,6 +26,10 @@ from dirtytrack.kernel.trial import KINDS, knows_guard_pages
 from tests.kernel.host import HUGE_PAGE, POOLS, machine_lock, setting
 from tests.sandbox import run_in_child
 
+pytestmark = pytest.mark.unsanitized(
+    "filters, limits and time-outs of processes that the sanitizer slows and maps into"
+)
+
 ALONE, TRACKED, TOLD = truth.WAYS
 SHARED_HUGE = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 

@@ -19,6 +19,10 @@ from dirtytrack.kernel.trial import KINDS, NotHere
 from tests.kernel.host import HUGE_PAGE, POOLS, machine_lock
 from tests.sandbox import run_in_child
 
+pytestmark = pytest.mark.unsanitized(
+    "filters, limits and time-outs of processes that the sanitizer slows and maps into"
+)
+
 ALONE, TRACKED, TOLD = truth.WAYS
 SEEN = ("process_vm_writev", "read(2) that began before the arming", "read by O_DIRECT", "read by io_uring")
 REGISTERED = "read by io_uring into a registered buffer"
