@@ -72,11 +72,12 @@ def run(wanted: Wanted, kernel: archive.Kernel, args: argparse.Namespace) -> res
     choice = "smoke" if args.smoke else "given" if args.tests else "all"
     pytest_seconds = args.pytest_seconds or (900 if choice == "all" else 60) * slow
     limit = pytest_seconds + 400 * slow
-    log, image = BUILD / f"{kernel.version}.log", BUILD / f"disk-{wanted.architecture}"
+    name = kernel.version if choice == "all" else f"{kernel.version}-{choice}"
+    log, image = BUILD / f"{name}.log", BUILD / f"disk-{wanted.architecture}"
     if not args.judge:
         asked = {"TESTS": choice, "C_SECONDS": 60 * slow, "PYTEST_SECONDS": pytest_seconds}
         machine.boot(kernel, image, log, limit, asked)
-    steps = machine.steps_of(log.with_suffix(".out").read_text(errors="replace"))
+    steps = machine.steps_of((BUILD / f"{name}.out").read_text(errors="replace"))
     result = results.result_of(kernel, accelerator, steps, why=wanted.why)
     python = result["python"]
     if wanted.architecture == "amd64" and (python is None or (choice == "smoke" and python["not_reached"])):

@@ -197,7 +197,9 @@ def make(
         (root.folder / "chosen-given").write_text(_choice(*given))
         (root.folder / "chosen-smoke").write_text(_choice(*SMOKE_TESTS))
     used = sum(path.lstat().st_blocks * 512 for path in root.folder.rglob("*"))
-    with image.open("wb") as file:
+    part = image.with_suffix(".part")  # a machine may still run from the one before
+    with part.open("wb") as file:
         file.truncate((used * 5 // 4 + _FREE_BYTES) & -4096)
-    subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", "-E", "root_owner=0:0", "-d", root.folder, image], check=True)
+    subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", "-E", "root_owner=0:0", "-d", root.folder, part], check=True)
+    part.rename(image)
     shutil.rmtree(root.folder)
