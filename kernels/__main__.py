@@ -53,35 +53,36 @@ def modules(kernels: list[archive.Kernel]) -> Path:
     return folder
 
 
-def make_disk(architecture: str, source: archive.Archive, kernels: list[archive.Kernel]) -> None:
+def make_disk(architecture: str, source: archive.Archive, kernels: list[archive.Kernel], given: list[str]) -> None:
     """Make the disk for machines of an architecture."""
     image = BUILD / f"disk-{architecture}"
     if architecture == "amd64":
         tests = c_tests("gcc", BUILD / "c-amd64")
-        disk.make(image, tests, Path(shutil.which("busybox") or ""), modules(kernels), python=True)
+        disk.make(image, tests, Path(shutil.which("busybox") or ""), modules(kernels), given)
     else:
         source.unpack("busybox-static", architecture, BUILD / "busybox-arm64")
         (busybox,) = (BUILD / "busybox-arm64").rglob("bin/busybox")
-        disk.make(image, c_tests(CROSS, BUILD / "c-arm64"), busybox, None, python=False)
+        disk.make(image, c_tests(CROSS, BUILD / "c-arm64"), busybox, None, None)
 
 
 def run(wanted: Wanted, kernel: archive.Kernel, args: argparse.Namespace) -> results.Result:
     """Boot one kernel, or take what it printed before, and return what came of it."""
     accelerator = machine.ACCELERATOR if wanted.architecture == "amd64" else "tcg"
     slow = 1 if accelerator == "kvm" else 6
-    tests, pytest_seconds = ("smoke", 60 * slow) if args.smoke else ("all", 900 * slow)
-    pytest_seconds = args.pytest_seconds or pytest_seconds
+    choice = "smoke" if args.smoke else "given" if args.tests else "all"
+    pytest_seconds = args.pytest_seconds or (900 if choice == "all" else 60) * slow
     limit = pytest_seconds + 400 * slow
-    log, image = BUILD / f"{kernel.version}.log", BUILD / f"disk-{wanted.architecture}"
+    name = kernel.version if choice == "all" else f"{kernel.version}-{choice}"
+    log, image = BUILD / f"{name}.log", BUILD / f"disk-{wanted.architecture}"
     if not args.judge:
-        asked = {"TESTS": tests, "C_SECONDS": 60 * slow, "PYTEST_SECONDS": pytest_seconds}
+        asked = {"TESTS": choice, "C_SECONDS": 60 * slow, "PYTEST_SECONDS": pytest_seconds}
         machine.boot(kernel, image, log, limit, asked)
-    steps = machine.steps_of(log.with_suffix(".out").read_text(errors="replace"))
+    steps = machine.steps_of((BUILD / f"{name}.out").read_text(errors="replace"))
     result = results.result_of(kernel, accelerator, steps, why=wanted.why)
     python = result["python"]
-    if wanted.architecture == "amd64" and (python is None or (args.smoke and python["not_reached"])):
+    if wanted.architecture == "amd64" and (python is None or (choice == "smoke" and python["not_reached"])):
         result["problems"].append("not all of the Python tests ran")
-    if not args.smoke:
+    if choice == "all":
         results.keep(result, steps)
     return result
 
@@ -92,6 +93,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="one kernel, a few tests; results are not kept")
     parser.add_argument("--only", default="", help="kernels whose version and architecture contain this")
     parser.add_argument("--pytest-seconds", type=int, default=0, help="for pytest in each machine")
+    parser.add_argument("--tests", nargs="+", default=[], help="only these, as pytest takes them; results are not kept")
     parser.add_argument("--same-disk", action="store_true", help="with the disks made before")
     parser.add_argument("--judge", action="store_true", help="boot nothing: judge again what was printed before")
     return parser.parse_args()
@@ -114,7 +116,7 @@ def main() -> int:
     kernels = [source.fetch(wanted) for wanted in chosen]
     for architecture in sorted(architectures):
         if not (args.judge or args.same_disk):
-            make_disk(architecture, source, kernels)
+            make_disk(architecture, source, kernels, args.tests)
     bad = 0
     for wanted, kernel in zip(chosen, kernels, strict=True):
         began = time.monotonic()

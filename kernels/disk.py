@@ -13,7 +13,7 @@ import stat
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from .plan import DESELECTED, FIRST, SMOKE_TESTS
@@ -160,7 +160,9 @@ def _choice(*words: str) -> str:
     return "".join(f"{word}\n" for word in words)
 
 
-def make(image: Path, c_tests: Iterable[Path], busybox: Path, modules: Path | None, python: bool) -> None:
+def make(
+    image: Path, c_tests: Iterable[Path], busybox: Path, modules: Path | None, given: Sequence[str] | None
+) -> None:
     """Make a disk.
 
     Args:
@@ -168,7 +170,8 @@ def make(image: Path, c_tests: Iterable[Path], busybox: Path, modules: Path | No
         c_tests: static programs.
         busybox: a static one, of the machine's architecture.
         modules: a folder of kernel modules by release, if any.
-        python: Python and the tests too; for this machine's own architecture.
+        given: Python and the tests too, for this machine's own architecture; these arguments of pytest are the choice
+            ``given``. None: none of that.
     """
     root = _Root(image.with_suffix(".root"))
     shutil.copy2(busybox, root.folder / "bin" / "busybox")
@@ -181,7 +184,7 @@ def make(image: Path, c_tests: Iterable[Path], busybox: Path, modules: Path | No
         shutil.copy2(test, root.folder / "c-tests")
     if modules is not None and modules.exists():
         shutil.copytree(modules, root.folder / "modules", dirs_exist_ok=True)
-    if python:
+    if given is not None:
         _python(root)
         _compiler(root)
         for name in _TREE:
@@ -191,9 +194,12 @@ def make(image: Path, c_tests: Iterable[Path], busybox: Path, modules: Path | No
         (root.folder / "python").write_text(f"{sys.executable} {ROOT}\n")
         deselected = [word for start in DESELECTED for word in ("--deselect", start)]
         (root.folder / "chosen-all").write_text(_choice(*deselected, *_in_order()))
+        (root.folder / "chosen-given").write_text(_choice(*given))
         (root.folder / "chosen-smoke").write_text(_choice(*SMOKE_TESTS))
     used = sum(path.lstat().st_blocks * 512 for path in root.folder.rglob("*"))
-    with image.open("wb") as file:
+    part = image.with_suffix(".part")  # a machine may still run from the one before
+    with part.open("wb") as file:
         file.truncate((used * 5 // 4 + _FREE_BYTES) & -4096)
-    subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", "-E", "root_owner=0:0", "-d", root.folder, image], check=True)
+    subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", "-E", "root_owner=0:0", "-d", root.folder, part], check=True)
+    part.rename(image)
     shutil.rmtree(root.folder)

@@ -81,7 +81,7 @@ def boot(kernel: Kernel, disk: Path, log: Path, seconds: float, environment: Map
         seconds: after these the machine is turned off.
         environment: for its first process.
     """
-    with log.with_suffix(".out").open("wb") as file:
+    with log.with_name(f"{log.name.removesuffix('.log')}.out").open("wb") as file:
         try:
             command = _command(kernel, disk, log, environment)
             subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, timeout=seconds, check=True)

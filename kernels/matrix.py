@@ -72,9 +72,13 @@ def _row(result: Result) -> tuple[str, ...]:
     )
 
 
+def _explained(problem: str) -> str:
+    return next((why for start, why in KNOWN.items() if problem.startswith(start)), "not explained yet")
+
+
 def _problems(results: list[Result]) -> str:
     lines = [
-        f"- `{result['release']}`: `{problem}` ({KNOWN.get(problem, 'not explained yet')})\n"
+        f"- `{result['release']}`: `{problem}` ({_explained(problem)})\n"
         for result in results
         for problem in result["problems"]
     ]

