@@ -78,8 +78,8 @@ OF_SOUND_KERNELS: dict[str, str] = {
 
 KNOWN: dict[str, str] = {
     "FAILED tests/kernel/conformance/test_base.py::test_the_base_cases_on_a_gibibyte_page": (
-        "**a tracker misses every store to a page of 1 GiB there**: the arming scan neither reports nor re-arms it; why "
-        "is not known yet. Do not use huge='1G' on such a kernel"
+        "**a tracker misses every store to a page of 1 GiB there**: the arming scan neither reports nor re-arms it; "
+        "why is not known yet. Do not use huge='1G' on such a kernel"
     ),
     "c:test_sets: status 1: 58532 passed, 2 failed": (
         "arm64 ignores the top byte of an address: `Pagemap.scan` up to address 1 << 63 is not refused there as a whole"
