@@ -87,6 +87,7 @@ class _Lib:
     DT_KIND_FILE: int
     DT_KIND_SHARED: int
     DT_KIND_HUGETLB: int
+    DT_KIND_GIGANTIC: int
     DT_SITE_ALLOCATE: int
     DT_SITE_SCAN: int
     DT_SITE_REGISTER: int

@@ -373,13 +373,15 @@ KINDS: tuple[Kind, ...] = (
     _hugetlb_kind("hugetlb memfd", _hugetlb("memfd"), shared=True),
     _hugetlb_kind("hugetlb System V", _hugetlb("System V"), shared=True),
 )
-GIGANTIC = Kind(
-    "hugetlb 1G", _hugetlb("private", GIGANTIC_PAGE), "hugetlb", granule=GIGANTIC_PAGE, page_bytes=GIGANTIC_PAGE
+_gigantic_kind = functools.partial(Kind, backing="hugetlb", granule=GIGANTIC_PAGE, page_bytes=GIGANTIC_PAGE)
+GIGANTIC: tuple[Kind, ...] = (
+    _gigantic_kind("hugetlb 1G private", _hugetlb("private", GIGANTIC_PAGE)),
+    _gigantic_kind("hugetlb 1G shared", _hugetlb("shared", GIGANTIC_PAGE), shared=True),
 )
 """Apart from the others: a machine that has run for a while may have no gibibyte in one piece."""
 
 
 def some(*names: str) -> tuple[Kind, ...]:
     """Kinds by name."""
-    by_name = {kind.name: kind for kind in (*KINDS, GIGANTIC)}
+    by_name = {kind.name: kind for kind in (*KINDS, *GIGANTIC)}
     return tuple(by_name[name] for name in names)

@@ -179,7 +179,7 @@ int dt_alias_arm(dt_session *s, const dt_region *r)
         if (a->region != r || a->armed)
             continue;
         uint64_t start = a->other, end = start + (a->end - a->start);
-        dt_pass pass = {.session = s, .everybody = true, .find_absent = true, .aliased = true};
+        dt_pass pass = {.session = s, .everybody = true, .find_absent = true, .find_gigantic = true, .aliased = true};
         uint64_t known = s->alias_count;
         /* Where somebody waits for its bits, only a collecting scan may arm. */
         int rc = has_listeners(s, a, start, end) ? dt_scan_pass(&pass, start, end, NULL) : dt_protect(s, start, end);

@@ -212,7 +212,8 @@ enum dt_kind {
     DT_KIND_ANONYMOUS = 1, /* private, without a file */
     DT_KIND_FILE = 2,      /* private, of a file or of a memfd */
     DT_KIND_SHARED = 4,    /* shared: anonymous, memfd, tmpfs, SysV or a file */
-    DT_KIND_HUGETLB = 8    /* huge pages of the pool, beside one of the above */
+    DT_KIND_HUGETLB = 8,   /* huge pages of the pool, beside one of the above */
+    DT_KIND_GIGANTIC = 16  /* some of them of another size than the usual one, which one entry of a PMD maps */
 };
 
 typedef struct dt_statistics {

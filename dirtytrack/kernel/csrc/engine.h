@@ -141,6 +141,7 @@ typedef struct dt_pass {
     uint64_t watch_count;
     bool present;                 /* arm and find what is populated only */
     bool find_absent;             /* remedy R1: the kernel or the kind of memory needs it */
+    bool find_gigantic;           /* some of it the arming scan may pass over: huge pages of an unusual size */
     bool find_lost;               /* remedy R2: somewhere beneath it a marker may survive a discard */
     bool aliased;                 /* some of it is mapped elsewhere too */
 } dt_pass;

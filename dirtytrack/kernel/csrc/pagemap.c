@@ -100,6 +100,9 @@ static int scan_range(int fd, const dt_scan_request *request, dt_scan_result *re
     uint64_t page = dt_page_bytes(), at = request->start, last = request->end, budget = request->max_pages;
     if (last + page > last)
         last = dt_up(last, page);
+    /* Arm64 passes over the top byte of an address, and would arm what lies at the rest of it. */
+    if ((at | last) >> 56)
+        return fail_scan(result, -EFAULT, DT_STEP_SCAN, at, last);
     /* A range that the kernel would refuse as a whole is refused before any of its parts is armed. Empty and reversed
      * ranges go to the kernel in one call, for its answer. */
     if (at >= last || last - at > CALL_BYTES) {

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from dirtytrack import PageCategory, Pagemap, ScanFlag
+from dirtytrack import DirtyTracker, PageCategory, Pagemap, ScanFlag
 from tests import oracle
+from tests.kernel.host import GIGANTIC_PAGE
 from tests.kernel.kinds import GIGANTIC, KINDS, Area, Kind, some
 from tests.kernel.watched import ARMING, EXACT, Bare, Watched
 from tests.oracle import PAGE
@@ -77,8 +78,8 @@ def test_the_base_cases_on_many_pages(tmp_path: Path) -> None:
 
 
 def test_the_base_cases_on_a_gibibyte_page(tmp_path: Path) -> None:
-    """One unit only: so it is all of them, or none."""
-    with GIGANTIC.map(1, tmp_path) as area, Pagemap() as pagemap, oracle.userfaultfd() as uffd:
+    """One unit only: so it is all of them, or none. Linux 6.12.43 fails this, and trackers see to it themselves."""
+    with GIGANTIC[0].map(1, tmp_path) as area, Pagemap() as pagemap, oracle.userfaultfd() as uffd:
         oracle.register(uffd, area.address, area.end)
         oracle.arm(uffd, area.address, area.end)
         for _ in range(2):
@@ -87,6 +88,22 @@ def test_the_base_cases_on_a_gibibyte_page(tmp_path: Path) -> None:
             for flags in (ScanFlag(0), ARMING):
                 [found] = pagemap.scan(area.address, area.end, **EXACT, flags=flags)
                 assert found == (area.address, area.end, PageCategory.WRITTEN)
+
+
+@pytest.mark.parametrize("kind", GIGANTIC, ids=str)
+def test_a_tracker_sees_each_store_to_a_gibibyte_page(kind: Kind, tmp_path: Path) -> None:
+    """The arming scan passes over such a page in silence on Linux 6.12.43, and neither reports nor arms it."""
+    with kind.map(1, tmp_path) as area, Watched(area, compare=False) as watched:
+        for number in range(3):
+            assert watched.collect() == watched.peek() == set()
+            area.store(0, bytes([number]))
+            assert watched.peek() == watched.collect() == {0}
+        first, second = watched.tracker, DirtyTracker(watched.session, [watched.region])
+        second.start()
+        area.store(0)
+        assert [first.collect().page_count, second.collect().page_count] == [GIGANTIC_PAGE // PAGE] * 2
+        first.stop()
+        second.stop()
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
