@@ -229,7 +229,9 @@ class DirtyTracker:
                 dirty = DirtySet(cset, before.until(self._layout))
                 self._session._settle_later(cset)
                 self._refresh()
-            cset.delivered = 1  # as in collect
+            # From here on the pages are the caller's. The last step, and in this very frame: Python looks for signals
+            # whenever a call returns, and whoever is interrupted after this has lost the set.
+            cset.delivered = 1
         except BaseException:
             if cset is not None:
                 core.give_back(cset)
@@ -315,10 +317,9 @@ class DirtyTracker:
                 raise failures.error_of(code, cset.why, "collect", find=self._session._find)
             if self._layout is not before:
                 dirty._layout = before.until(self._layout)
-            # From here on the pages are the caller's. The last step, and in this very frame: Python looks for signals
-            # whenever a call returns, and whoever is interrupted after this has lost the set.
-            cset.delivered = 1
         except BaseException:
+            # In this very frame, and before any call: Python looks for signals whenever one begins or returns.
+            cset.delivered = 0
             core.give_back(cset)  # now, not when the last traceback that knows it goes
             raise
         return dirty
@@ -334,7 +335,7 @@ class DirtyTracker:
         cset = engine.collect(self._handle, only, budget, self._session._find)
         try:
             dirty = DirtySet(cset, before.until(self._layout) if only is None else self._part(only))
-            cset.delivered = 1  # as in collect
+            cset.delivered = 1  # as in stop
         except BaseException:
             core.give_back(cset)
             raise
@@ -367,7 +368,7 @@ class DirtyTracker:
         del holds
         try:
             dirty = DirtySet(cset, before.until(self._layout) if only is None else self._part(only))
-            cset.delivered = 1  # as in collect
+            cset.delivered = 1  # as in stop
         except BaseException:
             core.give_back(cset)
             raise
@@ -455,7 +456,7 @@ class DirtyTracker:
                 dirty = DirtySet(cset, part)
                 self._session._settle_later(cset)
                 self._refresh()
-            cset.delivered = 1  # as in collect
+            cset.delivered = 1  # as in stop
         except BaseException:
             if cset is not None:
                 core.give_back(cset)

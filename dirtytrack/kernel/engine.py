@@ -261,11 +261,11 @@ def new_listener(session: CData) -> CData:
 def collector(listener: CData) -> tuple[Callable[[], CData], Callable[[CData], int]]:
     """The hot path, bound once: what makes an empty dt_set, and what collects all of a listener's regions into it.
 
-    The second returns the core's code. The caller keeps the listener's slot.
+    The second returns the core's code; at 0 the set is delivered. The caller keeps the listener's slot.
     """
     make = partial(core.ffi.new, core.ffi.typeof("dt_set *"))
     gc, clear = core.ffi.gc, core.lib.dt_set_clear
-    return lambda: gc(make(), clear), partial(core.lib.dt_collect, listener, core.ffi.NULL, -1.0)
+    return lambda: gc(make(), clear), partial(core.lib.dt_take, listener)
 
 
 def start(listener: CData, regions: Iterable[CData], find: Find) -> None:

@@ -107,6 +107,31 @@ def test_told_before_anything_is_handed_out_and_once_per_listener(
         armed(session)  # a listener that comes later is told at once
 
 
+def test_holes_among_many_regions_are_told_from_holes_between_them(session: UffdSession) -> None:
+    """All of them are looked at by one system call, as long as what lies between them is mapped."""
+    with oracle.mapped(40 * PAGE) as base:
+        regions = [session.register((base + 4 * i * PAGE, 2 * PAGE), name=f"r{i}") for i in range(10)]
+        tracker = armed(session)
+        assert not tracker.collect()
+        oracle.unmap(base + 14 * PAGE, PAGE)  # between r3 and r4
+        write(base, 0, 16)
+        assert pages_of(tracker.collect(), regions[0]) == {0}
+        write(base, 12, 16)
+        dirty = tracker.collect()
+        assert [region.name for region in regions if pages_of(dirty, region)] == ["r3", "r4"]
+        oracle.unmap(base + 25 * PAGE, 2 * PAGE)  # the end of r6, and what follows it
+        write(base, 24, 28)
+        told(tracker, regions[6], 1, 2)
+        dirty = tracker.collect()
+        assert pages_of(dirty, regions[6]) == pages_of(dirty, regions[7]) == {0}
+        assert not tracker.collect(), "told once"
+        oracle.unmap(base, 8 * PAGE)  # two at once
+        told(tracker, regions[0], 0, 2)
+        told(tracker, regions[1], 0, 2)
+        write(base, 36)
+        assert pages_of(tracker.collect(), regions[9]) == {0}
+
+
 TAKES: dict[str, Callable[[DirtyTracker, dict[Region, bytearray]], object]] = {
     "collect": lambda tracker, _: tracker.collect(),
     "collect the region": lambda tracker, mirrors: tracker.collect(list(mirrors)[1]),

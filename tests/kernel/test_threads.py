@@ -359,6 +359,7 @@ flight.__enter__()
 undelivered = trackers[0]._new_set()
 kept = [tracker.collect() for tracker in trackers]
 trackers[0]._collect(undelivered)
+undelivered.delivered = 0
 atexit.register(lambda: [tracker.collect() for tracker in trackers])
 class Last:
     def __del__(self, tracker=trackers[0]):

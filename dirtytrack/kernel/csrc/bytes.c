@@ -220,6 +220,8 @@ static int move_all(enum way way, const dt_set *set, const dt_extent *extents, u
 uint64_t dt_set_nbytes(const dt_set *set, const dt_extent *extents, uint64_t n)
 {
     uint64_t first = 0, before = 0, total = 0;
+    if (n == 1 && set->count && set->runs[0].start >= extents->address && set->runs[set->count - 1].end <= extent_end(extents))
+        return set->pages << dt_page_shift(); /* all of it: no need to walk the runs, which a copy then does */
     for (uint64_t i = 0; i < n; i++) {
         uint64_t address = extents[i].address, end = extent_end(extents + i);
         first = seek(set, first, before, address);

@@ -57,7 +57,10 @@ typedef struct dt_audit_slot { uint64_t page, hash; bool valid; } dt_audit_slot;
 typedef struct dt_range {         /* what is scanned in one go: spans that touch or overlap, united */
     uint64_t start, end;
     bool present;                 /* all of its own watches are of regions with DT_ARM_PRESENT */
+    bool content;                 /* some of its watches are region->content */
+    uint32_t kinds;               /* of all that is watched in it */
     uint64_t first, count;        /* its watches, everybody's, in listener->overlaps */
+    uint64_t together;            /* how many ranges from this one on had nothing but mappings between them */
 } dt_range;
 
 struct dt_listener {
@@ -137,6 +140,7 @@ typedef struct dt_pass {
     dt_region *only;              /* the region that it is about, or NULL: all of self's */
     dt_set *direct;               /* self's finds go here, sorted, instead of its bits; NULL: to its bits */
     bool everybody;               /* all of the session's watches are told, which may become more in the middle */
+    const dt_range *range;        /* not NULL: what is known of what lies beneath */
     dt_watch *const *watches;     /* else these: everybody who watches some of the range */
     uint64_t watch_count;
     bool present;                 /* arm and find what is populated only */

@@ -124,11 +124,10 @@ static int note_kind(dt_session *s, uint64_t start, uint64_t end, const dt_mappi
         dt_region *r = s->regions[i];
         if (!r->registered || r->start >= end || r->end <= start)
             continue;
-        r->kinds |= dt_kind_of(m);
-        if (r->present && r->kinds != DT_KIND_ANONYMOUS) {
-            r->present = false;
-            s->layout_version++;
-        }
+        uint32_t kinds = r->kinds | dt_kind_of(m);
+        s->layout_version += kinds != r->kinds;
+        r->kinds = kinds;
+        r->present &= kinds == DT_KIND_ANONYMOUS;
         *present &= r->present;
         /* Part of a huge page would be passed over in silence. */
         *fits &= !((dt_max(r->start, m->start) | dt_min(r->end, m->end)) & (m->page_bytes - 1));

@@ -146,11 +146,14 @@ static void tell_range(dt_pass *pass, uint64_t start, uint64_t end)
 
 /* ---- the ioctls ------------------------------------------------------------------------------------------------- */
 
+/* The kernel takes as much memory for its own as the answer may have: no more than one region a page, of 4 KiB or more. */
+static inline uint64_t vector_for(uint64_t start, uint64_t end) { return dt_min(DT_VECTOR_LENGTH, (end - start) >> 12); }
+
 /* The number of regions found, or -errno. The vector is zeroed before and after, as far as it was filled. */
 static long scan_ioctl(dt_session *s, uint64_t start, uint64_t end, const dt_question *q)
 {
     struct k_pm_scan_arg arg = {.size = sizeof arg, .flags = q->flags, .start = start, .end = end,
-                                .vec = (uint64_t)s->vector, .vec_len = DT_VECTOR_LENGTH, .category_mask = q->mask,
+                                .vec = (uint64_t)s->vector, .vec_len = vector_for(start, end), .category_mask = q->mask,
                                 .category_inverted = q->inverted, .category_anyof_mask = q->anyof,
                                 .return_mask = q->mask & K_PAGE_IS_WRITTEN};
     int fail = dt_fail_at(DT_SITE_SCAN);
@@ -427,24 +430,26 @@ static int find_lost(dt_pass *pass, uint64_t start, uint64_t end)
 void dt_look_beneath(dt_pass *pass, uint64_t start, uint64_t end)
 {
     const dt_session *s = pass->session;
-    bool hugetlb = false;
-    uint64_t count;
-    dt_watch *const *watches = told(pass, &count);
+    uint32_t kinds = pass->range ? pass->range->kinds : 0;
+    uint64_t count = 0;
+    dt_watch *const *watches = pass->range ? NULL : told(pass, &count);
+    pass->find_lost |= pass->range && pass->range->content;
     for (uint64_t i = 0; i < count; i++) {
         const dt_watch *w = watches[i];
         if (w->start >= end || w->end <= start)
             continue;
         pass->find_lost |= !w->listener;
-        hugetlb |= (w->region->kinds & DT_KIND_HUGETLB) != 0;
-        pass->find_gigantic |= (w->region->kinds & DT_KIND_GIGANTIC) != 0;
+        kinds |= w->region->kinds;
     }
+    bool hugetlb = kinds & DT_KIND_HUGETLB;
+    pass->find_gigantic |= (kinds & DT_KIND_GIGANTIC) != 0;
     /* A huge page of the pool that was written and then discarded leaves neither page nor marker, and is not reported. */
     pass->find_absent |= s->find_absent || (hugetlb && !(s->remedy & DT_REMEDY_NO_ABSENT));
     pass->find_absent &= !pass->present;
     pass->aliased |= s->alias_count && dt_aliased(s, start, end);
 }
 
-int dt_scan_pass(dt_pass *pass, uint64_t start, uint64_t end, dt_failure *why)
+DT_FLAT int dt_scan_pass(dt_pass *pass, uint64_t start, uint64_t end, dt_failure *why)
 {
     dt_session *s = pass->session;
     dt_look_beneath(pass, start, end);
