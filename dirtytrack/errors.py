@@ -20,6 +20,7 @@
     └── MissedWrite          RuntimeError        the audit found a change that nobody reported
 
     BlindSpotWarning         UserWarning         this memory can be written where no page table sees it
+    GuardPageWarning         UserWarning         its owner puts guard pages into it, and might never come back
 
 Each also derives from the built-in that a caller would catch, tells what happened, where, why, and what to do about
 it, and carries ``errno`` where the kernel gave one. Memory that the core itself cannot get is a plain `MemoryError`.
@@ -36,6 +37,7 @@ __all__ = [
     "AlreadyStarted",
     "BlindSpotWarning",
     "DirtyTrackError",
+    "GuardPageWarning",
     "InvalidMemory",
     "KernelRefused",
     "LimitReached",
@@ -162,3 +164,7 @@ class MissedWrite(DirtyTrackError, RuntimeError):
 
 class BlindSpotWarning(UserWarning):
     """This memory can be written where no page table sees it; ``region.blind_spots`` tells how."""
+
+
+class GuardPageWarning(UserWarning):
+    """This memory is shared or a file's and has guard pages; to add one while it is tracked may never end."""

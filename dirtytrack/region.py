@@ -200,6 +200,9 @@ class Survey(NamedTuple):
     """It may vanish beneath a copy, so copies must be fault-safe."""
     others_write: str
     """Who else may write it, in words; empty where nobody can."""
+    start: int
+    end: int
+    """Of the pages that it touches."""
 
 
 def survey(memory: Pinned, *, events: bool = False) -> Survey:
@@ -245,7 +248,7 @@ def survey(memory: Pinned, *, events: bool = False) -> Survey:
             start=at,
             end=end,
         )
-    return Survey(frozenset(spots), unpinned, others)
+    return Survey(frozenset(spots), unpinned, others, start, end)
 
 
 def range_of(memory: Region | Run | AnyBuffer | tuple[int, int], what: str) -> tuple[int, int, Any]:

@@ -12,7 +12,7 @@ from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from .errors import BlindSpotWarning, InvalidMemory, NotRegistered
+from .errors import BlindSpotWarning, GuardPageWarning, InvalidMemory, NotRegistered
 from .kernel import core, engine
 from .kernel.abi import Fd, UffdFeature
 from .kernel.engine import Statistics
@@ -139,7 +139,7 @@ class UffdSession:
             arm: ``"all"``, ``"present"`` or None: see `Region.arm`. None chooses ``present`` for private anonymous
                 memory of 4 GiB and more of which less than a 64th is populated, else ``all``.
             blind_spots: ``"accepted"`` silences the warning for memory that others may write.
-            strict: raise that warning as an error.
+            strict: raise the warnings below as errors; nothing is registered then.
 
         Raises:
             InvalidMemory: read-only, not contiguous, empty, or a mapping that cannot be tracked; the message says it.
@@ -149,6 +149,7 @@ class UffdSession:
 
         Warns:
             BlindSpotWarning: it is shared or a file's memory, which others may write unseen.
+            GuardPageWarning: it is such memory, and its owner puts guard pages into it.
         """
         region = self._register(memory, name, arm, blind_spots, strict, stacklevel=3)
         self._kept[region._span.id] = region
@@ -179,8 +180,12 @@ class UffdSession:
             granule_bytes = memory.page_bytes  # a shared transparent huge page never splits: it is dirty as a whole
         if name is None and memory is not None:
             name = memory.name
-        if seen.others_write and blind_spots is None:
-            _warn(name, seen.others_write, seen.blind_spots, strict, stacklevel + 1)
+        if seen.others_write:
+            if blind_spots is None:
+                _warn(_unseen(name, seen.others_write, seen.blind_spots), strict, stacklevel + 1)
+            guards = engine.guard_pages(self._handle, seen.start, seen.end)
+            if guards:
+                _warn(_guarded(name, seen.others_write, guards), strict, stacklevel + 1)
         doing = f"register {name!r}" if name else "register the memory"
         slot, about = engine.register(self._handle, pinned.address, pinned.nbytes, granule_bytes, arm, doing)
         number = about.number
@@ -368,12 +373,23 @@ class InFlight:
         engine.flight(self._session._handle, self._start, self._end, begin=False)
 
 
-def _warn(name: str | None, others: str, spots: frozenset[str], strict: bool, stacklevel: int) -> None:
-    warning = BlindSpotWarning(
+def _unseen(name: str | None, others: str, spots: frozenset[str]) -> BlindSpotWarning:
+    return BlindSpotWarning(
         f"{repr(name) if name else 'this memory'} can be written unseen: it is a {others}. No page table of this "
         f"process shows: {'; '.join(sorted(spots))}. Declare such writes by session.mark_dirty(), and pass "
         "blind_spots='accepted' once they are taken care of"
     )
+
+
+def _guarded(name: str | None, others: str, guards: int) -> GuardPageWarning:
+    return GuardPageWarning(
+        f"{repr(name) if name else 'this memory'} has guard pages, {guards} of them, and is a {others}. While it is "
+        "tracked, madvise(MADV_GUARD_INSTALL) of any other page of it may never return (seen on Linux 6.16 to 7.3): "
+        "whoever owns it must not add guard pages then"
+    )
+
+
+def _warn(warning: UserWarning, strict: bool, stacklevel: int) -> None:
     if strict:
         raise warning
     warnings.warn(warning, stacklevel=stacklevel)

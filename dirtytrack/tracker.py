@@ -516,6 +516,7 @@ def track(
 
     Warns:
         BlindSpotWarning: shared or a file's memory, which others may write unseen.
+        GuardPageWarning: such memory, into which its owner puts guard pages.
 
     Thread safety: may be called from any thread and from signal handlers.
     """

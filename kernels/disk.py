@@ -122,7 +122,7 @@ def _python(root: _Root) -> None:
 def _headers() -> Iterator[Path]:
     """Those that the C files which tests compile include."""
     sources = [str(path) for path in sorted((ROOT / "tests" / "kernel").rglob("*.c"))]
-    for word in _output("gcc", "-M", "-D_GNU_SOURCE", *sources).replace("\\\n", " ").split():
+    for word in _output("gcc", "-M", "-O2", "-D_GNU_SOURCE", *sources).replace("\\\n", " ").split():
         if word.startswith("/") and word.endswith(".h"):
             yield Path(word)
 

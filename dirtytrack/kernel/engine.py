@@ -40,6 +40,7 @@ __all__ = [
     "fileno",
     "flight",
     "generation",
+    "guard_pages",
     "listener_statistics",
     "mark_dirty",
     "new_listener",
@@ -227,6 +228,13 @@ def about(handle: CData) -> About:
     arm = "present" if out.arming == core.lib.DT_ARM_PRESENT else "all"
     numbers = out.id, out.start, out.end, out.granule_bytes, out.kinds
     return About(*numbers, arm, out.aliases, out.unseen_aliases)
+
+
+def guard_pages(session: CData, start: int, end: int) -> int:
+    """How many pages of it are guard pages."""
+    out = core.ffi.new("uint64_t *")
+    _check(core.lib.dt_guard_pages(session, start, end, out), None, "look for guard pages")
+    return int(out[0])
 
 
 def unregister(handle: CData, region: Region) -> bool:

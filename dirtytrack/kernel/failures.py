@@ -291,7 +291,8 @@ def _of_register(
     if number == _errno.EPERM:
         return errors.InvalidMemory(
             f"cannot {doing}: {where} is a shared mapping of a file that was opened read-only or sealed against "
-            f"writing ({name} from UFFDIO_REGISTER). Map it writable",
+            f"writing, or one of the kernel's own ({name} from UFFDIO_REGISTER): {_unusable(start, end)}. Map files "
+            "writable",
             **place,
         )
     if number in (_errno.EINVAL, _errno.EFAULT):

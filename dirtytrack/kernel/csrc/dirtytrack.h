@@ -198,7 +198,8 @@ enum dt_remedy {
     DT_REMEDY_NO_ABSENT = 2, /* for tests: never R1, though the kernel or the kind of memory needs it */
     DT_REMEDY_NO_LOST = 4,   /* for tests: never R2, though the kind of memory needs it */
     DT_REMEDY_NO_ALIAS = 8,  /* for tests: other mappings of the same memory are left alone */
-    DT_REMEDY_NONE = 14
+    DT_REMEDY_NONE = 14,
+    DT_REMEDY_FROM_RIGHT = 16 /* for tests: unregister as kernels up to Linux 6.16 need it */
 };
 
 enum dt_arming {
@@ -260,6 +261,8 @@ typedef struct dt_region_info {
  * memory, 0 or the page where it knows nothing; a huge page of the pool is found by itself. Arms nothing. */
 int dt_register(dt_session *session, uint64_t address, uint64_t nbytes, uint64_t granule_bytes, uint32_t arming,
                 dt_region **out, dt_failure *why);
+/* Pages of [start, end) that MADV_GUARD_INSTALL took away; none on a kernel without it (it came with Linux 6.13). */
+int dt_guard_pages(dt_session *session, uint64_t start, uint64_t end, uint64_t *out);
 int dt_unregister(dt_region *region, dt_failure *why); /* -EBUSY while a listener watches it */
 void dt_region_drop(dt_region **region);
 void dt_region_about(dt_region *region, dt_region_info *out);

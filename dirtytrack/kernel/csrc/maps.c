@@ -238,7 +238,7 @@ bool dt_maps_query(void)
 uint32_t dt_kind_of(const dt_mapping *m)
 {
     uint64_t page = dt_page_bytes(), usual = page * (page / sizeof(uint64_t));
-    uint32_t huge = m->page_bytes == page ? 0 : m->page_bytes == usual ? DT_KIND_HUGETLB : DT_KIND_HUGETLB | DT_KIND_GIGANTIC;
+    uint32_t huge = m->page_bytes <= page ? 0 : m->page_bytes == usual ? DT_KIND_HUGETLB : DT_KIND_HUGETLB | DT_KIND_GIGANTIC;
     if (m->shared)
         return huge | DT_KIND_SHARED;
     bool file = m->inode || m->name[0] == '/';

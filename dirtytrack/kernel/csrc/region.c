@@ -1,22 +1,91 @@
 /* SPDX-License-Identifier: MIT
  * Regions: what is registered with the kernel, for how long, and who else has it. */
 #include "engine.h"
+#include <stdio.h>
+#include <sys/utsname.h>
 
 _Atomic uint64_t dt_registrations, dt_thefts;
-
-int dt_uffd_unregister(dt_session *s, uint64_t start, uint64_t end)
-{
-    struct k_uffdio_range range = {start, end - start};
-    return dt_checked_ioctl(DT_SITE_UNREGISTER, s->uffd, K_UFFDIO_UNREGISTER, &range);
-}
-
-/* ---- registering ---------------------------------------------------------------------------------------------- */
 
 static int bare_register(dt_session *s, uint64_t start, uint64_t end)
 {
     struct k_uffdio_register request = {.range = {start, end - start}, .mode = K_UFFDIO_REGISTER_MODE_WP};
     return dt_checked_ioctl(DT_SITE_REGISTER, s->uffd, K_UFFDIO_REGISTER, &request);
 }
+
+/* ---- unregistering -------------------------------------------------------------------------------------------- */
+
+static int bare_unregister(dt_session *s, uint64_t start, uint64_t end)
+{
+    struct k_uffdio_range range = {start, end - start};
+    return dt_checked_ioctl(DT_SITE_UNREGISTER, s->uffd, K_UFFDIO_UNREGISTER, &range);
+}
+
+/* Up to Linux 6.16, to unregister a mapping hits a BUG in the kernel, and the process never ends, where the mapping would
+ * be joined to the one on its left and its kind forbids that (System V memory, some file systems): measured on Linux
+ * 6.12.43, "kernel BUG at fs/userfaultfd.c:1493". Not to be found out by trying. */
+static bool unregistering_may_crash(void)
+{
+    static _Atomic int known; /* 1: no, 2: yes */
+    if (!atomic_load(&known)) {
+        struct utsname about;
+        unsigned major, minor;
+        bool told = !uname(&about) && sscanf(about.release, "%u.%u", &major, &minor) == 2;
+        atomic_store(&known, 1 + (!told || major < 6 || (major == 6 && minor < 17)));
+    }
+    return atomic_load(&known) == 2;
+}
+
+static bool continues(const dt_mapping *left, const dt_mapping *m)
+{
+    return left->end == m->start && left->inode == m->inode && left->device_major == m->device_major &&
+           left->device_minor == m->device_minor && left->offset + (left->end - left->start) == m->offset &&
+           left->shared == m->shared && left->writable == m->writable && left->readable == m->readable;
+}
+
+/* What is registered is not joined to what is not. So the left one is registered first, without being armed, and
+ * unregistered after, in the same way. */
+static int unregister_mapping(dt_session *s, const dt_mapping *m, uint64_t start, uint64_t end)
+{
+    dt_mapping left;
+    bool held = false;
+    if (m->inode && start == m->start && end == m->end && !dt_mapping_at(start - dt_page_bytes(), &left) && continues(&left, m)) {
+        int rc = dt_page_armable(s, left.end - dt_page_bytes());
+        if (!rc)
+            rc = bare_register(s, left.start, left.end), held = !rc;
+        if (rc < 0)
+            return -ENOMEM; /* it stays registered */
+    }
+    int rc = bare_unregister(s, start, end);
+    return held ? unregister_mapping(s, &left, left.start, left.end) : rc;
+}
+
+typedef struct mappings { dt_mapping *all; uint64_t count, room; } mappings;
+
+static int keep_mapping(void *context, const dt_mapping *m)
+{
+    mappings *kept = context;
+    if (dt_room((void **)&kept->all, &kept->room, kept->count + 1, sizeof *kept->all))
+        return -ENOMEM;
+    kept->all[kept->count++] = *m;
+    return 0;
+}
+
+int dt_uffd_unregister(dt_session *s, uint64_t start, uint64_t end)
+{
+    if (!unregistering_may_crash() && !(s->remedy & DT_REMEDY_FROM_RIGHT))
+        return bare_unregister(s, start, end);
+    mappings kept = {0};
+    int rc = dt_each_mapping(start, end, keep_mapping, &kept);
+    for (uint64_t i = rc ? 0 : kept.count; i--;) { /* from the right: the left neighbour of each is still registered */
+        const dt_mapping *m = &kept.all[i];
+        int failed = unregister_mapping(s, m, dt_max(start, m->start), dt_min(end, m->end));
+        rc = failed ? failed : rc;
+    }
+    dt_free(kept.all);
+    return rc;
+}
+
+/* ---- registering ---------------------------------------------------------------------------------------------- */
 
 static int register_ioctl(dt_session *s, uint64_t start, uint64_t end)
 {
@@ -213,6 +282,19 @@ failed:
     dt_free(r);
     dt_leave(s);
     return rc;
+}
+
+int dt_guard_pages(dt_session *s, uint64_t start, uint64_t end, uint64_t *out)
+{
+    static const dt_question guard = {.mask = K_PAGE_IS_GUARD};
+    uint64_t bytes = 0;
+    int rc = dt_enter(s);
+    if (rc)
+        return rc;
+    rc = dt_query(s, start, end, &guard, count_bytes, &bytes);
+    dt_leave(s);
+    *out = bytes >> dt_page_shift();
+    return rc == -EINVAL ? 0 : rc; /* a category that this kernel does not know */
 }
 
 static int unregister_locked(dt_session *s, dt_region *region)

@@ -270,7 +270,12 @@ def test_a_debugger_writes_to_memory_that_is_read_only(watched: Watched) -> None
     """/proc/self/mem overrides the rights of private memory: it is a copy, seen like any other."""
     area = watched.area
     oracle.protect(area.address, area.nbytes, mmap.PROT_READ)
-    proc_mem(area.at(UNIT))
+    try:
+        proc_mem(area.at(UNIT))
+    except OSError:
+        assert area.granule > PAGE, "only huge pages of the pool, and only by some kernels: Linux 6.12"
+        assert watched.collect() == set()
+        return
     assert watched.collect() == {UNIT}
     oracle.protect(area.address, area.nbytes, mmap.PROT_READ | mmap.PROT_WRITE)
     assert watched.collect() == set()
