@@ -8,7 +8,6 @@ interrupt between the C function's return and Python's next step leaks nothing. 
 from __future__ import annotations
 
 import errno
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import core
@@ -27,13 +26,13 @@ if TYPE_CHECKING:
 __all__ = [
     "DOORS",
     "About",
+    "HotPath",
     "Statistics",
     "about",
     "add",
     "close",
     "collect",
     "collect_into",
-    "collector",
     "door",
     "epoch",
     "features",
@@ -41,6 +40,7 @@ __all__ = [
     "flight",
     "generation",
     "guard_pages",
+    "hot_path",
     "listener_statistics",
     "mark_dirty",
     "new_listener",
@@ -266,14 +266,21 @@ def new_listener(session: CData) -> CData:
     return slot
 
 
-def collector(listener: CData) -> tuple[Callable[[], CData], Callable[[CData], int]]:
-    """The hot path, bound once: what makes an empty dt_set, and what collects all of a listener's regions into it.
+class HotPath(NamedTuple):
+    """What collects in the fewest steps: ``take(listener, gc(new(set_type), clear))``.
 
-    The second returns the core's code; at 0 the set is delivered. The caller keeps the listener's slot.
+    ``take`` returns the core's code; at 0 the set is delivered.
     """
-    make = partial(core.ffi.new, core.ffi.typeof("dt_set *"))
-    gc, clear = core.ffi.gc, core.lib.dt_set_clear
-    return lambda: gc(make(), clear), partial(core.lib.dt_take, listener)
+
+    new: Callable[[Any], CData]
+    set_type: Any
+    gc: Callable[[CData, Any], CData]
+    clear: Any
+    take: Callable[[CData, CData], int]
+
+
+def hot_path() -> HotPath:
+    return HotPath(core.ffi.new, core.ffi.typeof("dt_set *"), core.ffi.gc, core.lib.dt_set_clear, core.lib.dt_take)
 
 
 def start(listener: CData, regions: Iterable[CData], find: Find) -> None:

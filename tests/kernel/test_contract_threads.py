@@ -352,10 +352,9 @@ def test_a_set_that_reached_nobody_is_pending_again() -> None:
         other.start()
         for number, drop in enumerate((_at_once, _in_a_cycle, _in_a_thread, _in_a_cycle_in_a_thread)):
             write(memory, {number})
-            lost = tracker._new_set()
-            assert tracker._collect(lost) == 0
-            lost.delivered = 0  # as collect() does when it is interrupted
-            assert lost.pages == 1
+            lost = tracker.collect()
+            lost._set.delivered = 0  # as collect() does when it is interrupted
+            assert lost.page_count == 1
             assert not tracker.peek()
             drop([lost])
             del lost

@@ -356,10 +356,9 @@ for tracker in trackers:
     threading.Thread(target=works, args=(tracker,), daemon=True).start()
 flight = session.in_flight(memory)
 flight.__enter__()
-undelivered = trackers[0]._new_set()
+undelivered = trackers[0].collect()
 kept = [tracker.collect() for tracker in trackers]
-trackers[0]._collect(undelivered)
-undelivered.delivered = 0
+undelivered._set.delivered = 0
 atexit.register(lambda: [tracker.collect() for tracker in trackers])
 class Last:
     def __del__(self, tracker=trackers[0]):
