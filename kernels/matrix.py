@@ -22,8 +22,7 @@ doctor and, on x86-64, the Python tests run there. This page is made by `python 
 
 - **SOUND**: the scan alone sees every page that was written, or discarded, or never touched.
 - **HOLEY**: it does not see discarded pages whose page table was freed, nor memory never touched. The session finds out
-  by trying, and looks for them by a second scan before each collect; `dirtytrack doctor` tells. What is missed all the
-  same stands below: **stores to 1 GiB pages on 6.12.43**.
+  by trying, and looks for them by a second scan before each collect; `dirtytrack doctor` tells.
 - **refused**: the kernel cannot track; opening a session raises `UnsupportedKernel`, which names what is missing.
 """
 _TRUTH = """

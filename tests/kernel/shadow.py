@@ -376,11 +376,22 @@ class World:
             watch.owe(pages)
 
     def collect_and_fail(self, listener: Listener, region: dirtytrack.Region | None = None, into: bool = False) -> None:
-        """An exception where the set is made: nothing is delivered."""
+        """An exception once the core has made the set: nothing is delivered."""
+        hot_path = listener.tracker._hot_path
+
+        def fails(handle: object, cset: object) -> int:
+            assert hot_path.take(handle, cset) == 0
+            raise MemoryError
+
         watches = listener.selected(region)
         pages = self.check(watches, listener.tracker.peek(region))
         mirrors = {watch.region: watch.mirror for watch in watches}
-        with mock.patch("dirtytrack.tracker.DirtySet", side_effect=MemoryError), pytest.raises(MemoryError):
+        with (
+            mock.patch("dirtytrack.tracker.DirtySet", side_effect=MemoryError),
+            mock.patch("dirtytrack.tracker._blank", return_value=dirtytrack.DirtySet()),
+            mock.patch.object(listener.tracker, "_hot_path", hot_path._replace(take=fails)),
+            pytest.raises(MemoryError),
+        ):
             (listener.tracker.collect_into(mirrors, region) if into else listener.tracker.collect(region))
         for watch in watches:  # of overlapping regions, each gets back what any of them had
             watch.allow(pages)

@@ -8,6 +8,7 @@ import pickle
 import signal
 import traceback
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import pytest
 
@@ -204,6 +205,13 @@ def test_ctrl_c_in_a_collect(world: World, monkeypatch: pytest.MonkeyPatch) -> N
         signal.raise_signal(signal.SIGINT)
 
     tracker = world.tracker
+    hot_path = tracker._hot_path
+
+    def taken(handle: object, cset: object) -> int:
+        assert hot_path.take(handle, cset) == 0
+        signal.raise_signal(signal.SIGINT)
+        return 0
+
     write(world.memory, 3)
     calls: tuple[Callable[[], object], ...] = (
         tracker.collect,
@@ -215,6 +223,8 @@ def test_ctrl_c_in_a_collect(world: World, monkeypatch: pytest.MonkeyPatch) -> N
     for call in calls:
         with monkeypatch.context() as patch:
             patch.setattr("dirtytrack.tracker.DirtySet", interrupted)
+            patch.setattr("dirtytrack.tracker._blank", mock.Mock(return_value=dirtytrack.DirtySet()))
+            patch.setattr(tracker, "_hot_path", hot_path._replace(take=taken))
             with pytest.raises(KeyboardInterrupt):
                 call()
         assert list(tracker.peek().pages(world.region)) == [3]
