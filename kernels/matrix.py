@@ -72,16 +72,16 @@ def _row(result: Result) -> tuple[str, ...]:
     )
 
 
-def _explained(problem: str) -> str:
-    return next((why for start, why in KNOWN.items() if problem.startswith(start)), "not explained yet")
-
-
 def _problems(results: list[Result]) -> str:
-    lines = [
-        f"- `{result['release']}`: `{problem}` ({_explained(problem)})\n"
-        for result in results
-        for problem in result["problems"]
-    ]
+    lines = []
+    for result in results:
+        alike: dict[str, list[str]] = {}
+        for problem in result["problems"]:
+            known = next((start for start in KNOWN if problem.startswith(start)), problem)
+            alike.setdefault(known, []).append(problem)
+        for known, problems in alike.items():
+            what = f"`{problems[0]}`" if len(problems) == 1 else f"{len(problems)} times `{known}`"
+            lines.append(f"- `{result['release']}`: {what} ({KNOWN.get(known, 'not explained yet')})\n")
     return "\n## What was not as it should be\n\n" + "".join(lines) if lines else ""
 
 

@@ -85,7 +85,25 @@ OF_SOUND_KERNELS: dict[str, str] = {
 
 KNOWN: dict[str, str] = {
     "c:test_sets: status 1: 58532 passed, 2 failed": (
-        "arm64 ignores the top byte of an address: `Pagemap.scan` up to address 1 << 63 is not refused there as a whole"
+        "arm64 ignores the top byte of an address, and a scan up to 1 << 63 was not refused as a whole: mended since, "
+        "not run again there"
+    ),
+    "ERROR tests/kernel/conformance/test_kernel_writes.py::": (
+        "the machine's disk lacked a C header: mended since, not run again there; they pass on 6.12.43"
+    ),
+    "FAILED tests/kernel/conformance/test_kernel_writes.py::test_a_debugger_writes_to_memory_that_is_read_only": (
+        "the test took for granted that /proc/self/mem overrides the rights of memory: mended since, not run again "
+        "there"
+    ),
+    "FAILED tests/kernel/failures/test_state.py::test_ctrl_c_in_a_collect": (
+        "the test was behind the code, on every kernel: mended since, not run again there"
+    ),
+    "pytest: status 139": "the same test left the heap without the right to write it",
+    "FAILED tests/kernel/conformance/test_registering.py::test_special_mappings_are_refused": (
+        "the test took for granted which of the kernel's own mappings are refused: mended since, not run again there"
+    ),
+    "FAILED tests/kernel/failures/test_memory.py::test_register_a_mapping_that_the_kernel_refuses": (
+        "refused, in words that did not name the mapping: mended since, not run again there"
     ),
 }
 """Problems that are known, by their beginning, and what is behind each."""
