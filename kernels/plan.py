@@ -33,7 +33,7 @@ WANTED = (
 )
 
 SMOKE = WANTED[1]
-"""The one that CI boots: most kernels in use need the remedies that it needs."""
+"""Most kernels in use need the remedies that it needs. `make kernels-smoke` boots it; CI boots none."""
 SMOKE_TESTS = ("tests/kernel/conformance/test_discards.py", "tests/kernel/test_unseen.py")
 
 FIRST = (
@@ -88,9 +88,6 @@ KNOWN: dict[str, str] = {
         "arm64 ignores the top byte of an address, and a scan up to 1 << 63 was not refused as a whole: mended since, "
         "not run again there"
     ),
-    "ERROR tests/kernel/conformance/test_kernel_writes.py::": (
-        "the machine's disk lacked a C header: mended since, not run again there; they pass on 6.12.43"
-    ),
     "FAILED tests/kernel/conformance/test_kernel_writes.py::test_a_debugger_writes_to_memory_that_is_read_only": (
         "the test took for granted that /proc/self/mem overrides the rights of memory: mended since, not run again "
         "there"
@@ -99,11 +96,5 @@ KNOWN: dict[str, str] = {
         "the test was behind the code, on every kernel: mended since, not run again there"
     ),
     "pytest: status 139": "the same test left the heap without the right to write it",
-    "FAILED tests/kernel/conformance/test_registering.py::test_special_mappings_are_refused": (
-        "the test took for granted which of the kernel's own mappings are refused: mended since, not run again there"
-    ),
-    "FAILED tests/kernel/failures/test_memory.py::test_register_a_mapping_that_the_kernel_refuses": (
-        "refused, in words that did not name the mapping: mended since, not run again there"
-    ),
 }
 """Problems that are known, by their beginning, and what is behind each."""

@@ -249,13 +249,19 @@ int dt_protect(dt_session *s, uint64_t start, uint64_t end)
 
 /* ---- a collecting pass ----------------------------------------------------------------------------------------------- */
 
-/* Told first, then armed: what is written between the two is read after this collect, and told by it. */
+/* Told first, then armed: what is written between the two is read after this collect, and told by it. What cannot be
+ * armed is told again by the next collect; ENOENT: not ours any more, which the scan that follows finds. */
+static void tell_and_arm(dt_pass *pass, uint64_t start, uint64_t end)
+{
+    tell_range(pass, start, end);
+    dt_protect(pass->session, start, end);
+}
+
 static void found_absent(void *context, uint64_t start, uint64_t end)
 {
     dt_pass *pass = context;
-    tell_range(pass, start, end);
     pass->session->statistics.pages_absent += (end - start) >> dt_page_shift();
-    dt_protect(pass->session, start, end); /* ENOENT: not ours any more, which the scan that follows finds */
+    tell_and_arm(pass, start, end);
 }
 
 /* Remedy R1, where the probe found that the exact scan passes over freed page tables (Linux 6.12.43-7.1.7): pages that
@@ -269,9 +275,8 @@ static int find_absent(dt_pass *pass, uint64_t start, uint64_t end)
 static void found_gigantic(void *context, uint64_t start, uint64_t end)
 {
     dt_pass *pass = context;
-    tell_range(pass, start, end);
     pass->session->statistics.pages_found += (end - start) >> dt_page_shift();
-    dt_protect(pass->session, start, end); /* where that fails, it is told again by the next collect */
+    tell_and_arm(pass, start, end);
 }
 
 /* The arming scan takes a huge page of the pool for a part of one unless it is as large as what one entry of a PMD maps,
