@@ -9,13 +9,15 @@ notice an engine that is broken is proven here too, by breaking it. Takes 60 s o
 from __future__ import annotations
 
 import mmap
+import re
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 from unittest import mock
 
 import pytest
 from hypothesis import Phase, settings
+from hypothesis.errors import FlakyFailure
 
 import dirtytrack
 from dirtytrack import DirtySet, DirtyTracker, Region, UffdSession
@@ -150,6 +152,17 @@ def does_nothing(*arguments: Any, **options: Any) -> None:
 HONEST_WORLD_COLLECT, HONEST_WORLD_RESUME, HONEST_COLLECT = World.collect, World.resume, DirtyTracker.collect
 HONEST_ADD, HONEST_REMOVE, HONEST_STOP = engine.add, engine.remove, engine.stop
 FOUND_OUT = "are missing|the mirror is the memory|saw more than the collect"
+
+
+@contextmanager
+def found_out() -> Iterator[None]:
+    """The world complains. Where the clock takes part Hypothesis may not see it twice: it was seen none the less."""
+    with pytest.raises((AssertionError, FlakyFailure)) as caught:
+        yield
+    seen = caught.value.exceptions if isinstance(caught.value, FlakyFailure) else (caught.value,)
+    assert all(isinstance(each, AssertionError) and re.search(FOUND_OUT, str(each)) for each in seen), caught.value
+
+
 BROKEN: list[tuple[Any, str, Callable[..., Any]]] = [
     (World, "collect", erases_bits),
     (World, "collect", robs_the_others),
@@ -179,7 +192,7 @@ def test_a_broken_engine_is_found_out(owner: Any, name: str, broken: Callable[..
         phases=(Phase.generate,),
         report_multiple_bugs=False,
     )
-    with mock.patch.object(owner, name, broken), pytest.raises(AssertionError, match=FOUND_OUT):
+    with mock.patch.object(owner, name, broken), found_out():
         run(Kind.PRIVATE, chosen)
 
 
@@ -195,7 +208,7 @@ def test_a_remedy_that_is_off_is_found_out(kind: Kind | Mapped, remedy: int) -> 
     chosen = settings(
         max_examples=400, stateful_step_count=40, database=None, derandomize=True, phases=(Phase.generate,)
     )
-    with pytest.raises(AssertionError, match=FOUND_OUT):
+    with found_out():
         run(kind, chosen, remedy=remedy)
 
 
