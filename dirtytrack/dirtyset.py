@@ -34,9 +34,9 @@ class DirtySet:
     Thread safety: everything may be called from any thread at any time.
     """
 
-    __slots__ = ("__weakref__", "_layout", "_runs", "_set")
+    __slots__ = ("__weakref__", "_held", "_layout", "_runs")
 
-    _set: Any
+    _held: Any  # the C set, or the object that has it in it
     _layout: Layout
     _runs: memoryview
 
@@ -44,8 +44,14 @@ class DirtySet:
         if cset is None:
             core.load()
             cset = sets.from_runs(b"", 0)
-        self._set = cset
+        self._held = cset
         self._layout = layout
+
+    @property
+    def _set(self) -> Any:
+        """The C set. A collect makes none of cffi's objects for it: whoever first asks does."""
+        self._held = cset = sets.set_of(self._held)
+        return cset
 
     # ---- what is in it
 

@@ -19,7 +19,7 @@ from .errors import (
     SessionClosed,
     UsedAfterFork,
 )
-from .kernel import core, engine, failures
+from .kernel import core, engine
 from .kernel.engine import Statistics
 from .layout import Layout, mirrors
 from .region import Region
@@ -75,7 +75,7 @@ class DirtyTracker:
         self._lock = threading.RLock()  # of what is watched; never taken by a collect
         self._slot = engine.new_listener(session._handle)
         self._handle: Any = self._slot[0]
-        self._hot_path = engine.hot_path()
+        self._take = engine.taker(self._handle)
         session._trackers.add(self)
         if not 0 <= audit <= 1:
             raise InvalidMemory(f"audit is a share of the pages, from 0 to 1, not {audit}")
@@ -308,21 +308,19 @@ class DirtyTracker:
             return self._collect_some(region, budget_seconds)
         # What can be done before the call is: the kernel has just flushed this processor's TLB when it returns. No step
         # is taken that can be spared, each of which costs up to 0.2 µs around that call: no partial, no __init__.
-        before = self._layout
-        new, set_type, gc, clear, take = self._hot_path
-        cset = gc(new(set_type), clear)
         dirty = _blank(DirtySet)
-        dirty._set, dirty._layout = cset, before
+        dirty._layout = before = self._layout
+        taken = None
         try:
-            code = take(self._handle, cset)
-            if code:
-                raise failures.error_of(code, cset.why, "collect", find=self._session._find)
+            dirty._held = taken = self._take()
             if self._layout is not before:
                 dirty._layout = before.until(self._layout)
+            taken.delivered = 1  # as in stop
+        except core.taking.Failed as failed:
+            raise engine.take_error(failed, self._session._find) from None
         except BaseException:
-            # In this very frame, and before any call: Python looks for signals whenever one begins or returns.
-            cset.delivered = 0
-            core.give_back(cset)  # now, not when the last traceback that knows it goes
+            if taken is not None:
+                core.give_back(dirty._set)  # now, not when the last traceback that knows it goes
             raise
         return dirty
 

@@ -2,7 +2,8 @@
 """Builds `dirtytrack.kernel._core` from csrc/. Run by setup.py, never imported by the package.
 
 The headers are what cffi reads: each C function is declared once. Their lines that begin with ``#`` are for the C
-compiler alone, so nothing that both must know may stand in a macro.
+compiler alone, so nothing that both must know may stand in a macro. The extension holds a second module, `_taking`:
+see taking.c.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ for _header in PUBLIC_HEADERS:
 ffibuilder.set_source(
     "dirtytrack.kernel._core",
     "\n".join(f'#include "{header}"' for header in PUBLIC_HEADERS),
-    sources=_files("*.c"),
+    sources=[*_files("*.c"), "dirtytrack/kernel/taking.c"],
     include_dirs=["dirtytrack/kernel/csrc"],
     depends=_files("*.h"),  # also what brings the headers into the sdist
     extra_compile_args=["-std=gnu11", "-fvisibility=hidden", "-pthread"],

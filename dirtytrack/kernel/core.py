@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.machinery import ExtensionFileLoader, ModuleSpec
 from mmap import PAGESIZE as PAGE_BYTES
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +13,16 @@ from .abi import Address
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from types import ModuleType
 
+    from . import _taking
     from ._core import _FFI, _Lib
 
     CData = Any  # a C value; its type is known to the C compiler, which checked it
 
     ffi: _FFI
     lib: _Lib
+    taking = _taking
 
 __all__ = ["PAGE_BYTES", "address_of", "give_back", "load", "new_set", "pin", "pointer_to", "view_of"]
 
@@ -37,7 +41,7 @@ def load() -> None:
         UnsupportedKernel: on a platform other than Linux, or where the extension module is missing.
         ImportError: in a sub-interpreter.
     """
-    global _loaded, ffi, lib
+    global _loaded, ffi, lib, taking
     if _loaded:
         return
     if not sys.platform.startswith("linux"):
@@ -54,7 +58,17 @@ def load() -> None:
             f"dirtytrack's extension module cannot be loaded ({error}). {_INSTALL}", feature="dirtytrack.kernel._core"
         ) from error
     ffi, lib = _core.ffi, _core.lib
+    taking = _other_module("dirtytrack.kernel._taking", _core)
     _loaded = True
+
+
+def _other_module(name: str, extension: ModuleType) -> Any:
+    """A module of another name in the file of an extension: Python calls the ``PyInit_`` of that name."""
+    path = str(extension.__file__)
+    loader = ExtensionFileLoader(name, path)
+    module = loader.create_module(ModuleSpec(name, loader, origin=path))
+    loader.exec_module(module)
+    return module
 
 
 def _in_subinterpreter() -> bool:

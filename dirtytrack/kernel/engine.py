@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import core
+from . import core, sets
 from .abi import Fd, UffdFeature
 from .core import new_failure
 from .failures import error_of, raise_failure
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from ..region import Region
+    from . import _taking
     from .core import CData
 
     Find = Callable[[int], Region | None]
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 __all__ = [
     "DOORS",
     "About",
-    "HotPath",
     "Statistics",
     "about",
     "add",
@@ -40,7 +40,6 @@ __all__ = [
     "flight",
     "generation",
     "guard_pages",
-    "hot_path",
     "listener_statistics",
     "mark_dirty",
     "new_listener",
@@ -59,6 +58,8 @@ __all__ = [
     "state",
     "stop",
     "suspend",
+    "take_error",
+    "taker",
     "unregister",
     "watched",
     "write_protect",
@@ -266,21 +267,18 @@ def new_listener(session: CData) -> CData:
     return slot
 
 
-class HotPath(NamedTuple):
-    """What collects in the fewest steps: ``take(listener, gc(new(set_type), clear))``.
+def taker(listener: CData) -> Callable[[], _taking.Taken]:
+    """What collects all regions of a listener, without a budget, in the fewest steps; the caller keeps the listener.
 
-    ``take`` returns the core's code; at 0 the set is delivered.
+    Returns a Taken: dropped before its ``delivered`` is set, its pages go back. Raises `core.taking.Failed`, of which
+    `take_error` makes the error that is meant; by then everything has gone back.
     """
-
-    new: Callable[[Any], CData]
-    set_type: Any
-    gc: Callable[[CData, Any], CData]
-    clear: Any
-    take: Callable[[CData, CData], int]
+    return core.taking.taker(int(core.ffi.cast("uintptr_t", listener)))
 
 
-def hot_path() -> HotPath:
-    return HotPath(core.ffi.new, core.ffi.typeof("dt_set *"), core.ffi.gc, core.lib.dt_set_clear, core.lib.dt_take)
+def take_error(failed: _taking.Failed, find: Find) -> Exception:
+    why = sets.set_of(failed.args[0]).why
+    return error_of(why.code, why, "collect", find=find)
 
 
 def start(listener: CData, regions: Iterable[CData], find: Find) -> None:

@@ -12,6 +12,7 @@ from .failures import raise_failure
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ._taking import Taken
     from .core import CData
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "pages",
     "rows",
     "scatter",
+    "set_of",
     "subset",
     "union_many",
     "view",
@@ -56,7 +58,7 @@ def _check(code: int, why: CData, doing: str) -> None:
 # ---- numbers
 
 
-def _let_go(owner: CData, pointer: CData) -> None:
+def _let_go(owner: object, pointer: CData) -> None:
     """The finaliser of a pointer: all that it does is to have kept the owner until now."""
 
 
@@ -72,6 +74,13 @@ def _numbers(owner: CData, pointer: CData, count: int, width: int) -> memoryview
 def view(cset: CData) -> memoryview:
     """The runs, (n, 2) start and end; copies nothing and keeps the set."""
     return _numbers(cset, cset.runs, cset.count, 2)
+
+
+def set_of(held: Taken | CData) -> CData:
+    """The set that a Taken has in it, which keeps that; any other set as it is."""
+    if isinstance(held, core.taking.Taken):
+        return core.ffi.gc(core.ffi.cast("dt_set *", held.address), partial(_let_go, held))
+    return held
 
 
 def regions_view(result: CData) -> memoryview:

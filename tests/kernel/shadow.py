@@ -24,6 +24,7 @@ import numpy.typing as npt
 import pytest
 
 import dirtytrack
+from dirtytrack.layout import Layout
 from tests import oracle
 from tests.kernel.host import HUGE_PAGE, POOLS, machine_lock, on_disk
 from tests.oracle import PAGE
@@ -377,22 +378,24 @@ class World:
 
     def collect_and_fail(self, listener: Listener, region: dirtytrack.Region | None = None, into: bool = False) -> None:
         """An exception once the core has made the set: nothing is delivered."""
-        hot_path = listener.tracker._hot_path
+        tracker = listener.tracker
+        take, layout = tracker._take, tracker._layout
 
-        def fails(handle: object, cset: object) -> int:
-            assert hot_path.take(handle, cset) == 0
-            raise MemoryError
+        def and_move() -> object:
+            tracker._layout = Layout(layout.spans)
+            return take()
 
         watches = listener.selected(region)
         pages = self.check(watches, listener.tracker.peek(region))
         mirrors = {watch.region: watch.mirror for watch in watches}
         with (
-            mock.patch("dirtytrack.tracker.DirtySet", side_effect=MemoryError),
-            mock.patch("dirtytrack.tracker._blank", return_value=dirtytrack.DirtySet()),
-            mock.patch.object(listener.tracker, "_hot_path", hot_path._replace(take=fails)),
+            mock.patch("dirtytrack.dirtyset.DirtySet.__init__", side_effect=MemoryError),
+            mock.patch.object(Layout, "until", side_effect=MemoryError),
+            mock.patch.object(tracker, "_take", and_move),
             pytest.raises(MemoryError),
         ):
-            (listener.tracker.collect_into(mirrors, region) if into else listener.tracker.collect(region))
+            (tracker.collect_into(mirrors, region) if into else tracker.collect(region))
+        tracker._layout = layout
         for watch in watches:  # of overlapping regions, each gets back what any of them had
             watch.allow(pages)
 

@@ -71,7 +71,7 @@ def test_wheel_has_the_whole_package_and_no_sources_of_c(wheel: Path) -> None:
         licences = [name for name in archive.namelist() if name.endswith("licenses/LICENSE")]
     package = ROOT / "dirtytrack"
     wanted = {str(path.relative_to(ROOT)) for path in package.rglob("*.py")}
-    wanted |= {"dirtytrack/py.typed", "dirtytrack/kernel/_core.pyi"}
+    wanted |= {"dirtytrack/py.typed", "dirtytrack/kernel/_core.pyi", "dirtytrack/kernel/_taking.pyi"}
     extensions = {name for name in inside if name.endswith(".so")}
     assert inside - extensions == wanted
     assert len(extensions) == 1

@@ -377,13 +377,6 @@ int dt_collect(dt_listener *l, dt_region *region, double budget_seconds, dt_set 
     return rc;
 }
 
-int dt_take(dt_listener *l, dt_set *out)
-{
-    int rc = dt_collect(l, NULL, -1, out);
-    out->delivered = !rc;
-    return rc;
-}
-
 int dt_collect_into(dt_listener *l, dt_region *region, const dt_extent *extents, uint64_t n, dt_set *out)
 {
     int rc = dt_collect(l, region, -1, out);

@@ -284,8 +284,6 @@ int dt_remove(dt_listener *listener, dt_region *region, dt_set *final_set);
 int dt_stop(dt_listener *listener, dt_set *final_set);
 /* Collects `region`, or all of the listener's regions where it is NULL. budget_seconds < 0: no budget. */
 int dt_collect(dt_listener *listener, dt_region *region, double budget_seconds, dt_set *out);
-/* The same of all regions, without a budget; where it returns 0 the set is delivered already. */
-int dt_take(dt_listener *listener, dt_set *out);
 /* The same, then copies the dirty bytes to the extents' mirrors, in this order, in one call. */
 int dt_collect_into(dt_listener *listener, dt_region *region, const dt_extent *extents, uint64_t n, dt_set *out);
 int dt_peek(dt_listener *listener, dt_region *region, dt_set *out);

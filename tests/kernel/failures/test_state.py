@@ -8,12 +8,12 @@ import pickle
 import signal
 import traceback
 from collections.abc import Callable, Iterator
-from unittest import mock
 
 import pytest
 
 import dirtytrack
 from dirtytrack import DirtyTracker, Pagemap, UffdSession
+from dirtytrack.layout import Layout
 from tests.kernel.failures.world import PAGES, World, assert_finds_a_write, write
 from tests.oracle import PAGE
 from tests.sandbox import run_in_child
@@ -205,12 +205,15 @@ def test_ctrl_c_in_a_collect(world: World, monkeypatch: pytest.MonkeyPatch) -> N
         signal.raise_signal(signal.SIGINT)
 
     tracker = world.tracker
-    hot_path = tracker._hot_path
+    take, layout = tracker._take, tracker._layout
 
-    def taken(handle: object, cset: object) -> int:
-        assert hot_path.take(handle, cset) == 0
+    def take_and_move() -> object:
+        tracker._layout = Layout(layout.spans)
+        return take()
+
+    def take_and_lose() -> None:
+        take()
         signal.raise_signal(signal.SIGINT)
-        return 0
 
     write(world.memory, 3)
     calls: tuple[Callable[[], object], ...] = (
@@ -220,13 +223,14 @@ def test_ctrl_c_in_a_collect(world: World, monkeypatch: pytest.MonkeyPatch) -> N
         lambda: tracker.remove(world.region),
         tracker.stop,
     )
-    for call in calls:
+    for call, taking in ((tracker.collect, take_and_lose), *((call, take_and_move) for call in calls)):
         with monkeypatch.context() as patch:
-            patch.setattr("dirtytrack.tracker.DirtySet", interrupted)
-            patch.setattr("dirtytrack.tracker._blank", mock.Mock(return_value=dirtytrack.DirtySet()))
-            patch.setattr(tracker, "_hot_path", hot_path._replace(take=taken))
+            patch.setattr("dirtytrack.dirtyset.DirtySet.__init__", interrupted)
+            patch.setattr(Layout, "until", interrupted)
+            patch.setattr(tracker, "_take", taking)
             with pytest.raises(KeyboardInterrupt):
                 call()
+        tracker._layout = layout
         assert list(tracker.peek().pages(world.region)) == [3]
     assert list(tracker.collect().pages(world.region)) == [3]
 

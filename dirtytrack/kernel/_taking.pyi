@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: MIT
+"""What taking.c has: the set of one collect as an object of CPython itself."""
+
+from collections.abc import Callable
+
+class Taken:
+    """A dt_set that a collect filled; dropped before `delivered` is set, its pages go back to their listener."""
+
+    delivered: int
+    @property
+    def address(self) -> int: ...
+
+class Failed(Exception):
+    """Its argument is a Taken that has nothing but the dt_failure."""
+
+    args: tuple[Taken]
+
+def taker(address: int, /) -> Callable[[], Taken]: ...
