@@ -49,7 +49,7 @@ $(VENV)/.made: pyproject.toml
 	@touch $@
 
 # Editable: Python sources are used where they are. An edit to C is noticed here, by its date.
-$(VENV)/.built: $(VENV)/.made $(CORE) $(HEADERS) dirtytrack/kernel/_build.py setup.py pyproject.toml
+$(VENV)/.built: $(VENV)/.made $(CORE) $(HEADERS) dirtytrack/kernel/taking.c dirtytrack/kernel/_build.py setup.py pyproject.toml
 	$(PIP) install --no-build-isolation --editable .
 	@touch $@
 

@@ -75,7 +75,7 @@ class DirtyTracker:
         self._lock = threading.RLock()  # of what is watched; never taken by a collect
         self._slot = engine.new_listener(session._handle)
         self._handle: Any = self._slot[0]
-        self._take = engine.taker(self._handle)
+        self._new_taken, self._take = core.taking.new, engine.taker(self._handle)
         session._trackers.add(self)
         if not 0 <= audit <= 1:
             raise InvalidMemory(f"audit is a share of the pages, from 0 to 1, not {audit}")
@@ -310,17 +310,16 @@ class DirtyTracker:
         # is taken that can be spared, each of which costs up to 0.2 µs around that call: no partial, no __init__.
         dirty = _blank(DirtySet)
         dirty._layout = before = self._layout
-        taken = None
+        dirty._held = taken = self._new_taken()
         try:
-            dirty._held = taken = self._take()
+            self._take(taken)
             if self._layout is not before:
                 dirty._layout = before.until(self._layout)
-            taken.delivered = 1  # as in stop
         except core.taking.Failed as failed:
             raise engine.take_error(failed, self._session._find) from None
         except BaseException:
-            if taken is not None:
-                core.give_back(dirty._set)  # now, not when the last traceback that knows it goes
+            # In this very frame: Python looks for signals whenever a call returns.
+            core.give_back(dirty._set)  # now, not when the last traceback that knows it goes
             raise
         return dirty
 

@@ -4,9 +4,8 @@
 from collections.abc import Callable
 
 class Taken:
-    """A dt_set that a collect filled; dropped before `delivered` is set, its pages go back to their listener."""
+    """A dt_set, which is cleared with it."""
 
-    delivered: int
     @property
     def address(self) -> int: ...
 
@@ -15,4 +14,5 @@ class Failed(Exception):
 
     args: tuple[Taken]
 
-def taker(address: int, /) -> Callable[[], Taken]: ...
+def new() -> Taken: ...
+def taker(address: int, /) -> Callable[[Taken], Taken]: ...

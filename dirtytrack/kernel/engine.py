@@ -267,11 +267,11 @@ def new_listener(session: CData) -> CData:
     return slot
 
 
-def taker(listener: CData) -> Callable[[], _taking.Taken]:
+def taker(listener: CData) -> Callable[[_taking.Taken], object]:
     """What collects all regions of a listener, without a budget, in the fewest steps; the caller keeps the listener.
 
-    Returns a Taken: dropped before its ``delivered`` is set, its pages go back. Raises `core.taking.Failed`, of which
-    `take_error` makes the error that is meant; by then everything has gone back.
+    It fills a Taken, whose set is delivered when it returns. It raises `core.taking.Failed`, of which `take_error`
+    makes the error that is meant; by then everything has gone back.
     """
     return core.taking.taker(int(core.ffi.cast("uintptr_t", listener)))
 

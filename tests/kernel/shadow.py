@@ -17,6 +17,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -381,9 +382,9 @@ class World:
         tracker = listener.tracker
         take, layout = tracker._take, tracker._layout
 
-        def and_move() -> object:
+        def and_move(taken: Any) -> None:
+            take(taken)
             tracker._layout = Layout(layout.spans)
-            return take()
 
         watches = listener.selected(region)
         pages = self.check(watches, listener.tracker.peek(region))

@@ -8,6 +8,7 @@ import pickle
 import signal
 import traceback
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -207,12 +208,12 @@ def test_ctrl_c_in_a_collect(world: World, monkeypatch: pytest.MonkeyPatch) -> N
     tracker = world.tracker
     take, layout = tracker._take, tracker._layout
 
-    def take_and_move() -> object:
+    def take_and_move(taken: Any) -> None:
+        take(taken)
         tracker._layout = Layout(layout.spans)
-        return take()
 
-    def take_and_lose() -> None:
-        take()
+    def take_and_lose(taken: Any) -> None:
+        take(taken)
         signal.raise_signal(signal.SIGINT)
 
     write(world.memory, 3)
