@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
+from dirtytrack import PageCategory, probe
 from dirtytrack.cli.doctor_apart import Job, run_apart
-from dirtytrack.kernel.trial import knows_guard_pages
 from tests import oracle
 from tests.kernel.host import NotHere
 from tests.kernel.kinds import KINDS, Area, Kind
@@ -28,7 +28,6 @@ from tests.kernel.watched import Watched
 from tests.oracle import PAGE
 
 INSTALL, REMOVE = 102, 103
-GUARD = 1 << 8
 UNIT = 3
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -38,14 +37,15 @@ SPINS = [kind for kind in GUARDABLE if kind.backing != "anonymous"]
 
 @pytest.fixture(autouse=True)
 def _guard_pages() -> None:
-    if not knows_guard_pages():
-        raise NotHere("this kernel has no guard pages (MADV_GUARD_INSTALL came with Linux 6.13)")
+    if not probe().categories & PageCategory.GUARD:
+        raise NotHere("this kernel has no guard pages, or reports none (Linux 6.15)")
 
 
 def has_guard(area: Area, unit: int) -> bool:
     fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return bool(oracle.scan_once(fd, area.at(unit), area.at(unit + 1), mask=GUARD, returned=GUARD))
+        guard = PageCategory.GUARD
+        return bool(oracle.scan_once(fd, area.at(unit), area.at(unit + 1), mask=guard, returned=guard))
     finally:
         os.close(fd)
 
