@@ -7,10 +7,8 @@ for real, by io_uring. Takes about 2 s of CI's 20 min.
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
-import struct
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +22,7 @@ from hypothesis import strategies as st
 import dirtytrack
 from dirtytrack import DirtySet, DirtyTracker, Region, Run, UffdSession
 from tests import oracle
+from tests.kernel.ring import Ring
 from tests.oracle import PAGE
 
 HUGE_PAGE = 2 << 20
@@ -461,60 +460,20 @@ def test_a_flight_holds_its_buffer_and_may_outlive_its_session() -> None:
 # ---- DMA, the real one ----------------------------------------------------------------------------------------------
 
 
-class Ring:
-    """An io_uring with one registered buffer, into which the kernel writes without looking at any page table."""
-
-    _SETUP, _ENTER, _REGISTER = 425, 426, 427
-    _READ_FIXED, _GETEVENTS = 4, 1
-
-    def __init__(self, address: int, nbytes: int) -> None:
-        parameters = bytearray(120)
-        self.fd = self._call(self._SETUP, 4, oracle.address_of(parameters))
-        numbers = struct.unpack("30I", parameters)
-        self._tail, self._array = numbers[11], numbers[16]
-        self._address = address
-        self._ring = mmap.mmap(self.fd, self._array + 4 * numbers[0])
-        self._entries = mmap.mmap(self.fd, 64 * numbers[0], offset=0x10000000)
-        iovec = bytearray(struct.pack("2Q", address, nbytes))
-        self._call(self._REGISTER, self.fd, 0, oracle.address_of(iovec), 1)
-
-    @staticmethod
-    def _call(*arguments: int) -> int:
-        done = oracle._libc.syscall(*[ctypes.c_long(number) for number in arguments])
-        if done < 0:
-            raise OSError(ctypes.get_errno(), "io_uring")
-        return int(done)
-
-    def submit(self, fd: int, offset: int, nbytes: int) -> None:
-        self._entries[:64] = struct.pack(
-            "BBHiQQIIQH22x", self._READ_FIXED, 0, 0, fd, 0, self._address + offset, nbytes, 0, 0, 0
-        )
-        (tail,) = struct.unpack_from("I", self._ring, self._tail)
-        struct.pack_into("I", self._ring, self._array + 4 * (tail & 3), 0)
-        struct.pack_into("I", self._ring, self._tail, tail + 1)
-        assert self._call(self._ENTER, self.fd, 1, 0, 0, 0, 0) == 1
-
-    def wait(self) -> None:
-        self._call(self._ENTER, self.fd, 0, 1, self._GETEVENTS, 0, 0)
-
-    def close(self) -> None:
-        self._entries.close()
-        self._ring.close()
-        os.close(self.fd)
-
-
 class Alias:
     """Where io_uring is forbidden: the same, by another mapping of the memory."""
 
     def __init__(self, memory: dirtytrack.Memory) -> None:
         self._alias = mmap.mmap(memory.fileno(), memory.nbytes)
+        self._address = memory.address
 
-    def submit(self, fd: int, offset: int, nbytes: int) -> None:
-        self._wanted = fd, offset, nbytes
+    def submit(self, fd: int, address: int, nbytes: int) -> None:
+        self._wanted = fd, address - self._address, nbytes
 
-    def wait(self) -> None:
+    def wait(self) -> int:
         fd, offset, nbytes = self._wanted
         self._alias[offset : offset + nbytes] = os.read(fd, nbytes)
+        return nbytes
 
     def close(self) -> None:
         self._alias.close()
@@ -527,22 +486,22 @@ def test_dma_is_a_blind_spot_and_in_flight_mends_it(session: UffdSession) -> Non
     assert DMA in region.blind_spots
     device: Ring | Alias
     try:
-        device = Ring(memory.address, memory.nbytes)
+        device = Ring((memory.address, memory.nbytes))
     except OSError:
         device = Alias(memory)
     source, sink = os.pipe()
     tracker = armed(session)
-    device.submit(source, 2 * PAGE + 10, 5)
+    device.submit(source, memory.address + 2 * PAGE + 10, 5)
     os.write(sink, b"first")
-    device.wait()
+    assert device.wait() == 5
     assert memory[2 * PAGE + 10 : 2 * PAGE + 15] == b"first"
     assert not tracker.collect(), "unseen"
     mirror = bytearray(memory)
     with session.in_flight((memory.address + 2 * PAGE, PAGE)):
-        device.submit(source, 2 * PAGE + 10, 5)
+        device.submit(source, memory.address + 2 * PAGE + 10, 5)
         assert pages_of(tracker.collect_into(mirror), region) == [2]
         os.write(sink, b"later")
-        device.wait()
+        assert device.wait() == 5
     assert pages_of(tracker.collect_into(mirror), region) == [2]
     assert mirror == memory[:]
     assert not tracker.collect()
