@@ -19,15 +19,10 @@ import dirtytrack
 from dirtytrack import DirtySet, DirtyTracker, Memory, MissedWrite, Region, UffdSession
 from dirtytrack.session import default_session
 from tests import oracle
+from tests.kernel.listening import pages_of
 from tests.oracle import PAGE
 
 PAGES = 16
-
-
-@pytest.fixture
-def session() -> Iterator[UffdSession]:
-    with UffdSession() as made:
-        yield made
 
 
 @pytest.fixture
@@ -49,10 +44,6 @@ def armed(session: UffdSession, audit: float = 0.0) -> DirtyTracker:
 def write(memory: Memory, *pages: int) -> None:
     for page in pages:
         memory[page * PAGE] = (memory[page * PAGE] + 1) % 256
-
-
-def pages_of(dirty: DirtySet, region: Region) -> list[int]:
-    return list(dirty.pages(region))
 
 
 # ---- the shared session ---------------------------------------------------------------------------------------------
