@@ -23,7 +23,7 @@ from tests.oracle import PAGE
 _CREATE_VM, _VCPU_MMAP_SIZE, _CREATE_VCPU, _RUN = 0xAE01, 0xAE04, 0xAE41, 0xAE80
 _SET_USER_MEMORY_REGION, _GET_DIRTY_LOG = 0x4020AE46, 0x4010AE42
 _GET_REGS, _SET_REGS, _GET_SREGS, _SET_SREGS = 0x8090AE81, 0x4090AE82, 0x8138AE83, 0x4138AE84
-_SET_MSRS = 0x4008AE89
+_SET_MSRS, _KVMCLOCK_CTRL = 0x4008AE89, 0xAEAD
 _LOG_DIRTY_PAGES = 1
 _EXIT_REASON, _EXIT_HLT = 8, 5
 
@@ -139,10 +139,14 @@ class Guest:
         self._own[_STOP] = 1
 
     def keep_its_clock_at(self, offset: int) -> None:
-        """Have KVM itself write the time there whenever the guest starts to run (kvmclock)."""
+        """Have KVM itself write the time there (kvmclock), when the guest runs next and after each `tell_the_time`."""
         msr_kvm_system_time_new, enabled = 0x4B564D01, 1
         wanted = bytearray(struct.pack("2I2IQ", 1, 0, msr_kvm_system_time_new, 0, RAM + offset | enabled))
         assert fcntl.ioctl(self._vcpu, _SET_MSRS, wanted, True) == 1
+
+    def tell_the_time(self) -> None:
+        """KVM writes it when the guest runs next, through the mapping of the page that it has."""
+        fcntl.ioctl(self._vcpu, _KVMCLOCK_CTRL, 0)
 
     def logged(self) -> set[int]:
         """Numbers of the pages that KVM saw the guest write since it was asked last; it forgets them."""
