@@ -12,6 +12,7 @@ CSRC := dirtytrack/kernel/csrc
 CORE := $(wildcard $(CSRC)/*.c)
 HEADERS := $(wildcard $(CSRC)/*.h)
 C_TESTS := $(wildcard tests/c/*.c)
+C_TEST_HEADERS := $(wildcard tests/c/*.h)
 C_FLAGS := -std=gnu11 -g -Wall -Wextra -Werror -fvisibility=hidden -pthread -I$(CSRC)
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 PACKAGES := make gcc libc6-dev python3 python3-venv python3-dev
@@ -189,12 +190,12 @@ clean: ## remove what was built and set up
 build/c/%.o: $(CSRC)/%.c $(HEADERS)
 	@mkdir -p $(@D)
 	$(CC) $(C_FLAGS) -O2 -c $< -o $@
-build/c/%: tests/c/%.c $(CORE:$(CSRC)/%.c=build/c/%.o) $(HEADERS)
+build/c/%: tests/c/%.c $(CORE:$(CSRC)/%.c=build/c/%.o) $(HEADERS) $(C_TEST_HEADERS)
 	$(CC) $(C_FLAGS) -D_GNU_SOURCE= -O2 $(filter %.c %.o,$^) -o $@
 build/asan/%.o: $(CSRC)/%.c $(HEADERS)
 	@mkdir -p $(@D)
 	$(CC) $(C_FLAGS) $(SANITIZE) -O1 -c $< -o $@
-build/asan/%: tests/c/%.c $(CORE:$(CSRC)/%.c=build/asan/%.o) $(HEADERS)
+build/asan/%: tests/c/%.c $(CORE:$(CSRC)/%.c=build/asan/%.o) $(HEADERS) $(C_TEST_HEADERS)
 	$(CC) $(C_FLAGS) -D_GNU_SOURCE= $(SANITIZE) -O1 $(filter %.c %.o,$^) -o $@
 .PRECIOUS: build/c/% build/c/%.o build/asan/% build/asan/%.o
 .PHONY: FORCE

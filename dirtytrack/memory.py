@@ -271,6 +271,8 @@ def _page_bytes(huge: str | None) -> int:
         return core.PAGE_BYTES
     if huge in _HUGE_BYTES:
         if not _pool(_HUGE_BYTES[huge]).is_dir():
+            if not mappings.sys_is_there():
+                raise _untold(f"whether this machine has huge pages of {huge}", "hugetlb")
             raise UnsupportedKernel(
                 f"this machine has no huge pages of {huge} (no {_pool(_HUGE_BYTES[huge])}). Leave out huge=, or use "
                 "huge='transparent'",
@@ -281,11 +283,19 @@ def _page_bytes(huge: str | None) -> int:
         raise InvalidMemory(f"huge takes None, 'transparent', '2M' or '1G', not {huge!r}")
     size = mappings.thp_bytes()
     if not size:
+        if not mappings.sys_is_there():
+            raise _untold("how large a transparent huge page is", "transparent huge pages")
         raise UnsupportedKernel(
             "this kernel has no transparent huge pages (CONFIG_TRANSPARENT_HUGEPAGE). Leave out huge=",
             feature="transparent huge pages",
         )
     return size
+
+
+def _untold(what: str, feature: str) -> UnsupportedKernel:
+    return UnsupportedKernel(
+        f"{what} cannot be told: /sys is not mounted here. Mount it, or leave out huge=", feature=feature
+    )
 
 
 def _pool(page_bytes: int) -> Path:

@@ -47,6 +47,7 @@ FIRST = (
     "tests/kernel/test_memory.py",
     "tests/kernel/test_pagemap.py",
     "tests/kernel/test_blind_spots.py",
+    "tests/kernel/test_declaring.py",
     "tests/kernel/conformance/test_moves.py",
     "tests/kernel/conformance/test_base.py",
     "tests/kernel/conformance/test_transact.py",

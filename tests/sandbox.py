@@ -104,6 +104,7 @@ RESTRICTIONS: dict[str, Callable[[], None]] = {
     "not-dumpable": lambda: check(libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)),
     "no-device": without_device,
     "no-proc": lambda: _hide("/proc"),
+    "no-sys": lambda: _hide("/sys"),
     "seccomp-eperm": forbid_userfaultfd,
     "seccomp-enosys": lambda: forbid_userfaultfd(errno.ENOSYS),
     "seccomp-no-io-uring": lambda: _filter(errno.EPERM, 425),  # io_uring_setup, on each architecture

@@ -14,6 +14,7 @@ __all__ = ["Hole", "holes", "lines"]
 _HOLES = [event for event in EVENTS if event.hole]
 _BLIND = [event for event in EVENTS if event.blind]
 _DECLARE = "nobody sees it: declare it by mark_dirty()"
+_BRACKET = "nobody sees it: put in_flight() around it"
 
 
 class Hole(NamedTuple):
@@ -59,7 +60,7 @@ def _judge(row: Row, alone: dict[str, Any], tracked: dict[str, Any]) -> Hole:
     if tracked["missed"]:
         with_events = row.outcomes["with events"]
         told = "; or UffdSession(events=True)" if with_events.get("missed") == 0 else ""
-        return hole("blind", _DECLARE + told)
+        return hole("blind", (_BRACKET if row.event.flight else _DECLARE) + told)
     if alone.get("missed"):
         by = f"an extra pass ({', '.join(tracked['by'])})" if tracked["by"] else "arming the other mapping too"
         return hole("found", f"the scan misses it, found by {by}")

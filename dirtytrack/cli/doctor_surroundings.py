@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from ..kernel.core import PAGE_BYTES
+from ..kernel.mappings import sys_is_there
 from ..kernel.support import Check, KernelSupport
 from ..kernel.trial import dumpable
 
 __all__ = ["container", "headroom_bytes", "limits", "permissions", "surroundings"]
 
 _CAP_SYS_PTRACE = 19
+_NOT_TOLD = "not told by /proc"
 _ROOM_FOR_MAPPINGS, _ROOM_FOR_DESCRIPTORS, _ROOM_FOR_MARKERS_BYTES = 1024, 16, 32 << 20
 
 
@@ -66,33 +68,36 @@ def permissions(support: KernelSupport) -> Iterator[Check]:
         said = f"{errno.errorcode.get(number, number)}: {os.strerror(number)}"
         if support.door:
             said += ", and not needed"
-        yield Check(door, False, said, _TO_OPEN[door], needed=False)
-    yield _sysctl(support)
+        forbidden = door == "userfaultfd full" and support.door_errnos["userfaultfd user mode"]
+        # Who may not even open the user mode, which takes no privilege, has a filter in the way, not a lack of one.
+        yield Check(door, False, said, _TO_OPEN["userfaultfd user mode" if forbidden else door], needed=False)
+    yield _sysctl()
     yield _capability()
     yield _user_namespace()
     yield _dumpable(support)
     yield _seccomp(support)
 
 
-def _sysctl(support: KernelSupport) -> Check:
+def _sysctl() -> Check:
     value = _text("/proc/sys/vm/unprivileged_userfaultfd")
-    said = {"0": "0: the full mode takes CAP_SYS_PTRACE", "1": "1: the full mode is open to all", "": "not there"}
-    ok = value == "1" or support.door is not None
-    remedy = "" if ok else "sysctl vm.unprivileged_userfaultfd=1 opens the full mode, where no filter forbids it"
-    return Check("vm.unprivileged_userfaultfd", ok, said.get(value, value), remedy, needed=False)
+    said = {"0": "0: the full mode takes CAP_SYS_PTRACE", "1": "1: the full mode is open to all"}
+    missing = "not there" if Path("/proc/sys").exists() else _NOT_TOLD
+    return Check("vm.unprivileged_userfaultfd", True, said.get(value, value or missing), "", needed=False)
 
 
 def _capability() -> Check:
     bits = _status("CapEff")
-    has = bool(bits) and bool(int(bits, 16) >> _CAP_SYS_PTRACE & 1)
-    said = f"user {os.geteuid()}, " + ("with it" if has else "without it")
-    return Check("CAP_SYS_PTRACE", True, f"{said}; for other users' processes and the full mode", "", needed=False)
+    has = f"{_NOT_TOLD} whether with it"
+    if bits:
+        has = "with it" if int(bits, 16) >> _CAP_SYS_PTRACE & 1 else "without it"
+    said = f"user {os.geteuid()}, {has}; for other users' processes and the full mode"
+    return Check("CAP_SYS_PTRACE", True, said, "", needed=False)
 
 
 def _user_namespace() -> Check:
     mapped = _text("/proc/self/uid_map").split()
     if not mapped and not Path("/proc/self/uid_map").exists():
-        return Check("user namespace", True, "not told by /proc", "", needed=False)
+        return Check("user namespace", True, _NOT_TOLD, "", needed=False)
     first = mapped[:3] == ["0", "0", str((1 << 32) - 1)]
     said = (
         "the machine's own" if first else "one of its own: its capabilities open nothing outside; user mode needs none"
@@ -112,9 +117,10 @@ def _dumpable(support: KernelSupport) -> Check:
 
 
 def _seccomp(support: KernelSupport) -> Check:
-    filtered = _status("Seccomp") == "2"
+    mode = _status("Seccomp")
+    filtered = mode == "2"
     ok = not filtered or support.door is not None
-    said = "a filter is in force" if filtered else "no filter"
+    said = "a filter is in force" if filtered else "no filter" if mode else _NOT_TOLD
     if filtered and support.door:
         said += f", and lets {support.door} pass"
     remedy = "" if ok else "a profile that allows userfaultfd: docs/containers.md"
@@ -162,7 +168,7 @@ def limits() -> Iterator[Check]:
 def _mappings() -> Check:
     most = _text("/proc/sys/vm/max_map_count")
     if not most.isdecimal():
-        return Check("vm.max_map_count", True, "not told by /proc", "", needed=False)
+        return Check("vm.max_map_count", True, _NOT_TOLD, "", needed=False)
     used = len(_text("/proc/self/maps").splitlines())
     ok = int(most) - used >= _ROOM_FOR_MAPPINGS
     said = f"{most} mappings, {used} in use; each region that adjoins no other may take two more"
@@ -171,15 +177,14 @@ def _mappings() -> Check:
 
 def _descriptors() -> Check:
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    used = 0
+    used, in_use = 0, f"{_NOT_TOLD} how many are open"
     with suppress(OSError):
         used = len([*Path("/proc/self/fd").iterdir()]) - 1
+        in_use = f"{used} in use"
     if most == resource.RLIM_INFINITY:
-        return Check("open files", True, f"no limit, {used} in use", "", needed=False)
+        return Check("open files", True, f"no limit, {in_use}", "", needed=False)
     ok = most - used >= _ROOM_FOR_DESCRIPTORS
-    return Check(
-        "open files", ok, f"{most}, {used} in use; a session takes two", "" if ok else "ulimit -n", needed=False
-    )
+    return Check("open files", ok, f"{most}, {in_use}; a session takes two", "" if ok else "ulimit -n", needed=False)
 
 
 def _groups() -> Iterator[tuple[str, str, str]]:
@@ -218,7 +223,8 @@ def headroom_bytes() -> int | None:
 def _memory_cgroup() -> Check:
     room = headroom_bytes()
     if room is None:
-        return Check("memory cgroup", True, "no limit seen", "", needed=False)
+        said = "no limit seen" if _text("/proc/self/cgroup") else _NOT_TOLD
+        return Check("memory cgroup", True, said, "", needed=False)
     ok = room >= _ROOM_FOR_MARKERS_BYTES
     gib = room * (PAGE_BYTES // 8) >> 30
     said = f"{room >> 20} MiB left: markers for {gib} GiB of memory that is armed and was never touched"
@@ -227,12 +233,14 @@ def _memory_cgroup() -> Check:
 
 
 def _huge_pages() -> Check:
-    pool = {}
-    for line in _text("/proc/meminfo").splitlines():
+    pool, memory = {}, _text("/proc/meminfo")
+    for line in memory.splitlines():
         name, _, value = line.partition(":")
         if name in ("HugePages_Total", "HugePages_Free"):
             pool[name] = value.strip()
     setting = _text("/sys/kernel/mm/transparent_hugepage/enabled")
-    chosen = setting[setting.find("[") + 1 : setting.find("]")] if "[" in setting else "not there"
-    free = f"{pool.get('HugePages_Free', '0')} of {pool.get('HugePages_Total', '0')} free in the pool"
-    return Check("huge pages", True, f"{free} (vm.nr_hugepages); transparent ones: {chosen}", "", needed=False)
+    missing = "not there" if sys_is_there() else "not told by /sys"
+    chosen = setting[setting.find("[") + 1 : setting.find("]")] if "[" in setting else missing
+    free = f"{pool.get('HugePages_Free', '0')} of {pool.get('HugePages_Total', '0')} free in the pool (vm.nr_hugepages)"
+    said = f"{free if memory else f'the pool is {_NOT_TOLD}'}; transparent ones: {chosen}"
+    return Check("huge pages", True, said, "", needed=False)

@@ -47,6 +47,8 @@ class Event(NamedTuple):
     happen: Callable[[Area], None]
     blind: bool = False
     """Documented as a blind spot: no page table of this process sees it."""
+    flight: bool = False
+    """A device writes until it is done, or somebody as one does: declared by in_flight(), not by mark_dirty()."""
     hole: bool = False
     """The exact scan misses it on some kernel: the doctor tries it at each visit."""
     untouched: bool = False
@@ -217,7 +219,7 @@ EVENTS = (
     Event("read by O_DIRECT", _PINNED, trial_io.direct_read),
     Event("read by io_uring", _PINNED, trial_io.read_by_ring),
     Event("read by io_uring into a registered buffer", _PINNED, trial_io.read_into_registered, blind=True,
-          before=trial_io.register_buffer),
+          flight=True, before=trial_io.register_buffer),
     Event("store while a forked child lives", _ALL, _fork_and_store),
     Event("store by a forked child", (*_SHARED, "anonymous shared"), _store_by_child, blind=True),
     Event("mprotect read-only and back, store", _NOT_HUGETLB, _protect_and_store),

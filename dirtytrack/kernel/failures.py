@@ -26,8 +26,8 @@ WAYS_TO_A_USERFAULTFD = (
     ),
     "on the host: chmod a+rw /dev/userfaultfd (a udev rule keeps it so)",
     "under a seccomp filter or security module of your own (systemd's SystemCallFilter=, SELinux): allow userfaultfd",
-    "only for the full mode: sysctl vm.unprivileged_userfaultfd=1, or the capability CAP_SYS_PTRACE",
 )
+"""No sysctl and no capability: the door that is part of every kernel that can track takes neither."""
 
 _DOCTOR = "`dirtytrack doctor` tells what this machine can do."
 _LIMIT_ERRNOS = (_errno.EMFILE, _errno.ENFILE, _errno.ENOMEM, _errno.ENOSPC)

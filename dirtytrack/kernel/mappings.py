@@ -12,10 +12,11 @@ from . import core
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Mapping", "first_hugetlb", "mapping_at", "mappings", "thp_bytes"]
+__all__ = ["Mapping", "first_hugetlb", "mapping_at", "mappings", "sys_is_there", "thp_bytes"]
 
 _SHMEM = ("/memfd:", "/dev/shm/", "/dev/zero", "/SYSV")
-_THP_SIZE = "/sys/kernel/mm/transparent_hugepage/hpage_pmd_size"
+_MEMORY_MANAGEMENT = "/sys/kernel/mm"
+_THP_SIZE = f"{_MEMORY_MANAGEMENT}/transparent_hugepage/hpage_pmd_size"
 
 
 class Mapping(NamedTuple):
@@ -103,9 +104,14 @@ def first_hugetlb(process: str, start: int, end: int) -> tuple[int, int, int] | 
 
 
 def thp_bytes() -> int:
-    """The size of a transparent huge page in bytes, or 0 where this kernel has none."""
+    """The size of a transparent huge page in bytes, or 0 where this kernel has none or `sys_is_there` is false."""
     try:
         with open(_THP_SIZE) as file:
             return int(file.read())
     except (OSError, ValueError):
         return 0
+
+
+def sys_is_there() -> bool:
+    """Whether /sys can be asked about huge pages: else it is not mounted, and what it does not name may be there."""
+    return os.access(_MEMORY_MANAGEMENT, os.F_OK)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import core
-from .mappings import thp_bytes
+from .mappings import sys_is_there, thp_bytes
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -340,7 +340,11 @@ def _transparent(flags: int) -> Callable[[int], Area]:
     def make(units: int) -> Area:
         size = thp_bytes()
         if not size:
-            raise NotHere("this kernel has no transparent huge pages")
+            raise NotHere(
+                "this kernel has no transparent huge pages"
+                if sys_is_there()
+                else "how large a transparent huge page is cannot be told: /sys is not mounted here"
+            )
         nbytes, fd = units * size, -1
         if flags & _SHARED:
             fd = os.memfd_create("dirtytrack doctor", _MFD_CLOEXEC)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Memory of each kind for the tests that are run on every kind."""
+"""A session, and memory of each kind for the tests that are run on every kind."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dirtytrack import UffdSession
 from tests.kernel.host import POOLS, NotHere
 from tests.kernel.kinds import Area, Kind
 from tests.kernel.watched import Bare, Watched
@@ -35,6 +36,12 @@ def _huge_pages_are_put_back() -> Iterator[None]:
     yield
     for pool in POOLS.values():
         pool.put_back()
+
+
+@pytest.fixture
+def session() -> Iterator[UffdSession]:
+    with UffdSession() as made:
+        yield made
 
 
 @pytest.fixture

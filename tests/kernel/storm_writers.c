@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT
  * The writers of the storm: they store without pause, tell nobody, and know nothing of the library under test. Built and
- * loaded by test_storm.py, which calls storm_write from several threads at once. */
+ * loaded by storm.py, which calls storm_write from several threads at once. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <stdint.h>
@@ -8,7 +8,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-/* The same in test_storm.py. Writer i of n stores only to words w of a page with w % n == i; word i is its stamp, the
+/* The same in storm.py. Writer i of n stores only to words w of a page with w % n == i; word i is its stamp, the
  * last store of each visit. What it stores is the number of the store: it grows, and no two are alike. */
 struct storm_writer {
     uint64_t *memory;

@@ -9,22 +9,17 @@ the folder failures. Takes under 1 s of CI's 20 min.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
 import dirtytrack
 from dirtytrack import DirtySet, DirtyTracker, Memory, Region, UffdSession
 from tests import oracle
+from tests.kernel.listening import pages_of
 from tests.oracle import PAGE
 
 PAGES = 16
-
-
-@pytest.fixture
-def session() -> Iterator[UffdSession]:
-    with UffdSession() as made:
-        yield made
 
 
 @pytest.fixture
@@ -46,10 +41,6 @@ def armed(session: UffdSession, *regions: Region) -> DirtyTracker:
 def write(memory: Memory, *pages: int) -> None:
     for page in pages:
         memory[page * PAGE] = (memory[page * PAGE] + 1) % 256
-
-
-def pages_of(dirty: DirtySet, region: Region) -> list[int]:
-    return list(dirty.pages(region))
 
 
 # ---- epochs ---------------------------------------------------------------------------------------------------------

@@ -19,14 +19,11 @@ from pathlib import Path
 import pytest
 
 import dirtytrack
-from dirtytrack import DirtySet, DirtyTracker, Memory, Region, UffdSession
+from dirtytrack import DirtySet, DirtyTracker, Memory, UffdSession
 from tests import oracle
+from tests.kernel.listening import pages_of
 from tests.oracle import PAGE
 from tests.sandbox import run_in_child
-
-
-def pages_of(dirty: DirtySet, region: Region) -> list[int]:
-    return list(dirty.pages(region))
 
 
 def write(memory: Memory, pages: set[int]) -> None:

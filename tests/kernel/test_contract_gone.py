@@ -23,12 +23,6 @@ PAGES = 8
 
 
 @pytest.fixture
-def session() -> Iterator[UffdSession]:
-    with UffdSession() as made:
-        yield made
-
-
-@pytest.fixture
 def stays() -> Memory:
     return dirtytrack.allocate(4 * PAGE, name="stays")
 

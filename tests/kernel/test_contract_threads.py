@@ -23,8 +23,9 @@ from types import FrameType
 import pytest
 
 import dirtytrack
-from dirtytrack import DirtySet, DirtyTracker, Memory, Region, UffdSession
+from dirtytrack import DirtySet, DirtyTracker, Memory, UffdSession
 from dirtytrack.kernel import engine
+from tests.kernel.listening import pages_of
 from tests.oracle import PAGE
 
 
@@ -38,10 +39,6 @@ def _nervous() -> Iterator[None]:
 
 
 nervous = pytest.mark.usefixtures("_nervous")
-
-
-def pages_of(dirty: DirtySet, region: Region) -> list[int]:
-    return list(dirty.pages(region))
 
 
 def write(memory: Memory, pages: set[int]) -> None:

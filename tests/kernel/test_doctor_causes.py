@@ -108,6 +108,11 @@ def test_a_process_that_is_not_dumpable() -> None:
 def test_a_filter() -> None:
     told = json.loads(run_in_child(as_json, "no-device", "seccomp-eperm", status=1))
     assert not of(told, "permissions", "seccomp")["ok"]
+    for door in ("userfaultfd user mode", "userfaultfd full"):
+        assert "lets userfaultfd pass" in of(told, "permissions", door)["remedy"]
+    assert of(told, "permissions", "vm.unprivileged_userfaultfd")["ok"], "it is not what is in the way"
+    for cure in ("sysctl", "CAP_SYS_PTRACE"):
+        assert cure not in " ".join(check["remedy"] for check in told["permissions"]), "no cure of a filter"
     text = run_in_child(as_text, "no-device", "seccomp-eperm", status=1)
     assert "--  seccomp: a filter is in force; what mends it: " in text
     assert "Holes" not in text, "nothing can be tried"
@@ -117,6 +122,28 @@ def test_without_proc_it_still_says_why() -> None:
     told = json.loads(run_in_child(as_json, "no-proc", status=1))
     assert of(told, "permissions", "user namespace")["detail"] == "not told by /proc"
     assert of(told, "limits", "vm.max_map_count")["detail"] == "not told by /proc"
+
+
+def test_without_proc_it_says_nothing_that_it_cannot_know() -> None:
+    told = json.loads(run_in_child(as_json, "no-proc", status=1))
+    for name in ("seccomp", "vm.unprivileged_userfaultfd"):
+        assert of(told, "permissions", name)["detail"] == "not told by /proc"
+    user, _, rest = of(told, "permissions", "CAP_SYS_PTRACE")["detail"].partition(", ")
+    assert user.startswith("user ")
+    assert rest.startswith("not told by /proc whether with it")
+    assert "in use" not in of(told, "limits", "open files")["detail"]
+    assert of(told, "limits", "memory cgroup")["detail"] == "not told by /proc"
+    assert of(told, "limits", "huge pages")["detail"].startswith("the pool is not told by /proc; ")
+
+
+def test_without_sys_it_says_nothing_that_it_cannot_know() -> None:
+    told = json.loads(run_in_child(holes_as_json, "no-sys"))
+    assert of(told, "limits", "huge pages")["detail"].endswith("transparent ones: not told by /sys")
+    untold = "how large a transparent huge page is cannot be told: /sys is not mounted here"
+    reasons = {hole["detail"] for hole in told["holes"] if hole["memory"] == "transparent huge"}
+    assert reasons == {untold}
+    assert any(untold in cost["why_not"] for cost in told["costs"])
+    assert "no transparent huge pages" not in json.dumps(told)
 
 
 # ---- containers -----------------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,10 +31,9 @@ from tests.oracle import PAGE
 from tests.strategies import bit_masks
 
 HUGE_PAGE = 2 << 20
-MAP_NORESERVE, MAP_HUGETLB = 0x4000, 0x40000
+MAP_NORESERVE = 0x4000
 EXACT = {"category_mask": PageCategory.WRITTEN, "return_mask": PageCategory.WRITTEN}
 ARMING = ScanFlag.WP_MATCHING | ScanFlag.CHECK_WPASYNC
-POOL = Path("/proc/sys/vm/nr_hugepages")
 
 
 # ---- memory in every state ------------------------------------------------------------------------------------------

@@ -8,13 +8,11 @@ itself by exec is told, not taken for an empty one. Takes about 3 s of CI's 20 m
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
 import struct
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +22,13 @@ import dirtytrack
 from dirtytrack import PageCategory, Pagemap, Run, Scan, ScanFlag, UffdSession
 from dirtytrack.pagemap import PageRegion, huge, present, swapped, written, zero
 from tests import oracle
+from tests.kernel.host import HUGE_PAGE
+from tests.kernel.kinds import some
 from tests.oracle import PAGE
 
-HUGE_PAGE = 2 << 20
 MAP_NORESERVE, MAP_HUGETLB = 0x4000, 0x40000
 EXACT = {"category_mask": PageCategory.WRITTEN, "return_mask": PageCategory.WRITTEN}
 ARMING = ScanFlag.WP_MATCHING | ScanFlag.CHECK_WPASYNC
-POOL = Path("/proc/sys/vm/nr_hugepages")
 
 
 def plain(scan: Scan) -> list[tuple[int, int, int]]:
@@ -53,30 +51,6 @@ def test_a_guard_page_where_the_kernel_has_them() -> None:
                 pagemap.scan(address, address + 4 * PAGE, return_mask=guard)
 
 
-@contextmanager
-def hugetlb(count: int) -> Iterator[int | None]:
-    """So many huge pages, from a pool that is made for it and given back; None where that is not allowed."""
-    before = int(POOL.read_text())
-    try:
-        POOL.write_text(str(before + count))
-        address = oracle.map_at(0, count * HUGE_PAGE, extra=MAP_HUGETLB)
-    except OSError:
-        address = None
-    try:
-        yield address
-    finally:
-        if address is not None:
-            oracle.unmap(address, count * HUGE_PAGE)
-        with open(POOL, "w") if os.access(POOL, os.W_OK) else open(os.devnull, "w") as pool:
-            pool.write(str(before))
-
-
-def register_raw(uffd: int, start: int, end: int) -> None:
-    """UFFDIO_REGISTER for write protection; sessions register no hugetlb memory yet."""
-    uffdio_register = 3 << 30 | 32 << 16 | 0xAA << 8
-    fcntl.ioctl(uffd, uffdio_register, struct.pack("4Q", start, end - start, 2, 0))
-
-
 def assert_refused(pagemap: Pagemap, start: int, end: int) -> None:
     """Each arming question that is not the exact one, wherever the range touches hugetlb memory."""
     asked: tuple[dict[str, int], ...] = (
@@ -94,21 +68,24 @@ def assert_refused(pagemap: Pagemap, start: int, end: int) -> None:
             assert caught.value.start is not None
 
 
-def test_arming_over_hugetlb_memory() -> None:
-    with hugetlb(3) as address, Pagemap() as pagemap, UffdSession() as session:
-        if address is None:  # no pool here: a mapping that takes no huge page asks the question all the same
-            address = oracle.map_at(0, 3 * HUGE_PAGE, extra=MAP_HUGETLB | MAP_NORESERVE)
-            assert_refused(pagemap, address, address + HUGE_PAGE)
-            oracle.unmap(address, 3 * HUGE_PAGE)
-            return
-        end = address + 3 * HUGE_PAGE
+def test_arming_is_refused_over_hugetlb_memory_that_has_no_page() -> None:
+    address = oracle.map_at(0, 3 * HUGE_PAGE, extra=MAP_HUGETLB | MAP_NORESERVE)
+    with Pagemap() as pagemap:
+        assert_refused(pagemap, address, address + HUGE_PAGE)
+    oracle.unmap(address, 3 * HUGE_PAGE)
+
+
+def test_arming_over_hugetlb_memory(tmp_path: Path) -> None:
+    [kind] = some("hugetlb private")
+    with kind.map(3, tmp_path) as area, Pagemap() as pagemap, oracle.userfaultfd() as uffd:
+        address, end = area.address, area.end
         ctypes.memset(address, 1, 2 * HUGE_PAGE)
         assert_refused(pagemap, address, end)
         assert_refused(pagemap, address - PAGE, address + PAGE)
         assert_refused(pagemap, end - PAGE, end + PAGE)
         assert plain(huge((address, end - address))) == [(address, end, PageCategory.HUGE)]
         assert plain(present((address, end - address))) == [(address, address + 2 * HUGE_PAGE, PageCategory.PRESENT)]
-        register_raw(session.fileno(), address, end)
+        oracle.register(uffd, address, end)
         assert_refused(pagemap, address, end)
         scan = pagemap.scan(address, end, **EXACT, flags=ARMING)
         assert plain(scan) == [(address, address + 2 * HUGE_PAGE, PageCategory.WRITTEN)], "the exact question is safe"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import gc
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from random import Random
 
 import pytest
@@ -21,12 +21,6 @@ from tests.oracle import PAGE
 from tests.sandbox import failing
 
 PAGES = 16
-
-
-@pytest.fixture
-def session() -> Iterator[UffdSession]:
-    with UffdSession() as made:
-        yield made
 
 
 @pytest.fixture

@@ -14,8 +14,6 @@ from pathlib import Path
 
 import pytest
 
-import dirtytrack
-from dirtytrack import PageCategory
 from tests import oracle
 from tests.kernel.kinds import KINDS, Area, Kind, some
 from tests.kernel.watched import Watched
@@ -23,7 +21,6 @@ from tests.kernel.watched import Watched
 UNIT = 3
 DONTNEED, FREE, COLD, PAGEOUT, POPULATE_READ, POPULATE_WRITE, DONTNEED_LOCKED = 4, 8, 20, 21, 22, 23, 24
 NORMAL, RANDOM, SEQUENTIAL, WILLNEED, NOHUGEPAGE, UNMERGEABLE, DODUMP, DOFORK = 0, 1, 2, 3, 15, 13, 17, 11
-GUARD_INSTALL, GUARD_REMOVE = 102, 103
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mlock.argtypes = _libc.munlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
@@ -160,28 +157,6 @@ def test_the_exact_scan_knows_that_shared_memory_keeps_its_content(area: Area) -
         assert area.load(UNIT) == b"\x03"
         area.store(UNIT)
         assert oracle.exact(area.address, area.end) == {UNIT}
-
-
-# ---- guard pages ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", some("private anonymous", "/dev/zero private"), ids=str)
-def test_a_guard_page_is_reported_once_when_it_comes_and_once_when_it_goes(area: Area) -> None:
-    """Only of anonymous memory: on an armed page of a file some kernels never come back from installing one."""
-    area.fill(3)
-    with Watched(area, compare=False) as watched:
-        if not dirtytrack.probe().categories & PageCategory.GUARD:
-            assert not advise(area, GUARD_INSTALL, ONE), "a kernel that cannot report them has none"
-            return
-        assert advise(area, GUARD_INSTALL, ONE)
-        assert watched.collect() == {UNIT}
-        assert watched.collect() == set(), "arming leaves it alone"
-        area.store(UNIT + 1)
-        assert watched.collect() == {UNIT + 1}
-        assert advise(area, GUARD_REMOVE, ONE)
-        assert watched.collect() == {UNIT}
-        area.store(UNIT)
-        assert watched.collect() == {UNIT}
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------

@@ -46,6 +46,17 @@ def test_a_kernel_without_transparent_huge_pages(monkeypatch: pytest.MonkeyPatch
     assert caught.value.feature == "transparent huge pages"
 
 
+def test_huge_pages_where_sys_is_not_mounted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody can tell whether this kernel has any, and how large they are."""
+    monkeypatch.setattr(mappings, "_MEMORY_MANAGEMENT", "/proc/there/is/none")
+    monkeypatch.setattr(mappings, "_THP_SIZE", "/proc/there/is/none")
+    monkeypatch.setattr("dirtytrack.memory._pool", lambda _page_bytes: Path("/proc/there/is/none"))
+    for huge, feature in (("transparent", "transparent huge pages"), ("2M", "hugetlb")):
+        with pytest.raises(dirtytrack.UnsupportedKernel, match="/sys is not mounted here") as caught:
+            dirtytrack.allocate(PAGE, huge=huge)  # type: ignore[arg-type]
+        assert caught.value.feature == feature
+
+
 def test_private_memory_has_no_descriptor(world: World) -> None:
     with pytest.raises(dirtytrack.InvalidMemory, match="shared=True"):
         world.memory.fileno()
