@@ -196,17 +196,17 @@ def test_no_store_is_lost_while_the_guest_runs(form: Form, log: bool, memory: Me
         machine.guest.run(offsets)
         runs = threading.Thread(target=machine.guest.run, args=(offsets,), kwargs={"until_stopped": True})
         runs.start()
-        collects = reported = 0
+        collects, enough = 0, 10 * len(pages)
         try:
-            while collects < 150 or reported < 10 * len(pages):
+            while collects < 150 or stamps(memory).max() <= enough:
                 collects += 1
                 before = stamps(memory)
-                reported += machine.tracker.collect_into(machine.mirror).page_count
+                machine.tracker.collect_into(machine.mirror)
                 behind = np.flatnonzero(stamps(machine.mirror) < before)
                 assert not len(behind), f"stored and not reported: pages {[pages[i] for i in behind]}"
         finally:
             machine.guest.stop()
             runs.join()
-        assert machine.guest.stamp > 10 * len(pages), "it met pages that were armed again"
+        assert machine.guest.stamp > enough, "it met pages that were armed again"
         machine.collect()
         assert machine.collect() == set()
