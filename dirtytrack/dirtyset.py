@@ -95,8 +95,11 @@ class DirtySet:
 
     @property
     def assumed(self) -> DirtySet:
-        """The part that was reported without having been watched; empty, since this version assumes nothing."""
-        return self._like(sets.from_runs(b"", 0, epoch=self.epoch, complete=self.complete))
+        """The part that was reported without having been watched: blocks that are rewritten so densely that the faults
+        would cost more. Empty unless a tracker of this memory is adaptive, and none of them exact."""
+        part = self._like(sets.assumed(self._set))
+        sets.assume(part._set, self._set)
+        return part
 
     @property
     def discarded(self) -> DirtySet:
@@ -326,12 +329,14 @@ class DirtySet:
     # ---- pickling
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _unpickled, (self.runs.tobytes(), self.epoch, self.complete, self._layout.spans)
+        assumed = self.assumed.runs.tobytes()
+        return _unpickled, (self.runs.tobytes(), self.epoch, self.complete, self._layout.spans, assumed)
 
 
-def _unpickled(runs: bytes, epoch: int, complete: bool, spans: tuple[Any, ...]) -> DirtySet:
+def _unpickled(runs: bytes, epoch: int, complete: bool, spans: tuple[Any, ...], assumed: bytes) -> DirtySet:
     core.load()
-    return DirtySet(sets.from_runs(runs, len(runs) // 16, epoch=epoch, complete=complete), Layout(spans))
+    cset = sets.from_runs(runs, len(runs) // 16, epoch=epoch, complete=complete, assumed=assumed)
+    return DirtySet(cset, Layout(spans))
 
 
 def _writable(out: Any) -> tuple[Any, int, int]:

@@ -55,16 +55,35 @@ class DirtyTracker:
         session: whose memory.
         regions: which regions; left out, those that the session has when `start` is called.
         audit: the share of clean pages, 0 to 1, whose hashes are kept to find a change that nobody reported.
+        adaptive: let blocks that are densely rewritten, epoch after epoch, go unwatched for a while, where the faults
+            cost more than the pages that are then reported without need: see `DirtySet.assumed`.
+        exact: forbid that, whatever other trackers of the same memory want.
+        page_cost_seconds: what one page in a set costs you, for ``adaptive`` to weigh; left out, a copy of it. The
+            dearest of all trackers of the memory counts.
 
     Raises:
-        InvalidMemory: ``audit`` is no share.
+        InvalidMemory: ``audit`` is no share, or ``page_cost_seconds`` no time.
         SessionClosed, UsedAfterFork.
 
     Thread safety: everything may be called from any thread and from signal handlers. Of two collects at once each page
     goes to exactly one.
     """
 
-    def __init__(self, session: UffdSession, regions: Iterable[Region] | None = None, *, audit: float = 0.0) -> None:
+    def __init__(
+        self,
+        session: UffdSession,
+        regions: Iterable[Region] | None = None,
+        *,
+        audit: float = 0.0,
+        adaptive: bool = True,
+        exact: bool = False,
+        page_cost_seconds: float | None = None,
+    ) -> None:
+        if not 0 <= audit <= 1:
+            raise InvalidMemory(f"audit is a share of the pages, from 0 to 1, not {audit}")
+        if page_cost_seconds is not None and not 0 <= page_cost_seconds <= 1e6:
+            raise InvalidMemory(f"page_cost_seconds is a time in seconds, not {page_cost_seconds}")
+        page_ns = 0 if page_cost_seconds is None else max(1, round(page_cost_seconds * 1e9))
         self._session = session
         self._wanted = None if regions is None else tuple(regions)
         self._owned: tuple[Region, ...] = ()
@@ -73,12 +92,10 @@ class DirtyTracker:
         self._layout = Layout(())
         self._coming: list[tuple[Region, ...]] = []  # of each start or add under way
         self._lock = threading.RLock()  # of what is watched; never taken by a collect
-        self._slot = engine.new_listener(session._handle)
+        self._slot = engine.new_listener(session._handle, adaptive=adaptive, exact=exact, page_ns=page_ns)
         self._handle: Any = self._slot[0]
         self._new_taken, self._take = core.taking.new, engine.taker(self._handle)
         session._trackers.add(self)
-        if not 0 <= audit <= 1:
-            raise InvalidMemory(f"audit is a share of the pages, from 0 to 1, not {audit}")
         if audit:
             engine.set_audit(self._handle, audit)
 
@@ -292,20 +309,21 @@ class DirtyTracker:
         Args:
             region: or its name: take that region's pages only; the others' stay pending.
             budget_seconds: stop scanning after about so long; the rest stays pending and ``complete`` is False.
-            exact, mirror: resolve what was only assumed to be dirty by comparing with a mirror. Nothing is assumed by
-                this version, so that each collect is exact.
+            exact: leave out what was only assumed to be dirty and is, byte for byte, as in the mirror.
+            mirror: for ``exact``: what the memory was at the last collect, as `collect_into` takes it; not written.
 
         Raises:
             RegionGone: a mapping went away beneath a region; told once, before anything is handed out. After
                 ``remove(error.region)`` collecting goes on.
             MissedWrite: the audit found an unreported change; all pages stay pending.
             NotStarted, SessionClosed, UsedAfterFork.
-            InvalidMemory: the region is not one of this tracker's.
+            InvalidMemory: the region is not one of this tracker's; or ``exact`` without a mirror, a mirror without
+                ``exact``, or a mirror that does not fit. Nothing was collected then.
 
         Thread safety: of two collects at once each page goes to exactly one.
         """
-        if region is not None or budget_seconds is not None:
-            return self._collect_some(region, budget_seconds)
+        if region is not None or budget_seconds is not None or exact or mirror is not None:
+            return self._collect_some(region, budget_seconds, exact, mirror)
         # What can be done before the call is: the kernel has just flushed this processor's TLB when it returns. No step
         # is taken that can be spared, each of which costs up to 0.2 µs around that call: no partial, no __init__.
         dirty = _blank(DirtySet)
@@ -323,17 +341,28 @@ class DirtyTracker:
             raise
         return dirty
 
-    def _collect_some(self, region: Region | str | None, budget_seconds: float | None) -> DirtySet:
+    def _collect_some(
+        self, region: Region | str | None, budget_seconds: float | None, exact: bool, mirror: Mirror | None
+    ) -> DirtySet:
+        if exact != (mirror is not None):
+            raise InvalidMemory("exact=True compares with a mirror=, and a mirror is of use for that only")
         budget = -1.0
         if budget_seconds is not None:
             budget = float(budget_seconds)
             if not budget >= 0:
                 raise InvalidMemory(f"budget_seconds is not negative: {budget_seconds}")
-        before = self._layout
-        only = None if region is None else self._resolve(region)
+        while True:
+            before = self._layout
+            only = None if region is None else self._resolve(region)
+            if mirror is not None:
+                mirrors(before if only is None else self._part(only), mirror, writable=False)
+            if before is self._layout:
+                break
         cset = engine.collect(self._handle, only, budget, self._session._find)
         try:
             dirty = DirtySet(cset, before.until(self._layout) if only is None else self._part(only))
+            if mirror is not None and cset.assumed_count:
+                dirty = dirty - dirty.assumed | dirty.assumed.changed(mirror)
             cset.delivered = 1  # as in stop
         except BaseException:
             core.give_back(cset)
@@ -483,8 +512,9 @@ def track(
     *buffers: Trackable | Mapping[str, Trackable],
     name: str | None = None,
     session: UffdSession | None = None,
-    adaptive: bool = False,
-    exact: bool = True,
+    adaptive: bool = True,
+    exact: bool = False,
+    page_cost_seconds: float | None = None,
     audit: float = 0.0,
     blind_spots: str | None = None,
     strict: bool = False,
@@ -499,8 +529,7 @@ def track(
             `Memory`), (address, nbytes) pairs, or mappings from names to such.
         name: of the region, where there is one buffer only.
         session: another session than the default one.
-        adaptive, exact: allow or forbid that densely rewritten blocks are reported without being watched; this version
-            watches all, so that both change nothing.
+        adaptive, exact, page_cost_seconds: as `DirtyTracker` takes them.
         audit: the share of clean pages whose hashes are kept to find a change that nobody reported.
         blind_spots: ``"accepted"`` silences the warning for memory that others may write.
         strict: raise that warning as an error.
@@ -534,6 +563,8 @@ def track(
     for key, buffer in named:  # a plain loop: the warning's stacklevel counts frames
         found.append(within._register(buffer, key, None, blind_spots, strict, stacklevel=3))
     regions = tuple(found)
-    tracker = DirtyTracker(within, regions, audit=audit)
+    tracker = DirtyTracker(
+        within, regions, audit=audit, adaptive=adaptive, exact=exact, page_cost_seconds=page_cost_seconds
+    )
     tracker._owned = regions
     return tracker

@@ -84,6 +84,15 @@ class Statistics(NamedTuple):
     """Pages that only the pass for absent pages found (remedy R1)."""
     pages_lost: int
     """Pages discarded where the kernel's marker survives, found by the pass for those (remedy R2)."""
+    pages_assumed: int
+    """Pages that were told without having been watched, because that was cheaper than the faults."""
+    faults_avoided: int
+    """Those of them that were written, by what samples of them said: each would have cost its writer a fault."""
+    overhead_ns: int
+    """What adaptive tracking cost beside ``collect_ns``, by what things cost on this machine: the faults, and a copy of
+    each assumed page that was not written. Counted from when that was measured: when some memory was densely written."""
+    predicted_ns: int
+    """The same, as it was predicted one pass before."""
     pages_told: int
     """Pages that the kernel told of by an event (``UffdSession(events=True)``)."""
     pages_declared: int
@@ -260,10 +269,11 @@ def write_protect(handle: CData, region: Region) -> None:
 # ---- listeners
 
 
-def new_listener(session: CData) -> CData:
+def new_listener(session: CData, *, adaptive: bool, exact: bool, page_ns: int) -> CData:
     """A slot with a listener."""
     slot = core.ffi.gc(core.ffi.new("dt_listener **"), core.lib.dt_listener_drop)
     _check(core.lib.dt_listener_new(session, slot), None, "make a tracker")
+    _check(core.lib.dt_listener_wish(slot[0], adaptive, exact, page_ns), None, "make a tracker")
     return slot
 
 

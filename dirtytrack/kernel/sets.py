@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Extent",
+    "assume",
+    "assumed",
     "bitmap",
     "changed",
     "clip",
@@ -129,12 +131,34 @@ def rows(cset: CData, address: int, stride: int, row_bytes: int, count: int) -> 
 # ---- algebra
 
 
-def from_runs(runs: Any, count: int, *, epoch: int = 0, complete: bool = True) -> CData:
+def assumed(cset: CData) -> CData:
+    """The part that was told without having been watched."""
+    out = core.new_set()
+    _check(core.lib.dt_set_copy(cset.assumed, cset.assumed_count, out), out.why, "make a set of what was assumed")
+    out.epoch, out.complete = cset.epoch, cset.complete
+    return out
+
+
+def assume(cset: CData, *sources: CData) -> CData:
+    """The set, in which is noted what of it was assumed in any of the sources."""
+    parts = [(source.assumed, source.assumed_count) for source in sources if source.assumed_count]
+    if len(parts) > 1:
+        whole = union_many([assumed(source) for source in sources if source.assumed_count])
+        parts = [(whole.runs, whole.count)]
+    for runs, count in parts:
+        _check(core.lib.dt_set_assume(cset, runs, count), None, "note what was assumed")
+    return cset
+
+
+def from_runs(runs: Any, count: int, *, epoch: int = 0, complete: bool = True, assumed: bytes = b"") -> CData:
     """A set of the runs in a buffer of 64-bit (start, end) pairs: page-aligned, sorted, disjoint."""
     out = core.new_set()
     source = core.ffi.cast("dt_run *", core.ffi.from_buffer(runs)) if count else core.ffi.NULL
     _check(core.lib.dt_set_copy(source, count, out), out.why, "make a set of these runs")
     out.epoch, out.complete = epoch, complete
+    if assumed:
+        part = from_runs(assumed, len(assumed) // 16)
+        _check(core.lib.dt_set_assume(out, part.runs, part.count), None, "note what was assumed")
     return out
 
 
@@ -142,20 +166,20 @@ def combine(how: str, a: CData, b: CData) -> CData:
     """``union``, ``intersection`` or ``difference`` of two sets."""
     out = core.new_set()
     _check(getattr(core.lib, "dt_set_" + how)(a, b, out), out.why, "combine sets")
-    return out
+    return assume(out, a, b)
 
 
 def union_many(sets: Sequence[CData]) -> CData:
     out = core.new_set()
     array = core.ffi.new("dt_set *[]", list(sets))
     _check(core.lib.dt_set_union_many(array, len(array), out), out.why, "unite sets")
-    return out
+    return out if not any(each.assumed_count for each in sets) else assume(out, *sets)
 
 
 def clip(cset: CData, start: int, end: int) -> CData:
     out = core.new_set()
     _check(core.lib.dt_set_clip(cset, start, end, out), out.why, "clip a set")
-    return out
+    return assume(out, cset)
 
 
 def equal(a: CData, b: CData) -> bool:
@@ -210,4 +234,4 @@ def changed(cset: CData, pieces: CData, granule_bytes: int) -> CData:
     out = core.new_set()
     code = core.lib.dt_changed(cset, pieces, len(pieces), granule_bytes, out)
     _check(code, out.why, "compare with the mirror")
-    return out
+    return assume(out, cset)

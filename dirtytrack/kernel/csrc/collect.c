@@ -17,6 +17,31 @@ static void put_together(dt_range *ranges, uint64_t count)
     }
 }
 
+/* Blocks of a range may be left unarmed where it is one region, of small pages that no other remedy watches over, and
+ * one of its listeners wants it and none forbids it. */
+static void plan_adapting(const dt_listener *l, dt_range *range)
+{
+    dt_region *region = l->overlaps[range->first]->region;
+    dt_wish wish = {0};
+    bool wanted = false;
+    if (range->present || region->granule != dt_page_bytes() || region->start != range->start || region->end != range->end)
+        return;
+    for (uint64_t i = 0; i < range->count; i++) {
+        const dt_watch *w = l->overlaps[range->first + i];
+        if (w->region != region || (w->listener && w->listener->exact))
+            return;
+        if (!w->listener || !w->listener->adaptive)
+            continue;
+        wanted = true;
+        wish.measured |= !w->listener->page_ns;
+        wish.page_ns = dt_max(wish.page_ns, w->listener->page_ns);
+    }
+    if (wanted && !region->adapt)
+        region->adapt = dt_adapt_new(region->start, region->end);
+    range->adapt = wanted ? region->adapt : NULL;
+    range->wish = wish;
+}
+
 static int plan(dt_listener *l)
 {
     dt_session *s = l->session;
@@ -75,6 +100,8 @@ static int plan(dt_listener *l)
             }
         }
     }
+    for (uint64_t r = 0; r < l->range_count; r++)
+        plan_adapting(l, &l->ranges[r]);
     put_together(l->ranges, l->range_count);
     l->plan_version = s->layout_version;
     return 0;
@@ -222,9 +249,66 @@ static int select_watches(dt_listener *l, dt_region *only, selection *out, dt_fa
     out->watches = &out->own;
     out->watch_count = 1;
     out->one = (dt_range){.start = only->start, .end = only->end, .present = only->present, .together = 1};
+    for (uint64_t i = 0; i < l->range_count; i++)
+        if (l->ranges[i].start == only->start && l->ranges[i].end == only->end) {
+            out->one.adapt = l->ranges[i].adapt;
+            out->one.wish = l->ranges[i].wish;
+        }
     out->ranges = &out->one;
     out->range_count = 1;
     return 0;
+}
+
+static int add_assumed(dt_set *to, uint64_t start, uint64_t end)
+{
+    int rc = dt_set_reserve(to, to->count + 1);
+    if (!rc)
+        to->runs[to->count++] = (dt_run){start, end};
+    return rc;
+}
+
+static int add_assumed_of(dt_set *to, const dt_watch *w)
+{
+    uint64_t base = w->start / dt_block_bytes(), count = w->assumed_words * 64, bytes = dt_block_bytes();
+    int rc = 0;
+    for (uint64_t i = 0; w->assuming && i < count && !rc; i++) {
+        if (!(i & 63) && !w->assumed[i >> 6]) {
+            i += 63;
+            continue;
+        }
+        if (w->assumed[i >> 6] >> (i & 63) & 1)
+            rc = add_assumed(to, dt_max(w->start, (base + i) * bytes), dt_min(w->end, (base + i + 1) * bytes));
+    }
+    return rc;
+}
+
+/* What is assumed at this moment. */
+static int add_assumed_now(dt_set *to, const dt_range *range)
+{
+    int rc = 0;
+    if (!dt_adapt_any(range->adapt))
+        return 0;
+    for (uint64_t at = range->start, next; at < range->end && !rc; at = next)
+        if (dt_adapt_next(range->adapt, at, range->end, &next))
+            rc = add_assumed(to, at, next);
+    return rc;
+}
+
+/* Which part of the set was told to its watches without having been watched: by other listeners' passes too. now: and
+ * what would be, in a pass at this moment. */
+static int find_assumed(const selection *what, bool now, dt_set *out)
+{
+    dt_set assumed = {0};
+    int rc = 0;
+    for (uint64_t i = 0; i < what->watch_count && !rc; i++)
+        rc = add_assumed_of(&assumed, what->watches[i]);
+    for (uint64_t i = 0; now && i < what->range_count && !rc; i++)
+        rc = add_assumed_now(&assumed, &what->ranges[i]);
+    dt_set_sort(&assumed);
+    if (!rc)
+        rc = dt_set_assume(out, assumed.runs, assumed.count);
+    dt_set_clear(&assumed);
+    return rc;
 }
 
 static void mark_flights(dt_session *s, const selection *what)
@@ -245,6 +329,10 @@ static void add_statistics(dt_statistics *to, const dt_statistics *now, const dt
     to->pages_found += now->pages_found - then->pages_found;
     to->pages_absent += now->pages_absent - then->pages_absent;
     to->pages_lost += now->pages_lost - then->pages_lost;
+    to->pages_assumed += now->pages_assumed - then->pages_assumed;
+    to->faults_avoided += now->faults_avoided - then->faults_avoided;
+    to->overhead_ns += now->overhead_ns - then->overhead_ns;
+    to->predicted_ns += now->predicted_ns - then->predicted_ns;
     to->mappings_renewed += now->mappings_renewed - then->mappings_renewed;
     to->scans_refused += now->scans_refused - then->scans_refused;
     to->scans_faulted += now->scans_faulted - then->scans_faulted;
@@ -284,6 +372,8 @@ static int scan_selection(dt_listener *l, const selection *what, double budget_s
             pass.watches = l->overlaps + range->first;
             pass.watch_count = range->count;
             pass.present = range->present;
+            pass.adapt = range->adapt;
+            pass.wish = range->wish;
             pass.find_absent = pass.find_gigantic = pass.find_lost = pass.aliased = false;
             int rc = limited ? scan_on_budget(l, &pass, range, lap ? 0 : cursor, lap ? cursor : UINT64_MAX, deadline, &out->why)
                              : dt_scan_pass(&pass, range->start, range->end, &out->why);
@@ -328,14 +418,18 @@ static int collect_locked(dt_listener *l, dt_region *only, double budget_seconds
     }
     /* Either all of it went to the set, or a fold put all of it into the bits. Bits set in both cases (a region of this
      * listener overlaps one that alone was asked for) stay where they are. */
-    bool bits = false;
-    for (uint64_t i = 0; i < what.watch_count; i++)
+    bool bits = false, assuming = false;
+    for (uint64_t i = 0; i < what.watch_count; i++) {
         bits |= what.watches[i]->pending;
+        assuming |= what.watches[i]->assuming;
+    }
     if (!rc && bits) {
         rc = extract(what.watches, what.watch_count, what.overlapping || out->count, out);
         if (rc)
             dt_fail_with(&out->why, rc, ENOMEM, DT_STEP_MEMORY, 0, 0);
     }
+    if (!rc && DT_UNLIKELY(assuming) && (rc = find_assumed(&what, false, out)))
+        dt_fail_with(&out->why, rc, ENOMEM, DT_STEP_MEMORY, 0, 0);
     if (rc) {
         dt_pass pass = {.session = s, .self = l, .direct = out};
         dt_fold(&pass);
@@ -352,7 +446,7 @@ static int collect_locked(dt_listener *l, dt_region *only, double budget_seconds
         dt_fold(&pass); /* not delivered: it waits for the next collect, with the page that was missed */
         return rc;
     }
-    for (uint64_t i = 0; bits && i < what.watch_count; i++)
+    for (uint64_t i = 0; (bits || assuming) && i < what.watch_count; i++)
         dt_forget(what.watches[i]);
     out->epoch = l->epoch++;
     s->statistics.collects++;
@@ -441,12 +535,17 @@ int dt_peek(dt_listener *l, dt_region *region, dt_set *out)
             rc = dt_peek_range(s, r->start, r->end, r->present, s->watches, s->watch_count, &written, &others, &out->why);
         else if (!(rc = dt_set_reserve(&written, written.count + 1)))
             dt_set_append(&written, r->start, r->end);
+        if (!rc)
+            rc = add_assumed_now(&others, r);
     }
+    dt_set_sort(&others);
     if (!rc) {
         const dt_set *parts[] = {&pending, &written, &others};
         rc = dt_set_union_many(parts, 3, out);
         out->epoch = l->epoch;
         out->complete = 1;
+        if (!rc)
+            rc = find_assumed(&what, true, out);
         if (rc)
             dt_fail_with(&out->why, rc, ENOMEM, DT_STEP_MEMORY, 0, 0);
     }

@@ -104,8 +104,11 @@ typedef struct dt_set {
     uint64_t epoch;      /* the epoch that the collect closed */
     uint32_t complete;   /* 0: the time budget ended the collect early */
     uint32_t delivered;
+    dt_run *assumed;     /* the part that was told without having been watched: see dt_listener_wish */
+    uint64_t assumed_count; /* runs */
     dt_failure why;      /* why a call that was to fill this set failed */
     void *block_;        /* private: what holds the runs */
+    void *assumed_block_;
 } dt_set;
 
 void dt_set_clear(dt_set *set);
@@ -114,6 +117,8 @@ int dt_set_union(const dt_set *a, const dt_set *b, dt_set *out);
 int dt_set_union_many(const dt_set *const *sets, uint64_t n, dt_set *out);
 int dt_set_intersection(const dt_set *a, const dt_set *b, dt_set *out);
 int dt_set_difference(const dt_set *a, const dt_set *b, dt_set *out);
+/* Notes which part of it these sorted runs are, in place of what was noted; -ENOMEM changes nothing. */
+int dt_set_assume(dt_set *set, const dt_run *runs, uint64_t count);
 int dt_set_equal(const dt_set *a, const dt_set *b);               /* 1 or 0 */
 int dt_set_subset(const dt_set *a, const dt_set *b);              /* 1 or 0 */
 int dt_set_contains(const dt_set *set, uint64_t address);         /* 1 or 0 */
@@ -224,6 +229,10 @@ typedef struct dt_statistics {
     uint64_t pages_found;      /* written pages that scans found and re-armed: each cost its writer one fault */
     uint64_t pages_absent;     /* pages that remedy R1 found */
     uint64_t pages_lost;       /* pages that remedy R2 found: discarded beneath a marker that survived */
+    uint64_t pages_assumed;    /* pages told without having been watched */
+    uint64_t faults_avoided;   /* pages of those that were written, by the samples */
+    uint64_t overhead_ns;      /* of adaptive listeners, by what things cost here: faults, and copies of assumed pages */
+    uint64_t predicted_ns;     /* that were not written; and the same as it was predicted a pass before */
     uint64_t pages_told;       /* pages that the kernel told of by an event (dt_session_open with events) */
     uint64_t pages_declared;   /* pages dirty by mark_dirty and in_flight */
     uint64_t mappings_renewed; /* replaced mappings that were registered again */
@@ -282,6 +291,9 @@ int dt_start(dt_listener *listener, dt_region *const *regions, uint64_t n, dt_fa
 int dt_add(dt_listener *listener, dt_region *region, dt_failure *why);   /* wholly dirty in the next collect */
 int dt_remove(dt_listener *listener, dt_region *region, dt_set *final_set);
 int dt_stop(dt_listener *listener, dt_set *final_set);
+/* Before dt_start. adaptive: blocks that are densely rewritten may be left unarmed, and are told whole; exact: no block
+ * that it watches may be, whoever wants it. page_ns: what a page that is told costs this listener; 0: a copy of it. */
+int dt_listener_wish(dt_listener *listener, int adaptive, int exact, uint64_t page_ns);
 /* Collects `region`, or all of the listener's regions where it is NULL. budget_seconds < 0: no budget. */
 int dt_collect(dt_listener *listener, dt_region *region, double budget_seconds, dt_set *out);
 /* The same, then copies the dirty bytes to the extents' mirrors, in this order, in one call. */

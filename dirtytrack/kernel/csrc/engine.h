@@ -19,6 +19,13 @@
  * from the page allocator, at 0.4 µs a call (measured, Linux 6.18). */
 #define DT_VECTOR_LENGTH 341u
 
+/* What the adaptive listeners of some memory want: see adapt.c. */
+typedef struct dt_wish {
+    uint64_t page_ns;             /* the dearest of what they said that a page costs them */
+    bool measured;                /* some said nothing: what a copy costs here */
+} dt_wish;
+typedef struct dt_adapt dt_adapt;
+
 struct dt_region {
     dt_session *session;
     uint64_t id;
@@ -31,6 +38,7 @@ struct dt_region {
     uint32_t kinds;               /* enum dt_kind, or-ed */
     uint64_t granule;             /* the largest page in it */
     dt_watch *content;            /* remedy R2: the pages that may have content (content.c); NULL where it needs none */
+    dt_adapt *adapt;              /* which blocks are left unarmed; NULL: none ever was */
     uint32_t unseen_aliases;      /* other mappings of its memory that could not be registered */
     uint32_t watchers;
     uint64_t gone_version;        /* counts what went away; a watch compares it with what it was told */
@@ -48,7 +56,9 @@ struct dt_watch {
     uint64_t start, end;          /* the region's page span */
     uint64_t told;                /* the gone_version that the listener knows of */
     bool pending;                 /* false: no bit is set */
-    uint64_t words;
+    bool assuming;                /* false: no bit is set in `assumed` */
+    uint64_t words, assumed_words;
+    uint64_t *assumed;            /* behind `bits`: one bit a block, of those told whole since the last collect */
     uint64_t bits[];
 };
 
@@ -60,6 +70,8 @@ typedef struct dt_range {         /* what is scanned in one go: spans that touch
     bool content;                 /* some of its watches are region->content */
     uint32_t kinds;               /* of all that is watched in it */
     uint64_t first, count;        /* its watches, everybody's, in listener->overlaps */
+    dt_adapt *adapt;              /* NULL: all of it is tracked exactly */
+    dt_wish wish;
     uint64_t together;            /* how many ranges from this one on had nothing but mappings between them */
 } dt_range;
 
@@ -69,6 +81,8 @@ struct dt_listener {
     bool running;
     bool dropped;                 /* no handle is left */
     bool overlapping;             /* some of its own regions overlap */
+    bool adaptive, exact;         /* it wants blocks to be assumed where that is cheaper; it forbids it */
+    uint64_t page_ns;             /* what a page that is told costs it; 0: a copy */
     uint64_t granule;             /* the largest page in its regions */
     uint64_t epoch;
     dt_watch **watches;           /* sorted by start */
@@ -148,6 +162,8 @@ typedef struct dt_pass {
     bool find_gigantic;           /* some of it the arming scan may pass over: huge pages of an unusual size */
     bool find_lost;               /* remedy R2: somewhere beneath it a marker may survive a discard */
     bool aliased;                 /* some of it is mapped elsewhere too */
+    dt_adapt *adapt;              /* NULL: nothing is assumed in it */
+    dt_wish wish;
 } dt_pass;
 
 /* session.c */
@@ -236,6 +252,24 @@ int dt_protect(dt_session *s, uint64_t start, uint64_t end);      /* UFFDIO_WRIT
 int dt_arm(dt_session *s, dt_region *region, dt_failure *why);    /* at first, or again with a collecting pass */
 int dt_page_written(dt_session *s, uint64_t page);                /* 1, 0 or -errno; arms nothing */
 int dt_page_armable(dt_session *s, uint64_t page);                /* 1: somebody registered its mapping for WP_ASYNC */
+
+/* Of what was told to everybody in this very pass: how much is written, and where `arm`, armed again. 0 or -errno. */
+int dt_scan_apart(dt_session *s, uint64_t start, uint64_t end, bool arm, uint64_t *written_pages);
+void dt_assume(dt_watch *w, uint64_t start, uint64_t end); /* its blocks there were told without having been watched */
+
+/* adapt.c */
+#define DT_BLOCK_PAGES 64u
+static inline uint64_t dt_block_bytes(void) { return DT_BLOCK_PAGES * dt_page_bytes(); }
+dt_adapt *dt_adapt_new(uint64_t start, uint64_t end);       /* NULL: too small, or no memory: all of it stays exact */
+bool dt_adapt_any(const dt_adapt *a);                       /* whether some block is assumed */
+void dt_adapt_forget(dt_adapt *a);                          /* all of it was armed */
+/* What is at `at` is assumed, or not, until *to, at most `end`. */
+bool dt_adapt_next(const dt_adapt *a, uint64_t at, uint64_t end, uint64_t *to);
+void dt_adapt_found(dt_adapt *a, const struct k_page_region *found, uint64_t n);
+/* [start, end) is assumed, and was told: those whose turn it is are sampled, or armed. -errno of a scan. */
+int dt_adapt_ask(dt_session *s, dt_adapt *a, uint64_t start, uint64_t end);
+/* At the end of a pass over [start, end): which blocks are left unarmed from now on. */
+void dt_adapt_decide(dt_session *s, dt_adapt *a, uint64_t start, uint64_t end, const dt_wish *wish);
 
 /* peek.c */
 int dt_peek_range(dt_session *s, uint64_t start, uint64_t end, bool present, dt_watch *const *watches, uint64_t watch_count,

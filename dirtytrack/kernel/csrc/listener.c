@@ -17,7 +17,8 @@ int dt_fail_region(dt_failure *why, int code, const dt_region *region)
 dt_watch *dt_make_watch(dt_listener *l, dt_region *region, unsigned bits)
 {
     uint64_t pages = (region->end - region->start) >> dt_page_shift(), words = (pages + 63) / 64;
-    dt_watch *w = dt_alloc(sizeof *w + bits * words * 8);
+    uint64_t blocks = (region->end - 1) / dt_block_bytes() - region->start / dt_block_bytes() + 1;
+    dt_watch *w = dt_alloc(sizeof *w + bits * words * 8 + (blocks + 63) / 64 * 8);
     if (!w)
         return NULL;
     w->listener = l;
@@ -26,6 +27,8 @@ dt_watch *dt_make_watch(dt_listener *l, dt_region *region, unsigned bits)
     w->end = region->end;
     w->told = region->gone_version;
     w->words = words;
+    w->assumed = w->bits + bits * words;
+    w->assumed_words = (blocks + 63) / 64;
     return w;
 }
 
@@ -35,7 +38,9 @@ void dt_forget(dt_watch *w)
 {
     if (w->pending)
         memset(w->bits, 0, w->words * 8);
-    w->pending = false;
+    if (w->assuming)
+        memset(w->assumed, 0, w->assumed_words * 8);
+    w->pending = w->assuming = false;
 }
 
 /* Both arrays have room by now. */
@@ -372,6 +377,22 @@ int64_t dt_watched(dt_listener *l, uint64_t *ids, uint64_t room)
         ids[i] = l->watches[i]->region->id;
     dt_leave(l->session);
     return (int64_t)count;
+}
+
+int dt_listener_wish(dt_listener *l, int adaptive, int exact, uint64_t page_ns)
+{
+    int rc = dt_enter(l->session);
+    if (rc)
+        return rc;
+    if (l->running) {
+        rc = DT_RUNNING;
+    } else {
+        l->adaptive = adaptive;
+        l->exact = exact;
+        l->page_ns = page_ns;
+    }
+    dt_leave(l->session);
+    return rc;
 }
 
 int dt_audit(dt_listener *l, double fraction)

@@ -332,6 +332,7 @@ void dt_free_region(dt_session *s, dt_region *region)
 {
     dt_alias_end(s, region);
     dt_content_end(s, region);
+    dt_free(region->adapt);
     for (uint64_t i = 0; i < s->region_count; i++)
         if (s->regions[i] == region) {
             s->regions[i] = s->regions[--s->region_count];

@@ -66,6 +66,17 @@ void dt_mark_all(dt_watch *const *watches, uint64_t n, uint64_t start, uint64_t 
         dt_mark(watches[i], start, end);
 }
 
+void dt_assume(dt_watch *w, uint64_t start, uint64_t end)
+{
+    start = dt_max(start, w->start);
+    end = dt_min(end, w->end);
+    if (start >= end)
+        return;
+    w->assuming = true;
+    for (uint64_t base = w->start / dt_block_bytes(), i = start / dt_block_bytes(); i <= (end - 1) / dt_block_bytes(); i++)
+        w->assumed[(i - base) >> 6] |= (uint64_t)1 << ((i - base) & 63);
+}
+
 /* ---- telling everybody ------------------------------------------------------------------------------------------ */
 
 void dt_fold(dt_pass *pass)
@@ -279,14 +290,15 @@ static void found_gigantic(void *context, uint64_t start, uint64_t end)
     tell_and_arm(pass, start, end);
 }
 
+static const dt_question DT_WRITTEN = {.flags = K_PM_SCAN_CHECK_WPASYNC, .mask = K_PAGE_IS_WRITTEN};
+
 /* The arming scan takes a huge page of the pool for a part of one unless it is as large as what one entry of a PMD maps,
  * and neither reports nor arms it, in silence (Linux 6.7-6.12.43 at least; "use huge_page_size() in
  * pagemap_scan_hugetlb_entry" mends it, in some later one). So these are asked for without arming: told first, then
  * armed, as what is absent is. What was not written stays armed, and no write falls between the two. */
 static int find_gigantic(dt_pass *pass, uint64_t start, uint64_t end)
 {
-    static const dt_question written = {.flags = K_PM_SCAN_CHECK_WPASYNC, .mask = K_PAGE_IS_WRITTEN};
-    int rc = dt_query(pass->session, start, end, &written, found_gigantic, pass);
+    int rc = dt_query(pass->session, start, end, &DT_WRITTEN, found_gigantic, pass);
     return rc == -EPERM ? 0 : rc; /* which the arming scan will meet too, and mend */
 }
 
@@ -356,6 +368,8 @@ static int scan_chunk(dt_pass *pass, uint64_t start, uint64_t end)
         if (pass->direct && dt_set_reserve(pass->direct, pass->direct->count + (uint64_t)n))
             dt_fold(pass); /* no memory for runs: there are always the bits */
         tell(pass, s->vector, (uint64_t)n);
+        if (DT_UNLIKELY(pass->adapt != NULL))
+            dt_adapt_found(pass->adapt, s->vector, (uint64_t)n);
         s->statistics.pages_found += append(pass->direct, s->vector, (uint64_t)n);
         used = dt_max(used, (uint64_t)n);
         /* Fewer than fit: done, whatever walk_end says. Else on from the last one: what lies before it was walked. */
@@ -363,6 +377,33 @@ static int scan_chunk(dt_pass *pass, uint64_t start, uint64_t end)
     }
     wipe_vector(s, used);
     return 0;
+}
+
+/* What is left unarmed is told whole, before any of it is armed. */
+static int tell_assumed(dt_pass *pass, uint64_t start, uint64_t end)
+{
+    uint64_t count;
+    dt_watch *const *watches = told(pass, &count);
+    const struct k_page_region all = {.start = start, .end = end};
+    if (pass->direct && dt_set_reserve(pass->direct, pass->direct->count + 1))
+        dt_fold(pass);
+    tell(pass, &all, 1);
+    append(pass->direct, &all, 1);
+    for (uint64_t i = 0; i < count; i++)
+        if (watches[i]->listener)
+            dt_assume(watches[i], start, end);
+    pass->session->statistics.pages_assumed += (end - start) >> dt_page_shift();
+    return dt_adapt_ask(pass->session, pass->adapt, start, end);
+}
+
+static int scan_span(dt_pass *pass, uint64_t start, uint64_t end)
+{
+    int rc = 0;
+    if (DT_LIKELY(!dt_adapt_any(pass->adapt)))
+        return scan_chunk(pass, start, end);
+    for (uint64_t at = start, to; at < end && !rc; at = to)
+        rc = dt_adapt_next(pass->adapt, at, end, &to) ? tell_assumed(pass, at, to) : scan_chunk(pass, at, to);
+    return rc;
 }
 
 /* [start, end) of a pass over [whole_start, whole_end), which `heal` looks at where it is not ours any more. */
@@ -375,7 +416,7 @@ static int scan_part(dt_pass *pass, uint64_t whole_start, uint64_t whole_end, ui
     while (dt_next_own(pass->session, &part, end, &from, &to))
         for (uint64_t at = from, next; at < to; at = next) {
             next = chunk_end(at, to);
-            int rc = scan_chunk(pass, at, next), step = DT_STEP_SCAN;
+            int rc = scan_span(pass, at, next), step = DT_STEP_SCAN;
             if (rc == -EPERM && tries < 4) {
                 dt_fold(pass);
                 rc = mend(pass->session, whole_start, whole_end);
@@ -394,6 +435,27 @@ static int scan_part(dt_pass *pass, uint64_t whole_start, uint64_t whole_end, ui
                 return dt_fail_with(why, rc, -rc, step, at, next);
             }
         }
+    return 0;
+}
+
+int dt_scan_apart(dt_session *s, uint64_t start, uint64_t end, bool arm, uint64_t *written_pages)
+{
+    uint64_t bytes = 0;
+    for (uint64_t at = start, to; at < end; at = to) {
+        to = chunk_end(at, end);
+        for (long n = DT_VECTOR_LENGTH; n == (long)DT_VECTOR_LENGTH && at < to;) {
+            n = scan_ioctl(s, at, to, arm ? &DT_ARM_WRITTEN : &DT_WRITTEN);
+            if (n < 0) {
+                wipe_vector(s, DT_VECTOR_LENGTH);
+                return (int)n;
+            }
+            for (long i = 0; i < n; i++)
+                bytes += s->vector[i].end - s->vector[i].start;
+            at = n ? s->vector[n - 1].end : to;
+            wipe_vector(s, (uint64_t)n);
+        }
+    }
+    *written_pages = bytes >> dt_page_shift();
     return 0;
 }
 
@@ -460,7 +522,11 @@ DT_FLAT int dt_scan_pass(dt_pass *pass, uint64_t start, uint64_t end, dt_failure
     dt_look_beneath(pass, start, end);
     if (DT_UNLIKELY(pass->aliased))
         dt_fold(pass); /* what is found elsewhere is not found in the order of its addresses here */
+    if (pass->aliased || pass->present)
+        pass->adapt = NULL;
     int rc = scan_part(pass, start, end, start, end, dt_heal, 0, why);
+    if (DT_UNLIKELY(pass->adapt != NULL) && !rc)
+        dt_adapt_decide(s, pass->adapt, start, end, &pass->wish);
     uint64_t next = 0, known = s->alias_count;
     dt_run elsewhere;
     while (!rc && pass->aliased && dt_alias_next(s, start, end, &next, &elsewhere)) {
@@ -536,6 +602,7 @@ int dt_arm(dt_session *s, dt_region *region, dt_failure *why)
         return dt_fail_with(why, rc, -rc, DT_STEP_MAPS, region->start, region->end);
     if (first && !region->present && (rc = arm_all(s, region, why)))
         return rc;
+    dt_adapt_forget(region->adapt);
     if (!first || region->present || others_wait(s, region, region->start, region->end)) {
         dt_pass pass = {.session = s, .everybody = true, .present = region->present, .find_absent = first};
         rc = dt_scan_pass(&pass, region->start, region->end, why);

@@ -58,7 +58,21 @@ void dt_set_clear(dt_set *set)
     } else {
         dt_free(block);
     }
+    dt_free(set->assumed_block_);
     memset(set, 0, sizeof *set);
+}
+
+int dt_set_assume(dt_set *set, const dt_run *runs, uint64_t count)
+{
+    dt_set given = {.runs = (dt_run *)runs, .count = count}, part = {0};
+    int code = dt_set_intersection(&given, set, &part);
+    if (code)
+        return code;
+    dt_free(set->assumed_block_);
+    set->assumed = part.runs;
+    set->assumed_count = part.count;
+    set->assumed_block_ = part.block_;
+    return 0;
 }
 
 static int by_start(const void *a, const void *b)
