@@ -60,7 +60,9 @@ class UffdSession:
         self._handle: Any = self._slot[0]
         self._all: weakref.WeakValueDictionary[int, Region] = weakref.WeakValueDictionary()
         self._kept: dict[int, Region] = {}  # those that no tracker owns
-        self._finals: deque[Any] = deque()  # of stop() and remove(), to be settled once they are delivered
+        # Of stop() and remove(), to be settled once they are delivered. Weak: whoever was interrupted, and again before he
+        # gave his set back, gives it back when he lets go of it.
+        self._finals: deque[weakref.ref[Any]] = deque()
         self._trackers: weakref.WeakSet[Any] = weakref.WeakSet()
         self._events = events
         sessions.add(self)
@@ -243,16 +245,17 @@ class UffdSession:
         Not in the same breath: an interrupt between the letting go and the caller's having the set would lose it.
         """
         self._settle()
-        self._finals.append(cset)
+        self._finals.append(weakref.ref(cset))
 
     def _settle(self) -> None:
-        for cset in tuple(self._finals):
-            if cset.delivered:
+        for final in tuple(self._finals):
+            cset = final()
+            if cset is not None and cset.delivered:
                 engine.settle(cset)  # first: whoever no longer finds it here relies on its being settled
-            elif cset.block_:
+            elif cset is not None and cset.block_:
                 continue
             with suppress(ValueError):  # another thread was quicker
-                self._finals.remove(cset)
+                self._finals.remove(final)
 
     def write_protect(self, region: Region) -> None:
         """Arm a region's pages now. What was written before goes to every tracker of those pages first.

@@ -336,7 +336,8 @@ class DirtyTracker:
         except core.taking.Failed as failed:
             raise engine.take_error(failed, self._session._find) from None
         except BaseException:
-            # In this very frame: Python looks for signals whenever a call returns.
+            # In this very frame, and before any call: Python looks for signals whenever one begins or returns.
+            taken.delivered = 0
             core.give_back(dirty._set)  # now, not when the last traceback that knows it goes
             raise
         return dirty

@@ -6,6 +6,7 @@ from collections.abc import Callable
 class Taken:
     """A dt_set, which is cleared with it."""
 
+    delivered: int
     @property
     def address(self) -> int: ...
 

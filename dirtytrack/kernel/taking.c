@@ -11,6 +11,8 @@
 #define Py_LIMITED_API 0x030A0000
 #endif
 #include <Python.h>
+#include <stddef.h>
+#include <structmember.h>
 #include "dirtytrack.h"
 
 typedef struct {
@@ -42,11 +44,14 @@ static PyObject *taken_address(PyObject *self, void *unused)
     return PyLong_FromVoidPtr(&((Taken *)self)->set);
 }
 
+static PyMemberDef taken_members[] = {
+    {"delivered", T_UINT, offsetof(Taken, set.delivered), 0, "0: the pages go back with it"},
+    {NULL, 0, 0, 0, NULL}};
 static PyGetSetDef taken_getset[] = {
     {"address", taken_address, NULL, "of the dt_set in it", NULL},
     {NULL, NULL, NULL, NULL, NULL}};
 static PyType_Slot taken_slots[] = {
-    {Py_tp_dealloc, taken_dealloc}, {Py_tp_getset, taken_getset}, {0, NULL}};
+    {Py_tp_dealloc, taken_dealloc}, {Py_tp_members, taken_members}, {Py_tp_getset, taken_getset}, {0, NULL}};
 static PyType_Spec taken_spec = {"dirtytrack.kernel._taking.Taken", sizeof(Taken), 0, Py_TPFLAGS_DEFAULT, taken_slots};
 
 /* SAFETY: whoever may call this keeps the listener's handle: its tracker has both. */

@@ -60,7 +60,7 @@ class Watched:
         self.session = session or UffdSession()
         self._own = session is None
         self.region = self.session.register(area.memory, blind_spots="accepted")
-        self.tracker = DirtyTracker(self.session, [self.region])
+        self.tracker = DirtyTracker(self.session, [self.region], exact=True)
         self.tracker.start()
         self._compare = compare
         self._known = area.content() if compare else []

@@ -236,6 +236,24 @@ def test_ctrl_c_in_a_collect(world: World, monkeypatch: pytest.MonkeyPatch) -> N
     assert list(tracker.collect().pages(world.region)) == [3]
 
 
+def test_ctrl_c_twice_before_a_final_set_was_given_back(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    tracker = world.tracker
+    write(world.memory, 3)
+    for call in (lambda: tracker.remove(world.region), tracker.stop):
+        with monkeypatch.context() as patch:
+            patch.setattr(tracker, "_refresh", interrupted)
+            patch.setattr("dirtytrack.kernel.core.give_back", interrupted)
+            try:
+                call()
+            except KeyboardInterrupt as error:
+                assert isinstance(error.__context__, KeyboardInterrupt), "each was interrupted"
+        tracker._refresh()
+        assert list(tracker.peek().pages(world.region)) == [3]
+
+
 def test_pickling_what_belongs_to_this_process(world: World) -> None:
     with Pagemap() as pagemap:
         for thing in (world.session, world.tracker, world.region, world.memory, pagemap):
