@@ -53,9 +53,11 @@ def test_json_is_one_document_with_every_epoch(few_files: list[str], capsys: pyt
     assert all(any(epoch["heat"]) for epoch in document["epochs"])
     costs = {cost["method"]: cost for cost in document["comparison"]["methods"]}
     assert len(costs) == 5
-    # A hash finds changes of content only; the other two find every page that was stored to, and agree.
+    # A hash finds changes of content only; the other two find every page that was stored to. What dirtytrack has beyond
+    # these it assumed.
     assert costs["copy everything"]["pages_copied"] == 20 * (256 << 20) // PAGE
-    assert costs["mprotect + SIGSEGV"]["pages_copied"] == costs["dirtytrack"]["pages_copied"]
+    assert costs["mprotect + SIGSEGV"]["pages_copied"] <= costs["dirtytrack"]["pages_copied"]
+    assert document["statistics"]["pages_assumed"] <= sum(epoch["dirty_pages"] for epoch in document["epochs"])
     assert costs["hash every page (zlib.crc32)"]["pages_copied"] <= costs["dirtytrack"]["pages_copied"]
 
 
