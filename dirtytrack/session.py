@@ -60,8 +60,8 @@ class UffdSession:
         self._handle: Any = self._slot[0]
         self._all: weakref.WeakValueDictionary[int, Region] = weakref.WeakValueDictionary()
         self._kept: dict[int, Region] = {}  # those that no tracker owns
-        # Of stop() and remove(), to be settled once they are delivered. Weak: whoever was interrupted, and again before he
-        # gave his set back, gives it back when he lets go of it.
+        # Of stop() and remove(), to be settled once they are delivered. Weak: whoever was interrupted, and again before
+        # he gave his set back, gives it back when he lets go of it.
         self._finals: deque[weakref.ref[Any]] = deque()
         self._trackers: weakref.WeakSet[Any] = weakref.WeakSet()
         self._events = events

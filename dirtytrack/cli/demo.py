@@ -279,9 +279,7 @@ def _tell_adaptive(screen: Screen, statistics: Statistics) -> None:
             f"collects, {statistics.predicted_ns / 1e6:.1f} ms were predicted."
         )
     else:
-        screen.line(
-            "Each page was watched in each epoch: none was rewritten so densely that assuming would be cheaper."
-        )
+        screen.line("Each page was watched in each epoch: none were rewritten so densely that assuming pays.")
 
 
 def _tell_answers(screen: Screen, answers: list[Answer]) -> None:

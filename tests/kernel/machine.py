@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 import dirtytrack
-from tests.kernel.shadow import Listener, Missed, OtherProcess, World
+from tests.kernel.shadow import EAGER, Listener, Missed, OtherProcess, World
 from tests.oracle import PAGE
 from tests.strategies import Kind, Mapped, Span, Way, spans, ways
 
@@ -75,6 +75,16 @@ class Machine(RuleBasedStateMachine):
     def write(self, data: st.DataObject, way: Way) -> None:
         self.world.write(data.draw(spans(self.world.nbytes, 6 * PAGE)), way)
 
+    @precondition(lambda self: self.remedy & EAGER and self.world.listeners)
+    @rule(number=numbers, data=st.data(), epochs=st.integers(1, 3))
+    def write_densely(self, number: int, data: st.DataObject, epochs: int) -> None:
+        """The same pages in each epoch: they are assumed from the second on."""
+        span = data.draw(spans(self.world.nbytes, 40 * PAGE))
+        for _ in range(epochs):
+            self.world.write(span, Way.STORE)
+            self.world.collect(self.a_listener(number))
+        self.world.write(span, Way.STORE)
+
     @rule(data=st.data())
     def write_here_and_there(self, data: st.DataObject) -> None:
         for page in data.draw(st.sets(st.integers(0, self.world.nbytes // PAGE - 1), max_size=40)):
@@ -102,9 +112,10 @@ class Machine(RuleBasedStateMachine):
         self.world.session.write_protect(self.a_region(number))
 
     @precondition(lambda self: len(self.world.listeners) < MOST_LISTENERS)
-    @rule(chosen=st.integers(0, (1 << MOST_REGIONS) - 1))
-    def listen(self, chosen: int) -> None:
-        self.world.listen([region for i, region in enumerate(self.world.regions) if chosen >> i & 1])
+    @rule(chosen=st.integers(0, (1 << MOST_REGIONS) - 1), exact=st.sampled_from((False, False, False, True)))
+    def listen(self, chosen: int, exact: bool) -> None:
+        """An exact one forbids that blocks are assumed, which they are in worlds of `EAGER`."""
+        self.world.listen([region for i, region in enumerate(self.world.regions) if chosen >> i & 1], exact=exact)
 
     @precondition(lambda self: self.world.listeners and self.world.regions)
     @rule(number=numbers, region=numbers)

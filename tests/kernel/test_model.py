@@ -24,7 +24,7 @@ from dirtytrack import DirtySet, DirtyTracker, Region, UffdSession
 from dirtytrack.kernel import core, engine, sets
 from tests import oracle
 from tests.kernel.machine import run
-from tests.kernel.shadow import Listener, Missed, OtherProcess, World
+from tests.kernel.shadow import EAGER, Listener, Missed, OtherProcess, World
 from tests.oracle import PAGE
 from tests.strategies import Kind, Mapped, Span, Way
 
@@ -36,12 +36,20 @@ def other() -> Iterator[OtherProcess]:
     made.close()
 
 
+UNTOLD = 64  # enum dt_remedy
 EVERY_KIND: tuple[Kind | Mapped, ...] = (*Kind, *Mapped)
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND, ids=lambda kind: kind.name.lower())
 def test_the_machine_and_the_model_agree(kind: Kind | Mapped, other: OtherProcess) -> None:
     run(kind, settings(max_examples=250 if kind is Kind.PRIVATE else 100, stateful_step_count=45), other)
+
+
+@pytest.mark.parametrize(
+    "kind", [Kind.PRIVATE, Kind.SHARED, Kind.HUGE, Mapped.FILE], ids=lambda kind: kind.name.lower()
+)
+def test_the_machine_and_the_model_agree_where_blocks_are_assumed(kind: Kind | Mapped, other: OtherProcess) -> None:
+    run(kind, settings(max_examples=60, stateful_step_count=45), other, remedy=EAGER)
 
 
 @pytest.mark.soak
@@ -210,6 +218,14 @@ def test_a_remedy_that_is_off_is_found_out(kind: Kind | Mapped, remedy: int) -> 
     )
     with found_out():
         run(kind, chosen, remedy=remedy)
+
+
+def test_assumed_blocks_that_nobody_is_told_of_are_found_out() -> None:
+    chosen = settings(
+        max_examples=400, stateful_step_count=40, database=None, derandomize=True, phases=(Phase.generate,)
+    )
+    with found_out():
+        run(Kind.PRIVATE, chosen, remedy=EAGER | UNTOLD)
 
 
 @pytest.mark.parametrize("remedy", [0, NO_ABSENT, NO_LOST, NO_ABSENT | NO_LOST])

@@ -35,6 +35,8 @@ typedef struct heat {
 } heat;
 
 struct dt_adapt {
+    uint64_t block_bytes, block_pages;
+    bool eager;             /* DT_REMEDY_EAGER */
     uint64_t start, end;    /* the whole blocks of the region, which begin at multiples of a block */
     uint64_t not_exact;     /* blocks */
     uint64_t threshold;     /* pages found in a pass: from so many on, a block is cheaper unarmed; 0: not known yet */
@@ -51,53 +53,59 @@ struct dt_adapt {
 static struct { uint64_t fault, arm, copy, copy_apart; } cost; /* ns a page; fault stays 0 where it cannot be measured */
 static _Atomic int measuring; /* 0: not yet, 1: somebody does, 2: done, as far as it went */
 
+#define FAULTS 128u
+#define COPIES 512u
+#define TRIES 3
+
 static uint64_t a_page_since(uint64_t begun, uint64_t pages) { return dt_max((dt_now_ns() - begun) / pages, 1); }
 
-static void write_each(uint8_t *memory, uint64_t pages)
+/* Pages of our own, one in a block as written pages are that a block is not assumed for, and a piece without gaps before
+ * them. What is timed in one try has been pushed out of the nearest caches by the one before. */
+static void measure(dt_session *s, uint8_t *memory, uint64_t step)
 {
-    for (uint64_t i = 0; i < pages; i++)
-        *(volatile uint8_t *)(memory + i * dt_page_bytes()) = 1;
-}
-
-static void measure_faults(dt_session *s, uint8_t *memory, uint64_t pages)
-{
-    uint64_t start = (uintptr_t)memory, end = start + pages * dt_page_bytes(), fault = UINT64_MAX, arm = UINT64_MAX;
+    uint64_t page = dt_page_bytes();
+    uint8_t *apart = memory + 2 * COPIES * page;
+    uint64_t start = (uintptr_t)apart, end = start + FAULTS * step;
+    uint64_t fault = UINT64_MAX, arm = UINT64_MAX, copy = UINT64_MAX, copy_apart = UINT64_MAX;
     int rc = dt_uffd_register(s, start, end);
-    for (int i = 0; !rc && i < 4; i++) {
+    for (int i = 0; !rc && i <= TRIES; i++) {
         uint64_t begun = dt_now_ns(), found;
-        write_each(memory, pages);
+        for (uint64_t k = 0; k < FAULTS; k++)
+            *(volatile uint8_t *)(apart + k * step) = 1;
         if (i) /* armed by then */
-            fault = dt_min(fault, a_page_since(begun, pages));
+            fault = dt_min(fault, a_page_since(begun, FAULTS));
         begun = dt_now_ns();
         rc = dt_scan_apart(s, start, end, true, &found);
-        arm = dt_min(arm, a_page_since(begun, pages));
+        arm = dt_min(arm, a_page_since(begun, FAULTS));
+        begun = dt_now_ns();
+        memcpy(memory + COPIES * page, memory, COPIES * page);
+        if (i) /* populated by then */
+            copy = dt_min(copy, a_page_since(begun, COPIES));
+        begun = dt_now_ns();
+        for (uint64_t k = 0; k < FAULTS; k++)
+            memcpy(memory + (COPIES + k * (COPIES / FAULTS)) * page, apart + k * step, page);
+        copy_apart = dt_min(copy_apart, a_page_since(begun, FAULTS));
     }
     dt_uffd_unregister(s, start, end);
     cost.arm = arm;
+    cost.copy = copy;
+    cost.copy_apart = dt_max(copy_apart, copy);
     if (!rc)
         cost.fault = fault;
 }
 
-/* Memory of our own, once in a process, in some 5 ms: called where there are dense blocks, whose faults cost as much. */
+/* Once in a process, in some 3 ms: called where there are dense blocks, whose faults cost as much. */
 static bool measured(dt_session *s)
 {
-    enum { FAULTS = 64, COPIES = 1024 };
-    uint64_t page = dt_page_bytes(), bytes = 2 * COPIES * page;
     int before = 0;
     if (!atomic_compare_exchange_strong(&measuring, &before, 1))
         return before == 2 && cost.fault;
-    uint8_t *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    uint64_t page = dt_page_bytes(), step = 64 * page, bytes = 2 * COPIES * page + FAULTS * step;
+    uint8_t *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory != MAP_FAILED) {
         madvise(memory, bytes, MADV_NOHUGEPAGE);
-        write_each(memory, 2 * COPIES);
-        uint64_t begun = dt_now_ns();
-        memcpy(memory + COPIES * page, memory, COPIES * page);
-        cost.copy = a_page_since(begun, COPIES);
-        begun = dt_now_ns();
-        for (uint64_t i = 0; i < COPIES; i += 8)
-            memcpy(memory + (COPIES + i) * page, memory + i * page, page);
-        cost.copy_apart = dt_max(cost.copy, a_page_since(begun, COPIES / 8));
-        measure_faults(s, memory, FAULTS);
+        memset(memory, 1, COPIES * page);
+        measure(s, memory, step);
         munmap(memory, bytes);
     }
     atomic_store(&measuring, 2);
@@ -106,31 +114,37 @@ static bool measured(dt_session *s)
 
 /* A block that is told whole costs 64 copies in one piece; one that is armed, a fault, re-arming and a copy by itself for
  * each page that is written. */
-static uint64_t threshold_for(const dt_wish *wish)
+static uint64_t threshold_for(const dt_adapt *a, const dt_wish *wish)
 {
+    if (a->eager)
+        return 1;
     uint64_t whole = dt_max(wish->page_ns, wish->measured ? cost.copy : 0);
     uint64_t apart = dt_max(wish->page_ns, wish->measured ? cost.copy_apart : 0), each = cost.fault + cost.arm + apart;
-    return dt_min(DT_BLOCK_PAGES, DT_BLOCK_PAGES * whole * 5 / 4 / each + 1); /* a fifth must be won */
+    return dt_min(a->block_pages, a->block_pages * whole * 5 / 4 / each + 1); /* a fifth must be won */
 }
 
 /* ---- blocks ----------------------------------------------------------------------------------------------------- */
 
-dt_adapt *dt_adapt_new(uint64_t start, uint64_t end)
+dt_adapt *dt_adapt_new(const dt_session *s, uint64_t start, uint64_t end)
 {
-    uint64_t first = dt_up(start, dt_block_bytes()), last = dt_down(end, dt_block_bytes());
-    if (last < first + LEAST_BLOCKS * dt_block_bytes())
+    uint64_t first = dt_up(start, s->block_bytes), last = dt_down(end, s->block_bytes);
+    bool eager = s->remedy & DT_REMEDY_EAGER;
+    if (last < first + (eager ? 1 : LEAST_BLOCKS) * s->block_bytes)
         return NULL;
-    dt_adapt *a = dt_alloc(sizeof *a + (last - first) / dt_block_bytes() * sizeof *a->blocks);
-    if (a) {
-        a->start = first;
-        a->end = last;
-    }
+    dt_adapt *a = dt_alloc(sizeof *a + (last - first) / s->block_bytes * sizeof *a->blocks);
+    if (!a)
+        return NULL;
+    a->block_bytes = s->block_bytes;
+    a->block_pages = s->block_bytes / dt_page_bytes();
+    a->start = first;
+    a->end = last;
+    a->eager = eager;
     return a;
 }
 
-static uint64_t block_of(const dt_adapt *a, uint64_t address) { return (address - a->start) / dt_block_bytes(); }
+static uint64_t block_of(const dt_adapt *a, uint64_t address) { return (address - a->start) / a->block_bytes; }
 
-static uint64_t address_of(const dt_adapt *a, uint64_t block) { return a->start + block * dt_block_bytes(); }
+static uint64_t address_of(const dt_adapt *a, uint64_t block) { return a->start + block * a->block_bytes; }
 
 void dt_adapt_forget(dt_adapt *a)
 {
@@ -212,7 +226,7 @@ static int ask(dt_session *s, dt_adapt *a, uint64_t block)
             return 0;
         }
         h->state = SAMPLED;
-        h->sample = (uint8_t)(mixed(block + h->interval) % (DT_BLOCK_PAGES / SAMPLE_PAGES) * SAMPLE_PAGES);
+        h->sample = (uint8_t)(mixed(block + h->interval) % (a->block_pages / SAMPLE_PAGES) * SAMPLE_PAGES);
         return scan_sample(s, a, block, true, &written);
     }
     int rc = scan_sample(s, a, block, false, &written);
@@ -223,7 +237,7 @@ static int ask(dt_session *s, dt_adapt *a, uint64_t block)
     a->cool += !h->samples && !written;
     h->samples++;
     h->written += (uint8_t)written;
-    if (h->written * DT_BLOCK_PAGES >= a->threshold * SAMPLE_PAGES * h->samples) {
+    if (h->written * a->block_pages >= a->threshold * SAMPLE_PAGES * h->samples) {
         a->hot++;
         h->samples = h->written = 0;
         h->state = ASSUMED;
@@ -231,7 +245,7 @@ static int ask(dt_session *s, dt_adapt *a, uint64_t block)
         return 0;
     }
     if (h->samples < (h->written ? MOST_SAMPLES : 2)) { /* a part of a block may be cold: others are asked before it is believed */
-        h->sample = (h->sample + 3 * SAMPLE_PAGES) % DT_BLOCK_PAGES;
+        h->sample = (h->sample + 3 * SAMPLE_PAGES) % a->block_pages;
         return scan_sample(s, a, block, true, &written);
     }
     h->samples = h->written = 0;
@@ -265,9 +279,9 @@ static void arm_all(dt_session *s, dt_adapt *a, uint64_t first, uint64_t last)
 /* Whether the costs are known by now. They are measured once it matters. */
 static bool known(dt_session *s, dt_adapt *a, const dt_wish *wish)
 {
-    if (!measured(s))
+    if (!a->eager && !measured(s))
         return false;
-    a->threshold = threshold_for(wish);
+    a->threshold = threshold_for(a, wish);
     return true;
 }
 
@@ -282,7 +296,7 @@ static void account(dt_session *s, dt_adapt *a, uint64_t stay_exact)
     s->statistics.faults_avoided += written;
     s->statistics.overhead_ns += a->found * (cost.fault + cost.arm) + (a->assumed - written) * cost.copy;
     s->statistics.predicted_ns += a->predicted_ns;
-    uint64_t pages = a->not_exact * DT_BLOCK_PAGES;
+    uint64_t pages = a->not_exact * a->block_pages;
     a->predicted_ns = stay_exact * (cost.fault + cost.arm) + (a->sampled ? pages - pages * a->written / a->sampled : 0) * cost.copy;
     a->found = a->assumed = 0;
 }
@@ -290,7 +304,7 @@ static void account(dt_session *s, dt_adapt *a, uint64_t stay_exact)
 void dt_adapt_decide(dt_session *s, dt_adapt *a, uint64_t start, uint64_t end, const dt_wish *wish)
 {
     uint64_t hot = a->hot, cool = a->cool;
-    start = dt_max(dt_up(start, dt_block_bytes()), a->start);
+    start = dt_max(dt_up(start, a->block_bytes), a->start);
     end = dt_min(end, a->end);
     a->hot = a->cool = 0;
     if (start >= end || !a->alive)
@@ -300,7 +314,7 @@ void dt_adapt_decide(dt_session *s, dt_adapt *a, uint64_t start, uint64_t end, c
     if (cool >= LEAST_VOTES && cool > hot)
         arm_all(s, a, first, last);
     if (a->threshold)
-        a->threshold = threshold_for(wish);
+        a->threshold = threshold_for(a, wish);
     uint64_t threshold = a->threshold ? a->threshold : LEAST_DENSE;
     bool alive = false;
     for (uint64_t i = first; i < last; i++) {
@@ -315,7 +329,7 @@ void dt_adapt_decide(dt_session *s, dt_adapt *a, uint64_t start, uint64_t end, c
         h->excess = (uint16_t)dt_min(h->excess + found > threshold ? h->excess + found - threshold : 0, UINT16_MAX);
         h->passes = h->excess ? (uint8_t)dt_min(h->passes + 1u, UINT8_MAX) : 0;
         alive |= h->excess > 0;
-        if (h->excess < threshold || h->passes < (h->interval ? 1 : LEAST_PASSES))
+        if (h->excess < threshold || h->passes < (h->interval || a->eager ? 1 : LEAST_PASSES))
             continue;
         if (!a->threshold) {
             if (!known(s, a, wish))
@@ -325,10 +339,10 @@ void dt_adapt_decide(dt_session *s, dt_adapt *a, uint64_t start, uint64_t end, c
             continue;
         }
         stay_exact -= found;
-        a->sampled += DT_BLOCK_PAGES;
+        a->sampled += a->block_pages;
         a->written += found;
         h->state = ASSUMED;
-        wait_for(h, i, FIRST_INTERVAL);
+        wait_for(h, i, a->eager ? 1 : FIRST_INTERVAL);
         a->not_exact++;
     }
     a->alive = alive || a->not_exact;

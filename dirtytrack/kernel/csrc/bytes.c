@@ -163,12 +163,41 @@ static void close_batch(batch *b)
 
 enum way { GATHER, SCATTER, COPY_OUT };
 
+/* What is assumed is mostly as the mirror has it, and to compare costs less than to write. Beyond some length the C library
+ * copies past the caches, and that is cheaper still. */
+#define LONG_COPY_BYTES ((uint64_t)128 << 20)
+
+static void copy_differing(uint8_t *to, uint64_t from, uint64_t end)
+{
+    for (uint64_t page = dt_page_bytes(), next; from < end; to += next - from, from = next) {
+        next = dt_min(dt_down(from, page) + page, end);
+        if (memcmp(to, (const void *)(uintptr_t)from, next - from))
+            memcpy(to, (const void *)(uintptr_t)from, next - from);
+    }
+}
+
+/* assumed: the index of the first run of set->assumed that may touch it. */
+static void copy_to_mirror(const dt_set *set, uint64_t *assumed, uint8_t *to, uint64_t from, uint64_t end)
+{
+    for (uint64_t stop; from < end; to += stop - from, from = stop) {
+        while (*assumed < set->assumed_count && set->assumed[*assumed].end <= from)
+            ++*assumed;
+        const dt_run *next = *assumed < set->assumed_count ? &set->assumed[*assumed] : NULL;
+        bool within = next && next->start <= from;
+        stop = dt_min(end, !next ? end : within ? next->end : next->start);
+        if (within && stop - from < LONG_COPY_BYTES)
+            copy_differing(to, from, stop);
+        else
+            memcpy(to, (const void *)(uintptr_t)from, stop - from);
+    }
+}
+
 /* Copies the extent's bytes in the set. The other side is packed from `packed` on, or the extent's mirror. */
 static int move_extent(enum way way, const dt_set *set, uint64_t first, const dt_extent *extent, uint8_t *packed,
                        uint64_t *moved, batch *b, dt_failure *why)
 {
     const dt_run *runs = set->runs;
-    uint64_t address = extent->address, end = extent_end(extent), total = 0;
+    uint64_t address = extent->address, end = extent_end(extent), total = 0, assumed = 0;
     for (uint64_t i = first; i < set->count && runs[i].start < end; i++) {
         uint64_t from = dt_max(runs[i].start, address), bytes = dt_min(runs[i].end, end) - from;
         uint8_t *other = way == COPY_OUT ? (uint8_t *)extent->mirror + (from - address) : packed + total;
@@ -182,6 +211,8 @@ static int move_extent(enum way way, const dt_set *set, uint64_t first, const dt
             void *tracked = (void *)(uintptr_t)from;
             if (way == SCATTER)
                 memcpy(tracked, other, bytes);
+            else if (way == COPY_OUT && set->assumed_count)
+                copy_to_mirror(set, &assumed, other, from, from + bytes);
             else
                 memcpy(other, tracked, bytes);
         }

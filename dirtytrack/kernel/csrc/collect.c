@@ -37,7 +37,7 @@ static void plan_adapting(const dt_listener *l, dt_range *range)
         wish.page_ns = dt_max(wish.page_ns, w->listener->page_ns);
     }
     if (wanted && !region->adapt)
-        region->adapt = dt_adapt_new(region->start, region->end);
+        region->adapt = dt_adapt_new(l->session, region->start, region->end);
     range->adapt = wanted ? region->adapt : NULL;
     range->wish = wish;
 }
@@ -269,7 +269,7 @@ static int add_assumed(dt_set *to, uint64_t start, uint64_t end)
 
 static int add_assumed_of(dt_set *to, const dt_watch *w)
 {
-    uint64_t base = w->start / dt_block_bytes(), count = w->assumed_words * 64, bytes = dt_block_bytes();
+    uint64_t bytes = w->region->session->block_bytes, base = w->start / bytes, count = w->assumed_words * 64;
     int rc = 0;
     for (uint64_t i = 0; w->assuming && i < count && !rc; i++) {
         if (!(i & 63) && !w->assumed[i >> 6]) {

@@ -204,6 +204,8 @@ enum dt_remedy {
     DT_REMEDY_NO_LOST = 4,   /* for tests: never R2, though the kind of memory needs it */
     DT_REMEDY_NO_ALIAS = 8,  /* for tests: other mappings of the same memory are left alone */
     DT_REMEDY_NONE = 14,
+    DT_REMEDY_EAGER = 32,    /* for tests: blocks are of 8 pages, and assumed as soon as 2 of them were written */
+    DT_REMEDY_UNTOLD = 64,   /* for tests: what is assumed is told to nobody */
     DT_REMEDY_FROM_RIGHT = 16 /* for tests: unregister as kernels up to Linux 6.16 need it */
 };
 

@@ -121,6 +121,7 @@ struct dt_session {
     bool suspended;
     bool find_absent;             /* remedy R1, of all memory: this kernel needs it */
     uint32_t remedy;              /* enum dt_remedy, as given */
+    uint64_t block_bytes;         /* what is left unarmed together: see adapt.c */
     int uffd, pagemap, door;
     uint64_t features;
     uint64_t next_id;
@@ -258,9 +259,7 @@ int dt_scan_apart(dt_session *s, uint64_t start, uint64_t end, bool arm, uint64_
 void dt_assume(dt_watch *w, uint64_t start, uint64_t end); /* its blocks there were told without having been watched */
 
 /* adapt.c */
-#define DT_BLOCK_PAGES 64u
-static inline uint64_t dt_block_bytes(void) { return DT_BLOCK_PAGES * dt_page_bytes(); }
-dt_adapt *dt_adapt_new(uint64_t start, uint64_t end);       /* NULL: too small, or no memory: all of it stays exact */
+dt_adapt *dt_adapt_new(const dt_session *s, uint64_t start, uint64_t end); /* NULL: too small, or no memory: all of it stays exact */
 bool dt_adapt_any(const dt_adapt *a);                       /* whether some block is assumed */
 void dt_adapt_forget(dt_adapt *a);                          /* all of it was armed */
 /* What is at `at` is assumed, or not, until *to, at most `end`. */

@@ -17,7 +17,7 @@ int dt_fail_region(dt_failure *why, int code, const dt_region *region)
 dt_watch *dt_make_watch(dt_listener *l, dt_region *region, unsigned bits)
 {
     uint64_t pages = (region->end - region->start) >> dt_page_shift(), words = (pages + 63) / 64;
-    uint64_t blocks = (region->end - 1) / dt_block_bytes() - region->start / dt_block_bytes() + 1;
+    uint64_t block_bytes = region->session->block_bytes, blocks = (region->end - 1) / block_bytes - region->start / block_bytes + 1;
     dt_watch *w = dt_alloc(sizeof *w + bits * words * 8 + (blocks + 63) / 64 * 8);
     if (!w)
         return NULL;

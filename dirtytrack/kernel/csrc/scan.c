@@ -72,8 +72,9 @@ void dt_assume(dt_watch *w, uint64_t start, uint64_t end)
     end = dt_min(end, w->end);
     if (start >= end)
         return;
+    uint64_t bytes = w->region->session->block_bytes, base = w->start / bytes;
     w->assuming = true;
-    for (uint64_t base = w->start / dt_block_bytes(), i = start / dt_block_bytes(); i <= (end - 1) / dt_block_bytes(); i++)
+    for (uint64_t i = start / bytes; i <= (end - 1) / bytes; i++)
         w->assumed[(i - base) >> 6] |= (uint64_t)1 << ((i - base) & 63);
 }
 
@@ -387,8 +388,10 @@ static int tell_assumed(dt_pass *pass, uint64_t start, uint64_t end)
     const struct k_page_region all = {.start = start, .end = end};
     if (pass->direct && dt_set_reserve(pass->direct, pass->direct->count + 1))
         dt_fold(pass);
-    tell(pass, &all, 1);
-    append(pass->direct, &all, 1);
+    if (!(pass->session->remedy & DT_REMEDY_UNTOLD)) {
+        tell(pass, &all, 1);
+        append(pass->direct, &all, 1);
+    }
     for (uint64_t i = 0; i < count; i++)
         if (watches[i]->listener)
             dt_assume(watches[i], start, end);

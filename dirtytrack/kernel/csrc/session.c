@@ -255,6 +255,7 @@ int dt_session_open(uint32_t remedy, int events, dt_session **out, dt_failure *w
             rc = dt_fail_with(why, written, -written, DT_STEP_SCAN, 0, 0);
     }
     s->remedy = remedy;
+    s->block_bytes = (remedy & DT_REMEDY_EAGER ? 8 : 64) * dt_page_bytes();
     if (!rc && !(remedy & (DT_REMEDY_ABSENT | DT_REMEDY_NO_ABSENT))) {
         int needs = atomic_load(&needs_remedy);
         if (needs < 0) {

@@ -242,7 +242,8 @@ def test_ctrl_c_twice_before_a_final_set_was_given_back(world: World, monkeypatc
 
     tracker = world.tracker
     write(world.memory, 3)
-    for call in (lambda: tracker.remove(world.region), tracker.stop):
+    calls: tuple[Callable[[], object], ...] = (lambda: tracker.remove(world.region), tracker.stop)
+    for call in calls:
         with monkeypatch.context() as patch:
             patch.setattr(tracker, "_refresh", interrupted)
             patch.setattr("dirtytrack.kernel.core.give_back", interrupted)
