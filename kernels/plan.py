@@ -62,6 +62,9 @@ DESELECTED: dict[str, str] = {
     "tests/kernel/conformance/test_pressure.py::test_swap_is_put_off_beneath_a_tracker": (
         "takes for granted which of two swap files a page goes to; a kernel may have places of the other at hand"
     ),
+    "tests/kernel/test_contract_threads.py::test_dropped_in_any_order_nothing_stays": (
+        "18 s each on a processor of its own: minutes under emulation, and the time-out ends it"
+    ),
     "tests/unit/test_packaging.py": "builds wheels: needs pip's network and a whole toolchain",
     "tests/unit/test_docs.py": "tells of the sources, not of the kernel; runs make and git",
     "tests/unit/test_layers.py": "tells of the sources, not of the kernel",
@@ -95,6 +98,12 @@ KNOWN: dict[str, str] = {
     ),
     "FAILED tests/kernel/failures/test_state.py::test_ctrl_c_in_a_collect": (
         "the test was behind the code, on every kernel: mended since, not run again there"
+    ),
+    "FAILED tests/kernel/test_contract_shared.py::test_statistics_count_what_was_done": (
+        "the test counted scans as SOUND kernels need them, and R1 takes another one: mended since, not run again there"
+    ),
+    "FAILED tests/kernel/test_contract_threads.py::test_dropped_in_any_order_nothing_stays": (
+        "18 s on a processor of its own, and minutes under emulation: the time-out ended it; not run there any more"
     ),
     "pytest: status 139": "the same test left the heap without the right to write it",
 }

@@ -148,7 +148,9 @@ def test_statistics_count_what_was_done(session: UffdSession, memory: Memory, re
     one, two, both = first.statistics(), second.statistics(), session.statistics()
     assert (one.collects, two.collects, both.collects - started.collects) == (1, 2, 3)
     assert (one.pages_found, two.pages_found, both.pages_found - started.pages_found) == (3, 0, 3)
-    assert (one.scans, two.scans) == (1, 2), "one mapping, one call"
+    support = dirtytrack.probe()
+    scans = 1 if support.sees_discards and support.sees_untouched else 2  # with remedy R1
+    assert (one.scans, two.scans) == (scans, 2 * scans), "one mapping, one call"
     assert both.pages_declared == 2
     assert one.collect_ns > 0
     assert both.collect_ns == started.collect_ns + one.collect_ns + two.collect_ns
