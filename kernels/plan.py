@@ -106,8 +106,8 @@ KNOWN: dict[str, str] = {
         "18 s on a processor of its own, and minutes under emulation: the time-out ended it; not run there any more"
     ),
     "FAILED tests/kernel/failures/test_gone.py::test_a_process_that_is_not_there": (
-        "once in one run, not found out why: by all that is known of the kernel, something else still had a hold of the "
-        "address space of the process when it was asked for; the test waits for that since, not run again there"
+        "once in one run, not found out why: by all that is known of the kernel, something else still had a hold of "
+        "the address space of the process when it was asked for; the test waits for that since, not run again there"
     ),
     "pytest: status 139": "the same test left the heap without the right to write it",
 }
