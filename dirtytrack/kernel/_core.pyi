@@ -57,6 +57,7 @@ class _Lib:
     DT_MISSED: int
     DT_TOO_SMALL: int
     DT_NOT_ANONYMOUS: int
+    DT_MALFORMED: int
     DT_HUGETLB_MASK: int
     DT_STEP_NONE: int
     DT_STEP_USERFAULTFD: int
@@ -124,6 +125,47 @@ class _Lib:
     def dt_scatter(self, set: CData, extents: CData, n: int, data: CData, length: int, why: CData, /) -> int: ...
     def dt_copy_out(self, set: CData, extents: CData, n: int, why: CData, /) -> int: ...
     def dt_changed(self, set: CData, extents: CData, n: int, granule_bytes: int, out: CData, /) -> int: ...
+    def dt_delta_room(self, set: CData, memory: CData, granule: int, /) -> int: ...
+    def dt_diff(
+        self,
+        set: CData,
+        memory: CData,
+        granule: int,
+        update: int,
+        out: CData,
+        room: int,
+        length: CData,
+        why: CData,
+        /,
+    ) -> int: ...
+    def dt_delta_checksum(self, delta: CData, length: int, /) -> int: ...
+    def dt_delta_check(self, delta: CData, length: int, out: CData, why: CData, /) -> int: ...
+    def dt_delta_apply(self, delta: CData, length: int, target: CData, why: CData, /) -> int: ...
+    def dt_delta_compose(
+        self,
+        first: CData,
+        first_length: int,
+        second: CData,
+        second_length: int,
+        out: CData,
+        room: int,
+        length: CData,
+        why: CData,
+        /,
+    ) -> int: ...
+    def dt_delta_pieces(self, delta: CData, length: int, out: CData, room: int, /) -> int: ...
+    def dt_delta_rows(
+        self,
+        delta: CData,
+        length: int,
+        offset: int,
+        row_bytes: int,
+        rows: int,
+        out: CData,
+        room: int,
+        marks: CData,
+        /,
+    ) -> int: ...
     def dt_mapping_at(self, address: int, out: CData, /) -> int: ...
     def dt_pagemap_scan(self, pagemap_fd: int, request: CData, out: CData, /) -> int: ...
     def dt_scan_result_clear(self, result: CData, /) -> None: ...
