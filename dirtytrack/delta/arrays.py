@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import InvalidMemory
-from .encoded import Delta, itemsize_and_shape
+from .encoded import Delta, itemsize_and_shape, require_question
 from .mirror import Mirror
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class ArrayChanges:
             InvalidMemory: the array, moved to other memory, has another length there; or as `Delta.changed`.
             RegionGone, NotStarted, SessionClosed, UsedAfterFork.
         """
+        require_question(what)  # before anything is taken
         return self.update().changed(self._array, what)
 
     __call__ = changed

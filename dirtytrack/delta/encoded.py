@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     Source = Region | AnyBuffer | tuple[int, int]
 
-__all__ = ["Delta", "apply", "compose", "diff", "itemsize_and_shape"]
+__all__ = ["Delta", "apply", "compose", "diff", "itemsize_and_shape", "require_question"]
 
 VERSION = 1
 _MAGIC = b"DTD"
@@ -187,8 +187,8 @@ class Delta:
             if not shape:
                 raise InvalidMemory("this array has no rows: it has no first axis")
             itemsize = nbytes // shape[0]
-        elif what not in ("elements", "mask"):
-            raise InvalidMemory(f'what= is "elements", "rows" or "mask", not {what!r}')
+        else:
+            require_question(what)
         if itemsize % self.granule or begin % self.granule:
             least = (itemsize | begin) & -(itemsize | begin)
             raise InvalidMemory(
@@ -259,6 +259,12 @@ def _decompressed(data: memoryview, head: bytes) -> Any:
     plain = core.pin(out, writable=True)
     deltas.seal(plain, len(out))
     return plain
+
+
+def require_question(what: str) -> None:
+    """Refuse what `Delta.changed` has no answer to."""
+    if what not in ("elements", "rows", "mask"):
+        raise InvalidMemory(f'what= is "elements", "rows" or "mask", not {what!r}')
 
 
 def most_nbytes(target_nbytes: int) -> int:

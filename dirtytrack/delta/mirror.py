@@ -61,8 +61,7 @@ class Mirror:
     ) -> None:
         self._lock = threading.RLock()
         self._owned: DirtyTracker | None = None
-        self._owed: Delta | None = None  # what an interrupted update had encoded
-        self._whole = False  # an interrupted update may have had pages that nobody has now: compare all
+        self._owed: list[Delta | None] = [None]  # what an update had encoded, until it is handed out
         self._rooms = deltas.Rooms()
         self._options = options
         if isinstance(memory, DirtyTracker):
@@ -135,35 +134,33 @@ class Mirror:
             NotStarted, NotRegistered, SessionClosed, UsedAfterFork.
         """
         with self._lock:
-            whole, self._whole = self._whole, True  # until it is known who has the pages
             dirty: DirtySet | None = None
             try:
                 dirty = self._tracker.collect(self._region)
-                delta = self._take(_all_of(self._region) if whole else dirty)
-                self._whole = False
-            except BaseException as error:
+                made = self._take(dirty)
+            except BaseException:
                 if dirty is not None:
                     self._tracker.put_back(dirty)
-                if dirty is not None or isinstance(error, Exception):  # else an interrupt just behind the collect
-                    self._whole = whole
                 raise
-            return delta
+        # The last step, and in this very frame: Python looks for signals whenever a call returns.
+        delta, made[0] = made[0], None
+        return delta  # type: ignore[return-value]
 
-    def _take(self, dirty: DirtySet) -> Delta:
-        """Compare those pages, and bring the copy up to date."""
+    def _take(self, dirty: DirtySet) -> list[Delta | None]:
+        """Compare those pages, and bring the copy up to date. What came of it is owed until it is taken out of the
+        list."""
         owed, slot = self._owed, None
         try:
             cset, extents, holds = compared(self._region, self._copy, dirty, update=True)
             slot = self._rooms.take(deltas.room(cset, extents, self._granule))
             deltas.diff(cset, extents, self._granule, update=True, slot=slot)
             del holds
-            delta = _joined(owed, slot)
-            self._owed = None
+            self._owed = [_joined(owed[0], slot)]
         except BaseException:  # an interrupt too
-            if slot is not None and slot.nbytes:  # the copy has it already: whoever follows must have it too
-                self._owed = _joined(owed, slot)
+            if slot is not None and slot.nbytes and self._owed is owed:  # the copy has it already
+                self._owed = [_joined(owed[0], slot)]
             raise
-        return delta
+        return self._owed
 
     def move_to(self, memory: AnyBuffer | tuple[int, int]) -> Delta:
         """Mirror another memory of the same length from now on: the same data at another place.
@@ -183,14 +180,15 @@ class Mirror:
             try:
                 if self._region.nbytes != self.nbytes:
                     raise InvalidMemory(f"that memory has {self._region.nbytes} bytes, this mirror {self.nbytes}")
-                delta = self._take(_all_of(self._region))
+                made = self._take(_all_of(self._region))
             except BaseException:
                 after.__exit__(None, None, None)
                 self._tracker, self._region = was
                 raise
             self._owned = after
             before.__exit__(None, None, None)
-            return delta
+        delta, made[0] = made[0], None
+        return delta  # type: ignore[return-value]
 
     def close(self) -> None:
         """Stop tracking, where the mirror does that itself. The copy stays."""
