@@ -19,7 +19,7 @@ __all__ = ["ArrayChanges", "array_changes"]
 
 
 class ArrayChanges:
-    """An array that is watched; made by `array_changes`. Calling it is `changed`.
+    """An array that is watched; made by `array_changes`. Calling it is `ArrayChanges.changed`.
 
     Thread safety: as `Mirror`.
     """
@@ -51,7 +51,7 @@ class ArrayChanges:
 
     def update(self) -> Delta:
         """The same as a delta, for whoever wants several answers about one interval, or the bytes. Raises like
-        `changed`."""
+        `ArrayChanges.changed`."""
         address = _address_of(self._array)
         if address == self._address:
             return self._mirror.update()

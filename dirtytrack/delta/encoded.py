@@ -106,7 +106,7 @@ class Delta:
 
     @property
     def data(self) -> memoryview:
-        """The encoding, read-only, not copied: what `from_bytes` takes. The first look computes its checksum."""
+        """The encoding, read-only, not copied: what `Delta.from_bytes` takes. The first look computes its checksum."""
         if not self._sealed:
             deltas.seal(self._bytes, self._nbytes)
             self._sealed = True
@@ -211,7 +211,7 @@ class Delta:
             level: of zstd.
 
         Returns:
-            What `from_bytes` takes; the plain encoding where that is smaller.
+            What `Delta.from_bytes` takes; the plain encoding where that is smaller.
 
         Raises:
             UnsupportedKernel: zstandard is not installed.
@@ -282,6 +282,7 @@ def itemsize_and_shape(array: Any) -> tuple[int, tuple[int, ...]]:
         if not array.is_contiguous():
             raise InvalidMemory("this tensor is not contiguous: pass the one that owns the memory")
         return int(array.element_size()), tuple(array.shape)
+    core.load()
     pinned = pin(array, what="array", writable=False)
     shape, itemsize = pinned.shape or (), pinned.nbytes
     for length in shape:

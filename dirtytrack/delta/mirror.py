@@ -27,7 +27,7 @@ __all__ = ["Mirror"]
 
 
 class Mirror:
-    """A copy of a memory, brought up to date by `update`, which returns what changed since the last one.
+    """A copy of a memory, brought up to date by `Mirror.update`, which returns what changed since the last one.
 
     The copy is made here; it takes as much memory again. So does, at most, the room for deltas, which is kept and used
     again once nobody holds the last delta or a view of it.
@@ -36,7 +36,7 @@ class Mirror:
     pages that it had not looked at are put back.
 
     Args:
-        memory: what to mirror: a buffer or (address, nbytes), which is tracked from here to `close`; or a tracker that
+        memory: what to mirror: a buffer or (address, nbytes), tracked from here to `Mirror.close`; or a tracker that
             runs, whose collects are the mirror's from then on.
         region: or its name: which one of the tracker's; may be left out where it has one only. One mirror per region.
         granule: of the deltas, a power of two from 1 to 4096 bytes. Left out: the memory's items where the buffer tells

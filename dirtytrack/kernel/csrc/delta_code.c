@@ -138,32 +138,36 @@ static const uint8_t *get_bitmap(const uint8_t *at, const uint8_t *end, uint64_t
     return at + bytes;
 }
 
-static enum dt_delta_mode cheapest(census c, uint32_t n)
+static uint32_t runs_bytes(const uint64_t *mask, uint32_t n, uint32_t runs)
+{
+    uint32_t bytes = (runs < 128 ? 1 : 2) + 2 * runs; /* and one more for each number of 128 or more */
+    for (uint32_t from = 0, to = 0, before = 0; dt_delta_mask_run(mask, n, &from, &to); before = to)
+        bytes += (from - before >= 128) + (to - from >= 128);
+    return bytes;
+}
+
+static enum dt_delta_mode shortest(const uint64_t *mask, uint32_t n, census c)
 {
     if (c.set == n)
         return DELTA_FULL;
-    uint32_t top = (n + 511) / 512;
-    uint32_t long_numbers = (uint32_t)dt_min(2 * c.runs, n >> 7); /* of two bytes: each is of 128 granules or more */
-    uint32_t runs = (c.runs < 128 ? 1 : 2) + 2 * c.runs + long_numbers;
-    uint32_t bitmap = (n + 7) / 8, ones = top + c.set, zeros = top + n - c.set;
-    enum dt_delta_mode mode = DELTA_RUNS;
-    uint32_t least = runs;
-    if (bitmap < least) {
-        least = bitmap;
-        mode = DELTA_BITMAP;
-    }
+    uint32_t top = (n + 511) / 512, ones = top + c.set, zeros = top + n - c.set, least = (n + 7) / 8;
+    enum dt_delta_mode mode = DELTA_BITMAP;
     if (ones < least) {
         least = ones;
         mode = DELTA_ONES;
     }
-    return zeros < least ? DELTA_ZEROS : mode;
+    if (zeros < least) {
+        least = zeros;
+        mode = DELTA_ZEROS;
+    }
+    return 1 + 2 * c.runs <= least && runs_bytes(mask, n, c.runs) <= least ? DELTA_RUNS : mode;
 }
 
 uint8_t *dt_delta_put_block(uint8_t *out, uint64_t gap, const uint64_t *mask, uint32_t n, const uint8_t *copy,
                          uint32_t bytes, unsigned shift)
 {
     census c = count(mask, n);
-    enum dt_delta_mode mode = cheapest(c, n);
+    enum dt_delta_mode mode = shortest(mask, n, c);
     out = put_number(out, gap << 3 | mode);
     switch (mode) {
     case DELTA_FULL:
