@@ -10,7 +10,7 @@ from ..dirtyset import DirtySet
 from ..errors import InvalidDelta, InvalidMemory, PermissionDenied, UnsupportedKernel
 from ..kernel import core, deltas, sets
 from ..layout import Layout, held, mirrors
-from ..memory import pin
+from ..memory import Memory, Pinned, pin
 from ..region import Region, survey
 
 if TYPE_CHECKING:
@@ -298,10 +298,23 @@ def _require_target(nbytes: int, wanted: int | None) -> None:
 # ---- the memory and its mirror --------------------------------------------------------------------------------------
 
 
+def _pinned(buffer: Any, what: str, *, writable: bool) -> Pinned:
+    """As `pin`, at a third of what it takes where nothing is asked but where the bytes are."""
+    try:
+        hold = core.pin(buffer, writable=writable)
+    except (TypeError, ValueError, BufferError):
+        return pin(buffer, what=what, writable=writable)  # it knows other kinds, and says what is wrong
+    if not len(hold):
+        return pin(buffer, what=what, writable=writable)
+    return Pinned(core.address_of(hold), len(hold), hold, None, None, buffer if isinstance(buffer, Memory) else None)
+
+
 def _vanishes(memory: Any, address: int, nbytes: int, spans: tuple[Any, ...]) -> bool:
     """Whether pages of it may go away beneath a copy: a raw range, or a mapping of a file."""
     if memory.hold is None:
         return True
+    if len(spans) == 1 and spans[0].address <= address and address + nbytes <= spans[0].address + spans[0].nbytes:
+        return bool(spans[0].unpinned)
     known = [span for span in spans if span.address < address + nbytes and address < span.address + span.nbytes]
     if known:
         return any(span.unpinned for span in known)
@@ -323,7 +336,7 @@ def compared(
         extents, holds = mirrors(Layout((memory._span,)), mirror, writable=update)
         address, nbytes = memory.address, memory.nbytes
     else:
-        ours, theirs = pin(memory, what="memory", writable=False), pin(mirror, what="mirror", writable=update)
+        ours, theirs = _pinned(memory, "memory", writable=False), _pinned(mirror, "mirror", writable=update)
         address, nbytes = ours.address, ours.nbytes
         if nbytes != theirs.nbytes:
             raise InvalidMemory(f"the mirror has {theirs.nbytes} bytes, the memory has {nbytes}")
@@ -337,6 +350,9 @@ def compared(
     return cset, extents, holds
 
 
+_GRANULES = frozenset(1 << shift for shift in range(_MOST_GRANULE.bit_length()))
+
+
 def granule_of(granule: int) -> int:
     """It, where it is one.
 
@@ -344,7 +360,7 @@ def granule_of(granule: int) -> int:
         InvalidMemory: it is no power of two up to 4096.
     """
     number = operator.index(granule)
-    if number not in (1 << shift for shift in range(_MOST_GRANULE.bit_length())):
+    if number not in _GRANULES:
         raise InvalidMemory(f"the granule is a power of two from 1 to {_MOST_GRANULE}, not {granule}")
     return number
 
@@ -388,17 +404,20 @@ def diff(
     if out is None:
         slot = deltas.new_slot(needed)
     else:
-        target = pin(out, what="output")
+        target = _pinned(out, "output", writable=True)
         if target.nbytes < needed:
             raise InvalidMemory(f"the output has {target.nbytes} bytes, this delta may take {needed}")
         if target.hold is None:
             raise InvalidMemory("diff() takes its output as a buffer, not as (address, nbytes)")
-        for extent in (extents[0].address, core.address_of(extents[0].mirror)):
-            if target.address < extent + extents[0].nbytes and extent < target.address + target.nbytes:
+        whole = extents[0]
+        for other in (whole.address, core.address_of(whole.mirror)):
+            if target.address < other + whole.nbytes and other < target.address + target.nbytes:
                 raise InvalidMemory("the output overlaps the memory or its mirror: pass memory of its own")
         slot = deltas.Slot(target.hold, target.nbytes)
-    deltas.diff(cset, extents, size, update=update, slot=slot)
-    del holds
+    try:
+        deltas.diff(cset, extents, size, update=update, slot=slot)
+    finally:
+        del holds  # not kept by a traceback
     return Delta(slot.out if out is not None else deltas.trimmed(slot), slot.nbytes, sealed=False)
 
 
@@ -428,7 +447,7 @@ def apply(delta: Delta | AnyBuffer, target: Source) -> None:
     """
     core.load()
     if isinstance(target, Region):
-        hold = held(target)
+        hold, pinned = held(target), None
         address, nbytes, unpinned = target.address, target.nbytes, target._span.unpinned
     else:
         pinned = pin(target, what="target")
@@ -438,8 +457,10 @@ def apply(delta: Delta | AnyBuffer, target: Source) -> None:
     at = core.address_of(made._bytes)
     if at < address + nbytes and address < at + made.nbytes:
         raise InvalidMemory("the delta lies in the memory that it is to change: copy it first")
-    deltas.apply(made._bytes, made.nbytes, sets.extents([sets.Extent(address, nbytes, unpinned)]))
-    del hold
+    try:
+        deltas.apply(made._bytes, made.nbytes, sets.extents([sets.Extent(address, nbytes, unpinned)]))
+    finally:
+        del hold, pinned  # not kept by a traceback
 
 
 def compose(first: Delta | AnyBuffer, second: Delta | AnyBuffer) -> Delta:

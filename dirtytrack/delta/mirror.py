@@ -77,7 +77,9 @@ class Mirror:
         try:
             self._granule = granule_of(_granule_for(self._region) if granule is None else granule)
             self._memory = allocate(self._region.nbytes, name=f"mirror of {self._region.name}")
-            self._copy = memoryview(self._memory)[: self._region.nbytes]
+            # As a range, which this object holds: a garbage collection that meets a memoryview whose buffer is in use,
+            # both of them in a cycle such as a traceback makes, crashes CPython up to 3.11 and 3.12.6 (gh-77894).
+            self._copy = self._memory.address, self._region.nbytes
             _all_of(self._region).copy_to(self._copy)
         except BaseException:
             self.close()
@@ -94,12 +96,12 @@ class Mirror:
     @property
     def data(self) -> memoryview:
         """The copy, read-only: the memory as of the last update."""
-        return self._copy.toreadonly()
+        return memoryview(self._memory)[: self._region.nbytes].toreadonly()
 
     @property
     def nbytes(self) -> int:
         """Of the memory, and of the copy."""
-        return self._copy.nbytes
+        return self._region.nbytes
 
     @property
     def granule(self) -> int:
@@ -178,8 +180,8 @@ class Mirror:
             was = self._tracker, self._region
             after = self._follow(memory)
             try:
-                if self._region.nbytes != self.nbytes:
-                    raise InvalidMemory(f"that memory has {self._region.nbytes} bytes, this mirror {self.nbytes}")
+                if self._region.nbytes != was[1].nbytes:
+                    raise InvalidMemory(f"that memory has {self._region.nbytes} bytes, this mirror {was[1].nbytes}")
                 made = self._take(_all_of(self._region))
             except BaseException:
                 after.__exit__(None, None, None)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import itertools
 import mmap
 import os
@@ -261,6 +262,21 @@ def test_updates_from_several_threads_follow_one_another() -> None:
         replica[at : at + nbytes] = memory[at : at + nbytes]
     assert replica == memory
     mirror.close()
+
+
+def test_a_mirror_in_a_cycle_with_its_error_is_collected() -> None:
+    """Which crashed CPython 3.11, as long as the core held the copy by a memoryview (gh-77894)."""
+
+    def fail() -> None:
+        mirror = Mirror(bytearray(4 * PAGE))
+        with failing("COPY", number=errno.EIO), pytest.raises(dirtytrack.DirtyTrackError) as error:
+            mirror.update()
+        kept: list[Any] = [error.value, mirror]
+        kept.append(kept)
+
+    for _ in range(20):
+        fail()
+        gc.collect()
 
 
 def test_room_is_used_again_when_nobody_holds_the_delta() -> None:
