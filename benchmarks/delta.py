@@ -54,6 +54,7 @@ class Sides:
         self.other = np.frombuffer(self.mirror, np.uint8)
         self.other[:] = self.bytes
         pages = scattered(space.page_count, share)
+        space.trackers[0].collect()  # what was written before
         bare.write(space.region.address, pages)
         bare.write(address_of(self.mirror), pages)
         self.dirty = space.trackers[0].collect()

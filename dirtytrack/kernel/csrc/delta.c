@@ -68,9 +68,17 @@ typedef struct differ {
     dt_delta_grid grid;
     uint8_t *mirror;
     bool update;
+    bool large;     /* more than caches hold: worth streaming past them */
+    bool dense;     /* the last block changed as a whole: the next one probably did */
     uint8_t *at;    /* the end of what is encoded */
     uint64_t next;  /* the block after the last one that was encoded */
 } differ;
+
+/* Bytes that can be compared: [from, to) of the memory, which begin at `now`; and where it goes on. */
+typedef struct window {
+    uint64_t from, to, next; /* next: where the window behind it begins, or any other offset */
+    const uint8_t *now, *next_now;
+} window;
 
 static void update_mirror(uint8_t *mirror, const uint64_t *mask, uint32_t n, const uint8_t *copy, uint32_t bytes,
                           unsigned shift)
@@ -81,45 +89,74 @@ static void update_mirror(uint8_t *mirror, const uint64_t *mask, uint32_t n, con
     }
 }
 
-/* A block of which [from, to) may have changed, and did when it was looked at. */
-static void encode(differ *d, uint64_t block, const uint8_t *now, uint64_t from, uint64_t to)
+/* A whole block that was streamed to where it belongs: what the streaming left out, and its opening. */
+static void finish_stream(differ *d, uint8_t *stream, uint64_t gap, const uint8_t *copy)
+{
+    uint32_t head = (uint32_t)(-(uintptr_t)stream & 63), tail = head + DELTA_STREAMED;
+    memcpy(stream, copy, head);
+    memcpy(stream + tail, copy + tail, DELTA_BLOCK - tail);
+    dt_delta_put_opening(d->at, gap, DELTA_FULL);
+    d->at = stream + DELTA_BLOCK;
+}
+
+static bool is_full(const uint64_t *mask, uint32_t n)
+{
+    uint64_t all = ~UINT64_C(0);
+    for (uint32_t i = 0; i < n / 64; i++)
+        all &= mask[i];
+    return !~all && (n % 64 == 0 || mask[n / 64] == ((uint64_t)1 << n % 64) - 1);
+}
+
+/* A block of which the part at `from`, up to `to`, may have changed. */
+static void encode(differ *d, uint64_t block, dt_delta_part part, uint64_t from, uint64_t to)
 {
     uint8_t copy[DELTA_BLOCK + DELTA_PAD] __attribute__((aligned(64)));
-    uint64_t mask[DELTA_WORDS];
+    uint8_t opening[16];
+    uint64_t mask[DELTA_WORDS], gap = block - d->next;
     unsigned shift = d->grid.shift;
     uint64_t start = dt_delta_block_start(&d->grid, block);
     uint32_t bytes = (uint32_t)(dt_delta_block_end(&d->grid, block) - start), n = dt_delta_granules(&d->grid, bytes);
     uint32_t at = (uint32_t)(from - start);
+    if (d->dense && d->large && to - from == DELTA_BLOCK)
+        part.stream = d->at + (dt_delta_put_opening(opening, gap, DELTA_FULL) - opening);
     /* SAFETY: what is encoded and what the mirror gets is this copy, of which each byte was read once. A writer beside us
      * may tear it, but not part the mirror from the delta; and the page is dirty again then. */
-    dt_delta_snapshot(now, d->mirror + from, copy + at, (uint32_t)(to - from), shift, mask);
+    bool differs = dt_delta_snapshot(&part, copy + at, (uint32_t)(to - from), shift, mask);
+    d->dense = differs && to - from == bytes && is_full(mask, n);
+    if (part.stream && !d->dense)
+        dt_delta_stream_end(); /* before something else is written there */
+    if (!differs)
+        return;
     if (to - from < bytes) { /* the block is clean but for a part: its bits go where they belong */
-        uint64_t part[DELTA_WORDS];
+        uint64_t bits[DELTA_WORDS];
         uint32_t part_granules = dt_delta_granules(&d->grid, to - from), first = at >> shift;
-        memcpy(part, mask, (part_granules + 63) / 64 * sizeof *part);
+        memcpy(bits, mask, (part_granules + 63) / 64 * sizeof *bits);
         memset(mask, 0, (n + 63) / 64 * sizeof *mask);
-        for (uint32_t a = 0, b = 0; dt_delta_mask_run(part, part_granules, &a, &b);)
+        for (uint32_t a = 0, b = 0; dt_delta_mask_run(bits, part_granules, &a, &b);)
             dt_delta_mask_set(mask, first + a, first + b);
     }
-    uint64_t any = 0;
-    for (uint32_t i = 0; i < (n + 63) / 64; i++)
-        any |= mask[i];
-    if (!any) /* changed back meanwhile */
-        return;
-    d->at = dt_delta_put_block(d->at, block - d->next, mask, n, copy, bytes, shift);
+    if (part.stream && d->dense)
+        finish_stream(d, part.stream, gap, copy);
+    else
+        d->at = dt_delta_put_block(d->at, gap, mask, n, copy, bytes, shift);
     d->next = block + 1;
-    if (d->update)
+    if (d->update && d->dense)
+        memcpy(d->mirror + start, copy, bytes);
+    else if (d->update)
         update_mirror(d->mirror + start, mask, n, copy, bytes, shift);
 }
 
-/* [from, to), whose bytes begin at `now`. */
-static void diff_window(differ *d, const uint8_t *now, uint64_t from, uint64_t to)
+static void diff_window(differ *d, const window *w)
 {
-    uint64_t block = dt_delta_block_of(&d->grid, from);
-    for (uint64_t end; from < to; from = end, block++) {
-        end = dt_min(dt_delta_block_end(&d->grid, block), to);
-        if (memcmp(now, d->mirror + from, end - from))
-            encode(d, block, now, from, end);
+    const uint8_t *now = w->now;
+    uint64_t block = dt_delta_block_of(&d->grid, w->from);
+    for (uint64_t from = w->from, end; from < w->to; from = end, block++) {
+        end = dt_min(dt_delta_block_end(&d->grid, block), w->to);
+        bool last = end == w->to;
+        dt_delta_part part = {.now = now, .mirror = d->mirror + from};
+        part.next_now = last ? w->next_now : now + (end - from);
+        part.next_mirror = d->mirror + (last ? w->next : end);
+        encode(d, block, part, from, end);
         now += end - from;
     }
 }
@@ -133,7 +170,7 @@ static int diff_vanishing(differ *d, const dt_extent *memory, uint8_t *bounce, u
         int code = dt_copy_vanishing(false, bounce, memory->address + from, end - from, why);
         if (code)
             return code;
-        diff_window(d, bounce, from, end);
+        diff_window(d, &(window){.from = from, .to = end, .next = from, .now = bounce, .next_now = bounce});
     }
     return 0;
 }
@@ -143,7 +180,8 @@ int dt_diff(const dt_set *set, const dt_extent *memory, uint32_t granule, int up
 {
     if (!is_granule(granule) || !memory->mirror || memory->nbytes > INT64_MAX)
         return dt_fail_with(why, -EINVAL, 0, DT_STEP_NONE, 0, 0);
-    if (dt_delta_room(set, memory, granule) > room)
+    uint64_t needed = dt_delta_room(set, memory, granule);
+    if (needed > room)
         return dt_fail_with(why, DT_TOO_SMALL, 0, DT_STEP_COPY, 0, 0);
     int fail = dt_fail_at(DT_SITE_COPY), code = 0;
     if (DT_UNLIKELY(fail))
@@ -153,15 +191,22 @@ int dt_diff(const dt_set *set, const dt_extent *memory, uint32_t granule, int up
         return dt_fail_with(why, -ENOMEM, ENOMEM, DT_STEP_MEMORY, 0, 0);
     differ d = {.grid = grid_of(memory, granule), .mirror = memory->mirror, .at = out + DELTA_HEADER};
     d.update = update && !bounce; /* where it may fail midway the mirror waits for the end */
+    d.large = needed >= dt_delta_stream_bytes && dt_delta_streams();
     dt_delta_put_header(out, &d.grid);
-    uint64_t from, to;
-    for (windows w = windows_of(set, memory, granule); !code && next_window(&w, &from, &to);) {
+    windows w = windows_of(set, memory, granule);
+    uint64_t from, to, next, next_to;
+    for (bool more = next_window(&w, &from, &to); more && !code; from = next, to = next_to) {
+        more = next_window(&w, &next, &next_to);
+        if (!more)
+            next = from;
         /* SAFETY: pinned memory stays mapped for as long as the caller holds its pin. */
+        const uint8_t *bytes = (const uint8_t *)(uintptr_t)memory->address;
         if (bounce)
             code = diff_vanishing(&d, memory, bounce, from, to, why);
         else
-            diff_window(&d, (const uint8_t *)(uintptr_t)(memory->address + from), from, to);
+            diff_window(&d, &(window){from, to, next, bytes + from, bytes + next});
     }
+    dt_delta_stream_end();
     dt_free(bounce);
     uint64_t encoded = (uint64_t)(d.at - out);
     if (!code && update && !d.update) {

@@ -42,10 +42,22 @@ static inline uint32_t dt_delta_granules(const dt_delta_grid *g, uint64_t bytes)
 
 /* ---- masks (delta_mask.c) ---- */
 
-/* Copies `bytes` of `now`, each read once, and sets the bits of the granules that differ from the mirror; bits from
- * there on up to the next word are zero. `mask` has DELTA_WORDS words. */
-void dt_delta_snapshot(const uint8_t *now, const uint8_t *mirror, uint8_t *copy, uint32_t bytes, unsigned shift,
-                    uint64_t *mask);
+/* A part of a block, or all of it, that is compared. */
+typedef struct dt_delta_part {
+    const uint8_t *now, *mirror;
+    const uint8_t *next_now, *next_mirror; /* what will be compared next, which is fetched meanwhile; or these again */
+    uint8_t *stream; /* NULL, or where the bytes of a whole block are written past the caches, all but some at either
+                      * end: from the first line of 64 bytes on, DELTA_STREAMED bytes */
+} dt_delta_part;
+#define DELTA_LAG 4u /* lines: what was stored so long ago is loaded from the cache, at any alignment, without a stall */
+#define DELTA_STREAMED (DELTA_BLOCK - DELTA_LAG * 64 - 64)
+
+/* Sets the bits of the granules that differ and copies `bytes` of part.now, each read once: true; or false where none
+ * does, and then there may be no copy. Bits from there on up to the next word are zero. `mask` has DELTA_WORDS words. */
+bool dt_delta_snapshot(const dt_delta_part *part, uint8_t *copy, uint32_t bytes, unsigned shift, uint64_t *mask);
+bool dt_delta_streams(void);             /* whether the way that is used knows part.stream */
+extern uint64_t dt_delta_stream_bytes; /* from how much on it is worth it; tests change it */
+void dt_delta_stream_end(void);          /* what was streamed is seen after this */
 /* The ways to do that, the best first: which of them this processor has, and which one is used (-1: the best). */
 unsigned dt_delta_ways(void);
 int dt_delta_way_works(unsigned way);
@@ -80,6 +92,7 @@ static inline bool dt_delta_mask_run(const uint64_t *mask, uint32_t n, uint32_t 
 
 /* ---- the encoding (delta_code.c) ---- */
 
+uint8_t *dt_delta_put_opening(uint8_t *out, uint64_t gap, enum dt_delta_mode mode);
 void dt_delta_put_header(uint8_t *out, const dt_delta_grid *g);
 /* Writes the block that lies `gap` blocks after the last one: its mask of n granules, at least one of them set, and
  * their bytes out of `copy`, which has DELTA_PAD bytes more than the block. Returns the end; writes up to DELTA_PAD

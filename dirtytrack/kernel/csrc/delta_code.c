@@ -163,12 +163,17 @@ static enum dt_delta_mode shortest(const uint64_t *mask, uint32_t n, census c)
     return 1 + 2 * c.runs <= least && runs_bytes(mask, n, c.runs) <= least ? DELTA_RUNS : mode;
 }
 
+uint8_t *dt_delta_put_opening(uint8_t *out, uint64_t gap, enum dt_delta_mode mode)
+{
+    return put_number(out, gap << 3 | mode);
+}
+
 uint8_t *dt_delta_put_block(uint8_t *out, uint64_t gap, const uint64_t *mask, uint32_t n, const uint8_t *copy,
                          uint32_t bytes, unsigned shift)
 {
     census c = count(mask, n);
     enum dt_delta_mode mode = shortest(mask, n, c);
-    out = put_number(out, gap << 3 | mode);
+    out = dt_delta_put_opening(out, gap, mode);
     switch (mode) {
     case DELTA_FULL:
         memcpy(out, copy, bytes);
