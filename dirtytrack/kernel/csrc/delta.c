@@ -4,6 +4,7 @@
 
 #define BOUNCE_BLOCKS 16u /* 64 KiB: stays in the second-level cache between the copy and the comparison */
 #define MOST_OPENING 10u  /* bytes of a number */
+#define STREAK_AFTER 4u   /* blocks that changed as a whole: a streak's padding is a small part of them */
 
 static uint64_t extent_end(const dt_extent *extent)
 {
@@ -41,6 +42,9 @@ static bool next_window(windows *w, uint64_t *from, uint64_t *to)
     return true;
 }
 
+/* What a block may take beside its bytes; and a quarter of a streak's head, since more blocks than that come before. */
+#define ROOM_FOR_BLOCK (MOST_OPENING + DELTA_BLOCK / 512 + 1 + (1 + DELTA_STREAK_HEAD + DELTA_MOST_PADDING) / STREAK_AFTER)
+
 static bool is_granule(uint32_t bytes) { return bytes && !(bytes & (bytes - 1)) && bytes <= 1u << DELTA_MOST_SHIFT; }
 
 static dt_delta_grid grid_of(const dt_extent *memory, uint32_t granule)
@@ -57,7 +61,7 @@ uint64_t dt_delta_room(const dt_set *set, const dt_extent *memory, uint32_t gran
     uint64_t from, to, room = DELTA_HEADER + DELTA_PAD;
     for (windows w = windows_of(set, memory, granule); next_window(&w, &from, &to);) {
         uint64_t blocks = dt_delta_block_of(&grid, to - 1) - dt_delta_block_of(&grid, from) + 1;
-        room += to - from + blocks * (MOST_OPENING + DELTA_BLOCK / 512 + 1);
+        room += to - from + blocks * ROOM_FOR_BLOCK;
     }
     return room;
 }
@@ -69,9 +73,12 @@ typedef struct differ {
     uint8_t *mirror;
     bool update;
     bool large;     /* more than caches hold: worth streaming past them */
-    bool dense;     /* the last block changed as a whole: the next one probably did */
+    bool differed;  /* the last block did: the next one probably does */
+    uint32_t fulls; /* so many blocks before this one changed as a whole, and it probably did too */
     uint8_t *at;    /* the end of what is encoded */
     uint64_t next;  /* the block after the last one that was encoded */
+    uint8_t *streak;        /* where the streak that is open has its count, or NULL */
+    uint32_t streak_blocks; /* that count */
 } differ;
 
 /* Bytes that can be compared: [from, to) of the memory, which begin at `now`; and where it goes on. */
@@ -89,16 +96,6 @@ static void update_mirror(uint8_t *mirror, const uint64_t *mask, uint32_t n, con
     }
 }
 
-/* A whole block that was streamed to where it belongs: what the streaming left out, and its opening. */
-static void finish_stream(differ *d, uint8_t *stream, uint64_t gap, const uint8_t *copy)
-{
-    uint32_t head = (uint32_t)(-(uintptr_t)stream & 63), tail = head + DELTA_STREAMED;
-    memcpy(stream, copy, head);
-    memcpy(stream + tail, copy + tail, DELTA_BLOCK - tail);
-    dt_delta_put_opening(d->at, gap, DELTA_FULL);
-    d->at = stream + DELTA_BLOCK;
-}
-
 static bool is_full(const uint64_t *mask, uint32_t n)
 {
     uint64_t all = ~UINT64_C(0);
@@ -107,25 +104,71 @@ static bool is_full(const uint64_t *mask, uint32_t n)
     return !~all && (n % 64 == 0 || mask[n / 64] == ((uint64_t)1 << n % 64) - 1);
 }
 
+/* A block that probably changed as a whole: its bytes are put where they belong in the delta while it is compared. False:
+ * it did not, and `mask` and `copy` are as after dt_delta_snapshot; or nothing differs, and then there is no copy. */
+static bool encode_whole(differ *d, dt_delta_part part, uint64_t gap, uint8_t *copy, uint64_t *mask, bool *differs)
+{
+    uint8_t opening[MOST_OPENING], *place = d->at;
+    bool streak = d->fulls >= STREAK_AFTER && !gap, stream = streak && d->large;
+    if (!streak)
+        place += dt_delta_put_opening(opening, gap, DELTA_FULL) - opening;
+    else if (!d->streak)
+        place = (uint8_t *)dt_up((uintptr_t)place + 1 + DELTA_STREAK_HEAD, 64);
+    part.stream = stream ? place : NULL;
+    part.update = stream && d->update ? (uint8_t *)(uintptr_t)part.mirror : NULL;
+    *differs = dt_delta_snapshot(&part, place, DELTA_BLOCK, d->grid.shift, mask);
+    bool full = *differs && is_full(mask, DELTA_BLOCK >> d->grid.shift);
+    if (!full) {
+        if (stream)
+            dt_delta_stream_end(); /* before something else is written there */
+        memcpy(copy, place, DELTA_BLOCK);
+        return false;
+    }
+    if (!streak) {
+        dt_delta_put_opening(d->at, gap, DELTA_FULL);
+    } else if (!d->streak) {
+        uint8_t *head = dt_delta_put_opening(d->at, 0, DELTA_STREAK);
+        uint8_t padding = (uint8_t)(place - head - DELTA_STREAK_HEAD);
+        head[4] = padding;
+        memset(head + DELTA_STREAK_HEAD, 0, padding);
+        d->streak = head;
+        d->streak_blocks = 0;
+    }
+    if (d->streak) {
+        d->streak_blocks++;
+        memcpy(d->streak, &d->streak_blocks, 4);
+    }
+    if (d->update && !stream)
+        memcpy((uint8_t *)(uintptr_t)part.mirror, place, DELTA_BLOCK);
+    d->at = place + DELTA_BLOCK;
+    return true;
+}
+
 /* A block of which the part at `from`, up to `to`, may have changed. */
-static void encode(differ *d, uint64_t block, dt_delta_part part, uint64_t from, uint64_t to)
+static void encode(differ *d, uint64_t block, const dt_delta_part *part, uint64_t from, uint64_t to)
 {
     uint8_t copy[DELTA_BLOCK + DELTA_PAD] __attribute__((aligned(64)));
-    uint8_t opening[16];
-    uint64_t mask[DELTA_WORDS], gap = block - d->next;
-    unsigned shift = d->grid.shift;
-    uint64_t start = dt_delta_block_start(&d->grid, block);
+    uint64_t mask[DELTA_WORDS], gap = block - d->next, start = dt_delta_block_start(&d->grid, block);
     uint32_t bytes = (uint32_t)(dt_delta_block_end(&d->grid, block) - start), n = dt_delta_granules(&d->grid, bytes);
     uint32_t at = (uint32_t)(from - start);
-    if (d->dense && d->large && to - from == DELTA_BLOCK)
-        part.stream = d->at + (dt_delta_put_opening(opening, gap, DELTA_FULL) - opening);
+    unsigned shift = d->grid.shift;
+    bool whole = to - from == DELTA_BLOCK;
+    if (gap || !whole)
+        d->streak = NULL;
     /* SAFETY: what is encoded and what the mirror gets is this copy, of which each byte was read once. A writer beside us
      * may tear it, but not part the mirror from the delta; and the page is dirty again then. */
-    bool differs = dt_delta_snapshot(&part, copy + at, (uint32_t)(to - from), shift, mask);
-    d->dense = differs && to - from == bytes && is_full(mask, n);
-    if (part.stream && !d->dense)
-        dt_delta_stream_end(); /* before something else is written there */
-    if (!differs)
+    if (d->fulls && whole) {
+        if (encode_whole(d, *part, gap, copy, mask, &d->differed)) {
+            d->next = block + 1;
+            d->fulls++;
+            return;
+        }
+    } else {
+        d->differed = dt_delta_snapshot(part, copy + at, (uint32_t)(to - from), shift, mask);
+    }
+    d->streak = NULL;
+    d->fulls = d->differed && whole && is_full(mask, n);
+    if (!d->differed)
         return;
     if (to - from < bytes) { /* the block is clean but for a part: its bits go where they belong */
         uint64_t bits[DELTA_WORDS];
@@ -135,14 +178,9 @@ static void encode(differ *d, uint64_t block, dt_delta_part part, uint64_t from,
         for (uint32_t a = 0, b = 0; dt_delta_mask_run(bits, part_granules, &a, &b);)
             dt_delta_mask_set(mask, first + a, first + b);
     }
-    if (part.stream && d->dense)
-        finish_stream(d, part.stream, gap, copy);
-    else
-        d->at = dt_delta_put_block(d->at, gap, mask, n, copy, bytes, shift);
+    d->at = dt_delta_put_block(d->at, gap, mask, n, copy, bytes, shift);
     d->next = block + 1;
-    if (d->update && d->dense)
-        memcpy(d->mirror + start, copy, bytes);
-    else if (d->update)
+    if (d->update)
         update_mirror(d->mirror + start, mask, n, copy, bytes, shift);
 }
 
@@ -156,7 +194,8 @@ static void diff_window(differ *d, const window *w)
         dt_delta_part part = {.now = now, .mirror = d->mirror + from};
         part.next_now = last ? w->next_now : now + (end - from);
         part.next_mirror = d->mirror + (last ? w->next : end);
-        encode(d, block, part, from, end);
+        if (d->differed || memcmp(now, part.mirror, end - from))
+            encode(d, block, &part, from, end);
         now += end - from;
     }
 }

@@ -15,7 +15,16 @@
 #define DELTA_PAD 64u /* small runs are copied in fixed lengths, that far beyond the end of their buffers */
 
 /* How a block's mask is written; the low three bits of the number that opens a block. */
-enum dt_delta_mode { DELTA_FULL = 0, DELTA_RUNS = 1, DELTA_BITMAP = 2, DELTA_ONES = 3, DELTA_ZEROS = 4 };
+enum dt_delta_mode {
+    DELTA_FULL = 0,
+    DELTA_RUNS = 1,
+    DELTA_BITMAP = 2,
+    DELTA_ONES = 3,
+    DELTA_ZEROS = 4,
+    DELTA_STREAK = 5 /* many blocks that changed as a whole, their bytes in one piece behind some padding */
+};
+#define DELTA_STREAK_HEAD 5u /* bytes: how many blocks, how much padding */
+#define DELTA_MOST_PADDING 63u
 
 typedef struct dt_delta_grid {
     uint64_t target; /* bytes of the memory */
@@ -46,11 +55,9 @@ static inline uint32_t dt_delta_granules(const dt_delta_grid *g, uint64_t bytes)
 typedef struct dt_delta_part {
     const uint8_t *now, *mirror;
     const uint8_t *next_now, *next_mirror; /* what will be compared next, which is fetched meanwhile; or these again */
-    uint8_t *stream; /* NULL, or where the bytes of a whole block are written past the caches, all but some at either
-                      * end: from the first line of 64 bytes on, DELTA_STREAMED bytes */
+    uint8_t *stream; /* NULL, or where whole lines of 64 bytes go past the caches instead of to the copy; aligned so */
+    uint8_t *update; /* with stream: NULL, or the mirror again, which gets them too. What did not differ stays as it is */
 } dt_delta_part;
-#define DELTA_LAG 4u /* lines: what was stored so long ago is loaded from the cache, at any alignment, without a stall */
-#define DELTA_STREAMED (DELTA_BLOCK - DELTA_LAG * 64 - 64)
 
 /* Sets the bits of the granules that differ and copies `bytes` of part.now, each read once: true; or false where none
  * does, and then there may be no copy. Bits from there on up to the next word are zero. `mask` has DELTA_WORDS words. */
@@ -114,6 +121,7 @@ typedef struct dt_delta_reader {
     const uint8_t *begin, *at, *end;
     uint64_t next;      /* the first block that may come */
     uint64_t blocks;    /* of the memory */
+    uint64_t streak;    /* blocks of a streak that are still to come */
 } dt_delta_reader;
 
 /* 0, or DT_MALFORMED with the position in `why`. Trusts nothing. */

@@ -238,15 +238,47 @@ int dt_delta_open(dt_delta_reader *r, const uint8_t *delta, uint64_t length, dt_
     return 0;
 }
 
+/* What stands before the bytes of a streak: where they begin, or NULL. */
+static const uint8_t *get_streak(dt_delta_reader *r, const uint8_t *at, uint64_t block)
+{
+    uint32_t count;
+    if (r->end - at < (ptrdiff_t)DELTA_STREAK_HEAD)
+        return NULL;
+    memcpy(&count, at, 4);
+    uint32_t padding = at[4];
+    at += DELTA_STREAK_HEAD;
+    if (!count || padding > DELTA_MOST_PADDING || (uint64_t)(r->end - at) < padding)
+        return NULL;
+    for (; padding; padding--)
+        if (*at++)
+            return NULL;
+    uint64_t last = block + count - 1; /* which is below 2^51 + 2^32 */
+    if (last >= r->blocks || dt_delta_block_end(&r->grid, block) - dt_delta_block_start(&r->grid, block) != DELTA_BLOCK ||
+        dt_delta_block_end(&r->grid, last) - dt_delta_block_start(&r->grid, last) != DELTA_BLOCK)
+        return NULL;
+    r->streak = count - 1;
+    return at;
+}
+
 int dt_delta_next(dt_delta_reader *r, dt_delta_block *b, dt_failure *why)
 {
-    uint64_t opening;
-    if (r->at == r->end)
+    uint64_t opening = DELTA_FULL;
+    const uint8_t *at = r->at;
+    if (r->streak)
+        r->streak--;
+    else if (r->at == r->end)
         return 0;
-    const uint8_t *at = get_number(r->at, r->end, &opening);
+    else
+        at = get_number(r->at, r->end, &opening);
     if (!at || opening >> 3 >= r->blocks - r->next) /* next is at most blocks */
         return malformed(r, why);
     uint64_t block = r->next + (opening >> 3);
+    if ((opening & 7) == DELTA_STREAK) {
+        at = get_streak(r, at, block);
+        opening = DELTA_FULL;
+        if (!at)
+            return malformed(r, why);
+    }
     b->start = dt_delta_block_start(&r->grid, block);
     b->bytes = (uint32_t)(dt_delta_block_end(&r->grid, block) - b->start);
     uint32_t n = b->granules = dt_delta_granules(&r->grid, b->bytes);

@@ -3,16 +3,58 @@
  *
  * The memory may be written while it is read. What is copied is what was compared: each byte is loaded once.
  *
- * Two streams are read and up to two are written, mostly out of memory and into it. What will be compared next is fetched
- * into the second-level cache meanwhile, which has room for more fetches at once than the first; and where a lot is
- * encoded, its bytes are written past the caches, line by line between the loads (measured, Zen 4: in one piece behind
- * them it takes half as long again). */
+ * Two streams are read and one or two are written, out of memory and into it. What will be compared next is fetched into
+ * the second-level cache meanwhile, which has room for more fetches at once than the first; and where a lot is encoded,
+ * its bytes are written past the caches, line by line between the loads (measured, Zen 4: behind them, block by block, it
+ * takes half as long again). */
 #include "delta.h"
 
 enum { LINE = 64 };
 
-/* Compares and copies `lines` lines. Of each line 64 >> shift bits go to `bits`; shift is 0 to 3. */
-typedef void snapshot_lines(dt_delta_part part, uint8_t *copy, uint32_t lines, unsigned shift, uint8_t *bits);
+/* Compares and copies `lines` lines. Of each line 64 >> shift bits go to `bits`, in whole words: they are loaded again at
+ * once, and a load of what several stores made waits for all stores before. shift is 0 to 3. */
+typedef void snapshot_lines(dt_delta_part part, uint8_t *copy, uint32_t lines, unsigned shift, uint64_t *bits);
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* The body of such a function: one_line(part, copy, line, shift, stream) gives a line's bits. A word of bits is made
+ * without a branch or a shift that depends on the line, which compilers do by themselves at some levels only. */
+#define ONE(one_line, i, n, shift, stream) \
+    if ((i) < (n))                         \
+        word |= one_line(p, copy, line + (i), shift, stream) << ((i) * (64u >> (shift)) & 63);
+#define WORD(one_line, n, shift, stream)     \
+    do {                                     \
+        uint64_t word = 0;                   \
+        ONE(one_line, 0u, n, shift, stream)  \
+        ONE(one_line, 1u, n, shift, stream)  \
+        ONE(one_line, 2u, n, shift, stream)  \
+        ONE(one_line, 3u, n, shift, stream)  \
+        ONE(one_line, 4u, n, shift, stream)  \
+        ONE(one_line, 5u, n, shift, stream)  \
+        ONE(one_line, 6u, n, shift, stream)  \
+        ONE(one_line, 7u, n, shift, stream)  \
+        bits[line >> (shift)] = word;        \
+    } while (0)
+#define LINES(one_line, shift, stream)                                                     \
+    do {                                                                                   \
+        uint32_t line = 0;                                                                 \
+        for (; line + (1u << (shift)) <= lines; line += 1u << (shift))                     \
+            WORD(one_line, 1u << (shift), shift, stream);                                  \
+        if (line < lines)                                                                  \
+            WORD(one_line, lines - line, shift, stream);                                   \
+    } while (0)
+/* One loop for each granule, with streaming and without. */
+#define BY_SHIFT(one_line)                        \
+    switch (shift * 2 + (p.stream != NULL)) {     \
+    case 0: LINES(one_line, 0, false); break;     \
+    case 1: LINES(one_line, 0, true); break;      \
+    case 2: LINES(one_line, 1, false); break;     \
+    case 3: LINES(one_line, 1, true); break;      \
+    case 4: LINES(one_line, 2, false); break;     \
+    case 5: LINES(one_line, 2, true); break;      \
+    case 6: LINES(one_line, 3, false); break;     \
+    default: LINES(one_line, 3, true);            \
+    }
 
 /* ---- by words, anywhere ---- */
 
@@ -37,18 +79,23 @@ static inline uint64_t lanes(uint64_t x, unsigned shift)
     }
 }
 
-static void by_words(dt_delta_part p, uint8_t *copy, uint32_t lines, unsigned shift, uint8_t *bits)
+INLINE uint64_t words_line(dt_delta_part p, uint8_t *copy, uint32_t line, unsigned shift, bool stream)
 {
-    unsigned width = 8 >> shift;
-    for (uint32_t line = 0; line < lines; line++, p.now += LINE, p.mirror += LINE, copy += LINE) {
-        uint64_t found = 0;
-        for (unsigned i = 0; i < 8; i++) {
-            uint64_t word = ((const volatile any_word *)p.now)[i]; /* volatile: once */
-            found |= lanes(word ^ ((const any_word *)p.mirror)[i], shift) << i * width;
-            ((any_word *)copy)[i] = word;
-        }
-        memcpy(bits, &found, width); /* little-endian */
-        bits += width;
+    uint64_t found = 0;
+    (void)stream;
+    for (unsigned i = 0; i < 8; i++) {
+        uint64_t word = ((const volatile any_word *)(p.now + line * LINE))[i]; /* volatile: once */
+        found |= lanes(word ^ ((const any_word *)(p.mirror + line * LINE))[i], shift) << i * (8 >> shift);
+        ((any_word *)(copy + line * LINE))[i] = word;
+    }
+    return found;
+}
+
+static void by_words(dt_delta_part p, uint8_t *copy, uint32_t lines, unsigned shift, uint64_t *bits)
+{
+    for (uint32_t line = 0; line < lines; line += 1u << shift) {
+        uint32_t n = (uint32_t)dt_min(1u << shift, lines - line);
+        WORD(words_line, n, shift, false);
     }
 }
 
@@ -62,83 +109,75 @@ static void by_words(dt_delta_part p, uint8_t *copy, uint32_t lines, unsigned sh
         _mm_prefetch((const char *)(part).next_now + (line) * LINE, _MM_HINT_T1);    \
         _mm_prefetch((const char *)(part).next_mirror + (line) * LINE, _MM_HINT_T1); \
     } while (0)
+#define AVX2 __attribute__((target("avx2")))
 
-__attribute__((target("avx2"))) static void by_avx2(dt_delta_part p, uint8_t *copy, uint32_t lines, unsigned shift,
-                                                    uint8_t *bits)
+AVX2 INLINE uint64_t avx2_line(dt_delta_part p, uint8_t *copy, uint32_t line, unsigned shift, bool stream)
 {
-    const uint8_t *now = p.now, *mirror = p.mirror, *from = copy + (-(uintptr_t)p.stream & 63);
-    uint8_t *to = p.stream + (-(uintptr_t)p.stream & 63);
-    for (uint32_t line = 0; line < lines; line++, now += LINE, mirror += LINE, copy += LINE) {
-        FETCH(p, line);
-        if (p.stream && line > DELTA_LAG) {
-            _mm256_stream_si256((__m256i *)to, _mm256_loadu_si256((const __m256i *)from));
-            _mm256_stream_si256((__m256i *)(to + 32), _mm256_loadu_si256((const __m256i *)(from + 32)));
-            to += LINE;
-            from += LINE;
-        }
-        __m256i low = _mm256_loadu_si256((const __m256i *)now), high = _mm256_loadu_si256((const __m256i *)(now + 32));
-        ONCE(low);
-        ONCE(high);
-        __m256i x = _mm256_loadu_si256((const __m256i *)mirror), y = _mm256_loadu_si256((const __m256i *)(mirror + 32));
-        _mm256_storeu_si256((__m256i *)copy, low);
-        _mm256_storeu_si256((__m256i *)(copy + 32), high);
-        uint32_t a, b;
-        switch (shift) {
-        case 0: {
-            a = (uint32_t)_mm256_movemask_epi8(_mm256_cmpeq_epi8(low, x));
-            b = (uint32_t)_mm256_movemask_epi8(_mm256_cmpeq_epi8(high, y));
-            uint64_t found = ~((uint64_t)b << 32 | a);
-            memcpy(bits, &found, 8);
-            bits += 8;
-            break;
-        }
-        case 1: {
-            __m256i both = _mm256_packs_epi16(_mm256_cmpeq_epi16(low, x), _mm256_cmpeq_epi16(high, y));
-            a = ~(uint32_t)_mm256_movemask_epi8(_mm256_permute4x64_epi64(both, 0xD8)); /* the pack is by halves */
-            memcpy(bits, &a, 4);
-            bits += 4;
-            break;
-        }
-        case 2:
-            a = (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(low, x)));
-            b = (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(high, y)));
-            *bits++ = (uint8_t)~a;
-            *bits++ = (uint8_t)~b;
-            break;
-        default:
-            a = (uint32_t)_mm256_movemask_pd(_mm256_castsi256_pd(_mm256_cmpeq_epi64(low, x)));
-            b = (uint32_t)_mm256_movemask_pd(_mm256_castsi256_pd(_mm256_cmpeq_epi64(high, y)));
-            *bits++ = (uint8_t)~(b << 4 | a);
-        }
+    FETCH(p, line);
+    const __m256i *now = (const __m256i *)(p.now + line * LINE), *mirror = (const __m256i *)(p.mirror + line * LINE);
+    __m256i low = _mm256_loadu_si256(now), high = _mm256_loadu_si256(now + 1);
+    ONCE(low);
+    ONCE(high);
+    __m256i x = _mm256_loadu_si256(mirror), y = _mm256_loadu_si256(mirror + 1);
+    if (stream) {
+        _mm256_stream_si256((__m256i *)(p.stream + line * LINE), low);
+        _mm256_stream_si256((__m256i *)(p.stream + line * LINE + 32), high);
+    } else {
+        _mm256_storeu_si256((__m256i *)(copy + line * LINE), low);
+        _mm256_storeu_si256((__m256i *)(copy + line * LINE + 32), high);
     }
+    if (stream && p.update) {
+        _mm256_storeu_si256((__m256i *)(p.update + line * LINE), low);
+        _mm256_storeu_si256((__m256i *)(p.update + line * LINE + 32), high);
+    }
+    uint64_t found;
+    if (shift == 0) {
+        uint32_t a = (uint32_t)_mm256_movemask_epi8(_mm256_cmpeq_epi8(low, x));
+        uint32_t b = (uint32_t)_mm256_movemask_epi8(_mm256_cmpeq_epi8(high, y));
+        found = ~((uint64_t)b << 32 | a);
+    } else if (shift == 1) {
+        __m256i both = _mm256_packs_epi16(_mm256_cmpeq_epi16(low, x), _mm256_cmpeq_epi16(high, y));
+        found = ~(uint32_t)_mm256_movemask_epi8(_mm256_permute4x64_epi64(both, 0xD8)); /* packed by halves */
+    } else if (shift == 2) {
+        int a = _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(low, x)));
+        int b = _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(high, y)));
+        found = (uint16_t)~(b << 8 | a);
+    } else {
+        int a = _mm256_movemask_pd(_mm256_castsi256_pd(_mm256_cmpeq_epi64(low, x)));
+        int b = _mm256_movemask_pd(_mm256_castsi256_pd(_mm256_cmpeq_epi64(high, y)));
+        found = (uint8_t)~(b << 4 | a);
+    }
+    return found;
 }
 
-__attribute__((target("avx512f,avx512bw"))) static void by_avx512(dt_delta_part p, uint8_t *copy, uint32_t lines,
-                                                                  unsigned shift, uint8_t *bits)
+AVX2 static void by_avx2(dt_delta_part p, uint8_t *copy, uint32_t lines, unsigned shift, uint64_t *bits)
 {
-    const uint8_t *now = p.now, *mirror = p.mirror, *from = copy + (-(uintptr_t)p.stream & 63);
-    uint8_t *to = p.stream + (-(uintptr_t)p.stream & 63);
-    for (uint32_t line = 0; line < lines; line++, now += LINE, mirror += LINE, copy += LINE) {
-        FETCH(p, line);
-        if (p.stream && line > DELTA_LAG) {
-            _mm512_stream_si512((void *)to, _mm512_loadu_si512(from));
-            to += LINE;
-            from += LINE;
-        }
-        __m512i a = _mm512_loadu_si512(now);
-        ONCE(a);
-        __m512i b = _mm512_loadu_si512(mirror);
-        _mm512_storeu_si512(copy, a);
-        uint64_t found = shift == 0   ? _mm512_cmpneq_epi8_mask(a, b)
-                         : shift == 1 ? _mm512_cmpneq_epi16_mask(a, b)
-                         : shift == 2 ? _mm512_cmpneq_epi32_mask(a, b)
-                                      : _mm512_cmpneq_epi64_mask(a, b);
-        if (shift == 3)
-            *bits = (uint8_t)found;
-        else
-            memcpy(bits, &found, 8); /* the next line overwrites what is too much; a mask has room for it */
-        bits += 8 >> shift;
-    }
+    BY_SHIFT(avx2_line)
+}
+
+#define AVX512 __attribute__((target("avx512f,avx512bw")))
+
+AVX512 INLINE uint64_t avx512_line(dt_delta_part p, uint8_t *copy, uint32_t line, unsigned shift, bool stream)
+{
+    FETCH(p, line);
+    __m512i a = _mm512_loadu_si512(p.now + line * LINE);
+    ONCE(a);
+    __m512i b = _mm512_loadu_si512(p.mirror + line * LINE);
+    if (stream)
+        _mm512_stream_si512((void *)(p.stream + line * LINE), a);
+    else
+        _mm512_storeu_si512(copy + line * LINE, a);
+    if (stream && p.update)
+        _mm512_storeu_si512(p.update + line * LINE, a);
+    return shift == 0   ? _mm512_cmpneq_epi8_mask(a, b)
+           : shift == 1 ? _mm512_cmpneq_epi16_mask(a, b)
+           : shift == 2 ? _mm512_cmpneq_epi32_mask(a, b)
+                        : _mm512_cmpneq_epi64_mask(a, b);
+}
+
+AVX512 static void by_avx512(dt_delta_part p, uint8_t *copy, uint32_t lines, unsigned shift, uint64_t *bits)
+{
+    BY_SHIFT(avx512_line)
 }
 
 static int has_avx512(void) { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw"); }
@@ -195,39 +234,29 @@ static void halve(uint64_t *mask, uint32_t words)
 
 bool dt_delta_snapshot(const dt_delta_part *part, uint8_t *copy, uint32_t bytes, unsigned shift, uint64_t *mask)
 {
-    unsigned least = shift < 3 ? shift : 3, width = 8 >> least;
-    uint32_t lines = bytes / LINE, rest = bytes % LINE, words = (lines * width + (rest ? width : 0) + 7) / 8;
-    uint64_t bits[DELTA_WORDS + 1]; /* one more: a line may write a word where it has fewer bits */
-    snapshot_lines *compare = best();
-    if (compare == by_words && !memcmp(part->now, part->mirror, bytes)) /* which is faster than that */
-        return false;
-    if (words)
-        bits[words - 1] = 0;
-    compare(*part, copy, lines, least, (uint8_t *)bits);
+    unsigned least = shift < 3 ? shift : 3, width = 64 >> least;
+    uint32_t lines = bytes / LINE, rest = bytes % LINE, words = (lines + (rest != 0) + (1u << least) - 1) >> least;
+    best()(*part, copy, lines, least, mask);
     if (rest) {
         uint8_t ours[LINE] = {0}, theirs[LINE] = {0}, unused[LINE];
-        uint64_t found = 0;
+        uint64_t found = 0, before = lines & ((1u << least) - 1) ? mask[words - 1] : 0;
         memcpy(ours, part->now + lines * LINE, rest);
         memcpy(theirs, part->mirror + lines * LINE, rest);
         memcpy(copy + lines * LINE, ours, rest);
-        by_words((dt_delta_part){.now = ours, .mirror = theirs}, unused, 1, least, (uint8_t *)&found);
-        memcpy((uint8_t *)bits + lines * width, &found, width);
+        by_words((dt_delta_part){.now = ours, .mirror = theirs}, unused, 1, least, &found);
+        mask[words - 1] = before | found << (lines & ((1u << least) - 1)) * width;
     }
-    uint32_t used = lines * width + (rest ? width : 0); /* bytes; what is beyond in the last word is no answer */
-    if (used % 8)
-        bits[words - 1] &= ((uint64_t)1 << used % 8 * 8) - 1;
     uint64_t any = 0;
     for (uint32_t i = 0; i < words; i++)
-        any |= bits[i];
+        any |= mask[i];
     if (!any)
         return false;
     for (unsigned i = least; i < shift; i++) {
-        halve(bits, words);
+        halve(mask, words);
         if (words & 1)
-            bits[words / 2] &= UINT64_C(0xFFFFFFFF);
+            mask[words / 2] &= UINT64_C(0xFFFFFFFF);
         words = (words + 1) / 2;
     }
-    memcpy(mask, bits, words * sizeof *mask);
     return true;
 }
 
