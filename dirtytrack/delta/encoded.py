@@ -400,25 +400,23 @@ def diff(
     """
     size = granule_of(granule)
     cset, extents, holds = compared(memory, mirror, dirty, update=update)
-    needed = deltas.room(cset, extents, size)
-    if out is None:
-        slot = deltas.new_slot(needed)
-    else:
-        target = _pinned(out, "output", writable=True)
-        if target.nbytes < needed:
-            raise InvalidMemory(f"the output has {target.nbytes} bytes, this delta may take {needed}")
-        if target.hold is None:
-            raise InvalidMemory("diff() takes its output as a buffer, not as (address, nbytes)")
-        whole = extents[0]
-        for other in (whole.address, core.address_of(whole.mirror)):
-            if target.address < other + whole.nbytes and other < target.address + target.nbytes:
-                raise InvalidMemory("the output overlaps the memory or its mirror: pass memory of its own")
-        slot = deltas.Slot(target.hold, target.nbytes)
+    slot = deltas.new_slot(deltas.room(cset, extents, size)) if out is None else _slot_in(out, extents[0])
     try:
         deltas.diff(cset, extents, size, update=update, slot=slot)
     finally:
         del holds  # not kept by a traceback
     return Delta(slot.out if out is not None else deltas.trimmed(slot), slot.nbytes, sealed=False)
+
+
+def _slot_in(out: AnyBuffer, extent: Any) -> deltas.Slot:
+    """A buffer as room for a delta of that memory."""
+    target = _pinned(out, "output", writable=True)
+    if target.hold is None:
+        raise InvalidMemory("diff() takes its output as a buffer, not as (address, nbytes)")
+    for other in (extent.address, core.address_of(extent.mirror)):
+        if target.address < other + extent.nbytes and other < target.address + target.nbytes:
+            raise InvalidMemory("the output overlaps the memory or its mirror: pass memory of its own")
+    return deltas.Slot(target.hold, target.nbytes)
 
 
 def _of(delta: Delta | AnyBuffer, target_nbytes: int | None = None) -> Delta:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import InvalidDelta
+from ..errors import InvalidDelta, InvalidMemory
 from . import core, sets
 from .failures import raise_failure
 
@@ -95,6 +95,9 @@ def diff(cset: CData | None, extent: CData, granule: int, *, update: bool, slot:
     why = core.new_failure()
     within = core.ffi.NULL if cset is None else cset
     code = core.lib.dt_diff(within, extent, granule, update, slot.out, slot.room, slot.length, why)
+    if code == core.lib.DT_TOO_SMALL:
+        needed = core.lib.dt_delta_room(within, extent, granule)
+        raise InvalidMemory(f"the output has {slot.room} bytes, this delta may take {needed}")
     if code:
         raise_failure(code, why, "compare the memory with its mirror")
 
