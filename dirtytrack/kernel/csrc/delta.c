@@ -194,6 +194,10 @@ static void diff_window(differ *d, const window *w)
         dt_delta_part part = {.now = now, .mirror = d->mirror + from};
         part.next_now = last ? w->next_now : now + (end - from);
         part.next_mirror = d->mirror + (last ? w->next : end);
+        for (uint32_t i = 0; !d->differed && i < 4 * 64; i += 64) { /* scattered pages: the walk to the next one's bytes */
+            __builtin_prefetch(part.next_now + i, 0, 2);
+            __builtin_prefetch(part.next_mirror + i, 0, 2);
+        }
         if (d->differed || memcmp(now, part.mirror, end - from))
             encode(d, block, &part, from, end);
         now += end - from;
