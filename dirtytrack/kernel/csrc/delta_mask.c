@@ -17,43 +17,45 @@ typedef void snapshot_lines(dt_delta_part part, uint8_t *copy, uint32_t lines, u
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* The body of such a function: one_line(part, copy, line, shift, stream) gives a line's bits. A word of bits is made
- * without a branch or a shift that depends on the line, which compilers do by themselves at some levels only. */
-#define ONE(one_line, i, n, shift, stream) \
-    if ((i) < (n))                         \
-        word |= one_line(p, copy, line + (i), shift, stream) << ((i) * (64u >> (shift)) & 63);
-#define WORD(one_line, n, shift, stream)     \
-    do {                                     \
-        uint64_t word = 0;                   \
-        ONE(one_line, 0u, n, shift, stream)  \
-        ONE(one_line, 1u, n, shift, stream)  \
-        ONE(one_line, 2u, n, shift, stream)  \
-        ONE(one_line, 3u, n, shift, stream)  \
-        ONE(one_line, 4u, n, shift, stream)  \
-        ONE(one_line, 5u, n, shift, stream)  \
-        ONE(one_line, 6u, n, shift, stream)  \
-        ONE(one_line, 7u, n, shift, stream)  \
-        bits[line >> (shift)] = word;        \
-    } while (0)
-#define LINES(one_line, shift, stream)                                                     \
-    do {                                                                                   \
-        uint32_t line = 0;                                                                 \
-        for (; line + (1u << (shift)) <= lines; line += 1u << (shift))                     \
-            WORD(one_line, 1u << (shift), shift, stream);                                  \
-        if (line < lines)                                                                  \
-            WORD(one_line, lines - line, shift, stream);                                   \
+/* X(0) to X(7): compilers unroll by themselves at some levels only. */
+#define EIGHT(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
+
+/* The bits of eight lines, as words. */
+INLINE void put_eight(const uint64_t *found, unsigned shift, uint64_t *bits)
+{
+#define PUT(i)                                                                   \
+    if ((i & ((1u << shift) - 1)) == 0)                                          \
+        bits[i >> shift] = found[i];                                             \
+    else                                                                         \
+        bits[i >> shift] |= found[i] << (i & ((1u << shift) - 1)) * (64u >> shift);
+    EIGHT(PUT)
+#undef PUT
+}
+
+/* The body of such a function: eight(part, copy, line, shift, stream, bits) takes eight lines, one(part, copy, line,
+ * shift) gives the bits of a line that is left over. */
+#define LINES(eight, one, shift, stream)                                                            \
+    do {                                                                                            \
+        uint32_t line = 0;                                                                          \
+        for (; line + 8 <= lines; line += 8)                                                        \
+            eight(p, copy, line, shift, stream, bits + (line >> (shift)));                          \
+        for (; line < lines; line++) {                                                              \
+            uint32_t within = line & ((1u << (shift)) - 1);                                         \
+            uint64_t found = one(p, copy, line, shift) << within * (64u >> (shift));                \
+            bits[line >> (shift)] = within ? bits[line >> (shift)] | found : found;                 \
+        }                                                                                           \
     } while (0)
 /* One loop for each granule, with streaming and without. */
-#define BY_SHIFT(one_line)                        \
-    switch (shift * 2 + (p.stream != NULL)) {     \
-    case 0: LINES(one_line, 0, false); break;     \
-    case 1: LINES(one_line, 0, true); break;      \
-    case 2: LINES(one_line, 1, false); break;     \
-    case 3: LINES(one_line, 1, true); break;      \
-    case 4: LINES(one_line, 2, false); break;     \
-    case 5: LINES(one_line, 2, true); break;      \
-    case 6: LINES(one_line, 3, false); break;     \
-    default: LINES(one_line, 3, true);            \
+#define BY_SHIFT(eight, one)                       \
+    switch (shift * 2 + (p.stream != NULL)) {      \
+    case 0: LINES(eight, one, 0, false); break;    \
+    case 1: LINES(eight, one, 0, true); break;     \
+    case 2: LINES(eight, one, 1, false); break;    \
+    case 3: LINES(eight, one, 1, true); break;     \
+    case 4: LINES(eight, one, 2, false); break;    \
+    case 5: LINES(eight, one, 2, true); break;     \
+    case 6: LINES(eight, one, 3, false); break;    \
+    default: LINES(eight, one, 3, true);           \
     }
 
 /* ---- by words, anywhere ---- */
@@ -79,10 +81,9 @@ static inline uint64_t lanes(uint64_t x, unsigned shift)
     }
 }
 
-INLINE uint64_t words_line(dt_delta_part p, uint8_t *copy, uint32_t line, unsigned shift, bool stream)
+INLINE uint64_t words_one(dt_delta_part p, uint8_t *copy, uint32_t line, unsigned shift)
 {
     uint64_t found = 0;
-    (void)stream;
     for (unsigned i = 0; i < 8; i++) {
         uint64_t word = ((const volatile any_word *)(p.now + line * LINE))[i]; /* volatile: once */
         found |= lanes(word ^ ((const any_word *)(p.mirror + line * LINE))[i], shift) << i * (8 >> shift);
@@ -91,12 +92,18 @@ INLINE uint64_t words_line(dt_delta_part p, uint8_t *copy, uint32_t line, unsign
     return found;
 }
 
+INLINE void words_eight(dt_delta_part p, uint8_t *copy, uint32_t line, unsigned shift, bool stream, uint64_t *bits)
+{
+    uint64_t found[8];
+    (void)stream; /* dt_delta_streams */
+    for (unsigned i = 0; i < 8; i++)
+        found[i] = words_one(p, copy, line + i, shift);
+    put_eight(found, shift, bits);
+}
+
 static void by_words(dt_delta_part p, uint8_t *copy, uint32_t lines, unsigned shift, uint64_t *bits)
 {
-    for (uint32_t line = 0; line < lines; line += 1u << shift) {
-        uint32_t n = (uint32_t)dt_min(1u << shift, lines - line);
-        WORD(words_line, n, shift, false);
-    }
+    BY_SHIFT(words_eight, words_one)
 }
 
 #if defined(__x86_64__)
@@ -110,74 +117,132 @@ static void by_words(dt_delta_part p, uint8_t *copy, uint32_t lines, unsigned sh
         _mm_prefetch((const char *)(part).next_mirror + (line) * LINE, _MM_HINT_T1); \
     } while (0)
 #define AVX2 __attribute__((target("avx2")))
+#define AVX512 __attribute__((target("avx512f,avx512bw")))
 
-AVX2 INLINE uint64_t avx2_line(dt_delta_part p, uint8_t *copy, uint32_t line, unsigned shift, bool stream)
+AVX2 INLINE uint64_t avx2_differ(__m256i low, __m256i high, const uint8_t *mirror, unsigned shift)
 {
-    FETCH(p, line);
-    const __m256i *now = (const __m256i *)(p.now + line * LINE), *mirror = (const __m256i *)(p.mirror + line * LINE);
-    __m256i low = _mm256_loadu_si256(now), high = _mm256_loadu_si256(now + 1);
-    ONCE(low);
-    ONCE(high);
-    __m256i x = _mm256_loadu_si256(mirror), y = _mm256_loadu_si256(mirror + 1);
-    if (stream) {
-        _mm256_stream_si256((__m256i *)(p.stream + line * LINE), low);
-        _mm256_stream_si256((__m256i *)(p.stream + line * LINE + 32), high);
-    } else {
-        _mm256_storeu_si256((__m256i *)(copy + line * LINE), low);
-        _mm256_storeu_si256((__m256i *)(copy + line * LINE + 32), high);
-    }
-    if (stream && p.update) {
-        _mm256_storeu_si256((__m256i *)(p.update + line * LINE), low);
-        _mm256_storeu_si256((__m256i *)(p.update + line * LINE + 32), high);
-    }
-    uint64_t found;
+    __m256i x = _mm256_loadu_si256((const __m256i *)mirror), y = _mm256_loadu_si256((const __m256i *)(mirror + 32));
     if (shift == 0) {
         uint32_t a = (uint32_t)_mm256_movemask_epi8(_mm256_cmpeq_epi8(low, x));
         uint32_t b = (uint32_t)_mm256_movemask_epi8(_mm256_cmpeq_epi8(high, y));
-        found = ~((uint64_t)b << 32 | a);
-    } else if (shift == 1) {
+        return ~((uint64_t)b << 32 | a);
+    }
+    if (shift == 1) {
         __m256i both = _mm256_packs_epi16(_mm256_cmpeq_epi16(low, x), _mm256_cmpeq_epi16(high, y));
-        found = ~(uint32_t)_mm256_movemask_epi8(_mm256_permute4x64_epi64(both, 0xD8)); /* packed by halves */
-    } else if (shift == 2) {
+        return (uint32_t)~_mm256_movemask_epi8(_mm256_permute4x64_epi64(both, 0xD8)); /* packed by halves */
+    }
+    if (shift == 2) {
         int a = _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(low, x)));
         int b = _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(high, y)));
-        found = (uint16_t)~(b << 8 | a);
-    } else {
-        int a = _mm256_movemask_pd(_mm256_castsi256_pd(_mm256_cmpeq_epi64(low, x)));
-        int b = _mm256_movemask_pd(_mm256_castsi256_pd(_mm256_cmpeq_epi64(high, y)));
-        found = (uint8_t)~(b << 4 | a);
+        return (uint16_t)~(b << 8 | a);
     }
-    return found;
+    int a = _mm256_movemask_pd(_mm256_castsi256_pd(_mm256_cmpeq_epi64(low, x)));
+    int b = _mm256_movemask_pd(_mm256_castsi256_pd(_mm256_cmpeq_epi64(high, y)));
+    return (uint8_t)~(b << 4 | a);
+}
+
+AVX2 INLINE uint64_t avx2_one(dt_delta_part p, uint8_t *copy, uint32_t line, unsigned shift)
+{
+    __m256i low = _mm256_loadu_si256((const __m256i *)(p.now + line * LINE));
+    __m256i high = _mm256_loadu_si256((const __m256i *)(p.now + line * LINE + 32));
+    ONCE(low);
+    ONCE(high);
+    _mm256_storeu_si256((__m256i *)(copy + line * LINE), low);
+    _mm256_storeu_si256((__m256i *)(copy + line * LINE + 32), high);
+    return avx2_differ(low, high, p.mirror + line * LINE, shift);
+}
+
+AVX2 INLINE void avx2_put(uint8_t *to, __m256i low, __m256i high, bool stream)
+{
+    if (stream) {
+        _mm256_stream_si256((__m256i *)to, low);
+        _mm256_stream_si256((__m256i *)(to + 32), high);
+    } else {
+        _mm256_storeu_si256((__m256i *)to, low);
+        _mm256_storeu_si256((__m256i *)(to + 32), high);
+    }
+}
+
+/* All loads before all stores: a load waits for a store before it whose address ends in the same 12 bits, and memory, mirror
+ * and delta mostly begin near the beginnings of pages. */
+AVX2 INLINE void avx2_eight(dt_delta_part p, uint8_t *copy, uint32_t line, unsigned shift, bool stream, uint64_t *bits)
+{
+    uint8_t *to = stream ? p.stream : copy;
+    uint64_t found[8];
+    for (uint32_t half = 0; half < 8; half += 4) { /* as many as there are registers for */
+        __m256i low[4], high[4];
+#define LOAD(i)                                                                            \
+    FETCH(p, line + half + i);                                                             \
+    low[i] = _mm256_loadu_si256((const __m256i *)(p.now + (line + half + i) * LINE));      \
+    high[i] = _mm256_loadu_si256((const __m256i *)(p.now + (line + half + i) * LINE + 32)); \
+    ONCE(low[i]);                                                                          \
+    ONCE(high[i]);                                                                         \
+    found[half + i] = avx2_differ(low[i], high[i], p.mirror + (line + half + i) * LINE, shift);
+#define STORE(i)                                                          \
+    avx2_put(to + (line + half + i) * LINE, low[i], high[i], stream);     \
+    if (stream && p.update)                                               \
+        avx2_put(p.update + (line + half + i) * LINE, low[i], high[i], false);
+        LOAD(0) LOAD(1) LOAD(2) LOAD(3)
+        STORE(0) STORE(1) STORE(2) STORE(3)
+#undef LOAD
+#undef STORE
+    }
+    put_eight(found, shift, bits);
 }
 
 AVX2 static void by_avx2(dt_delta_part p, uint8_t *copy, uint32_t lines, unsigned shift, uint64_t *bits)
 {
-    BY_SHIFT(avx2_line)
+    BY_SHIFT(avx2_eight, avx2_one)
 }
 
-#define AVX512 __attribute__((target("avx512f,avx512bw")))
-
-AVX512 INLINE uint64_t avx512_line(dt_delta_part p, uint8_t *copy, uint32_t line, unsigned shift, bool stream)
+AVX512 INLINE uint64_t avx512_differ(__m512i a, const uint8_t *mirror, unsigned shift)
 {
-    FETCH(p, line);
+    __m512i b = _mm512_loadu_si512(mirror);
+    uint64_t found = shift == 0   ? _mm512_cmpneq_epi8_mask(a, b)
+                     : shift == 1 ? _mm512_cmpneq_epi16_mask(a, b)
+                     : shift == 2 ? _mm512_cmpneq_epi32_mask(a, b)
+                                  : _mm512_cmpneq_epi64_mask(a, b);
+    /* gcc 12 may keep a mask of a byte in memory and load eight: seen with -fsanitize=undefined. So it must not know that
+     * what it cuts off here is zero. */
+    __asm__("" : "+r"(found));
+    return found & ~UINT64_C(0) >> (64 - (64 >> shift));
+}
+
+AVX512 INLINE uint64_t avx512_one(dt_delta_part p, uint8_t *copy, uint32_t line, unsigned shift)
+{
     __m512i a = _mm512_loadu_si512(p.now + line * LINE);
     ONCE(a);
-    __m512i b = _mm512_loadu_si512(p.mirror + line * LINE);
-    if (stream)
-        _mm512_stream_si512((void *)(p.stream + line * LINE), a);
-    else
-        _mm512_storeu_si512(copy + line * LINE, a);
-    if (stream && p.update)
-        _mm512_storeu_si512(p.update + line * LINE, a);
-    return shift == 0   ? _mm512_cmpneq_epi8_mask(a, b)
-           : shift == 1 ? _mm512_cmpneq_epi16_mask(a, b)
-           : shift == 2 ? _mm512_cmpneq_epi32_mask(a, b)
-                        : _mm512_cmpneq_epi64_mask(a, b);
+    _mm512_storeu_si512(copy + line * LINE, a);
+    return avx512_differ(a, p.mirror + line * LINE, shift);
+}
+
+AVX512 INLINE void avx512_eight(dt_delta_part p, uint8_t *copy, uint32_t line, unsigned shift, bool stream,
+                                uint64_t *bits)
+{
+    uint64_t found[8];
+    __m512i now[8];
+#define LOAD(i)                                              \
+    FETCH(p, line + i);                                      \
+    now[i] = _mm512_loadu_si512(p.now + (line + i) * LINE);  \
+    ONCE(now[i]);                                            \
+    found[i] = avx512_differ(now[i], p.mirror + (line + i) * LINE, shift);
+#define STORE(i)                                                        \
+    if (stream)                                                         \
+        _mm512_stream_si512((void *)(p.stream + (line + i) * LINE), now[i]); \
+    else                                                                \
+        _mm512_storeu_si512(copy + (line + i) * LINE, now[i]);          \
+    if (stream && p.update)                                             \
+        _mm512_storeu_si512(p.update + (line + i) * LINE, now[i]);
+    EIGHT(LOAD)
+    EIGHT(STORE)
+#undef LOAD
+#undef STORE
+    put_eight(found, shift, bits);
 }
 
 AVX512 static void by_avx512(dt_delta_part p, uint8_t *copy, uint32_t lines, unsigned shift, uint64_t *bits)
 {
-    BY_SHIFT(avx512_line)
+    BY_SHIFT(avx512_eight, avx512_one)
 }
 
 static int has_avx512(void) { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw"); }
