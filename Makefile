@@ -99,9 +99,9 @@ test: $(VENV)/.test c-test ## set up, then all tests; with CI=true a skipped tes
 c-test: $(C_TESTS:tests/c/%.c=build/c/%.ran) ## the C core with its own tests, without Python
 
 .PHONY: test-torch
-test-torch: $(VENV)/.test ## the page on PyTorch, which it installs: large, so neither make test nor CI does
+test-torch: $(VENV)/.test ## pages and tests on PyTorch, which it installs: large, so neither make test nor CI does
 	$(PIP) install "$(TORCH)"
-	$(BIN)/python -m pytest tests/unit/test_docs.py -m torch $(ARGS)
+	$(BIN)/python -m pytest tests/unit/test_docs.py tests/kernel/test_delta_torch.py -m torch $(ARGS)
 
 .PHONY: soak
 soak: $(VENV)/.test ## the long storms: minutes to an hour

@@ -12,6 +12,7 @@ from .algebra import algebra
 from .bare import Bare
 from .collect import collect, listeners
 from .content import changed, collect_into, gather
+from .delta import delta
 from .epoch import epoch
 from .harness import Benchmark, Settings, machine
 from .importing import import_
@@ -24,6 +25,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "gather": gather,
     "collect_into": collect_into,
     "changed": changed,
+    "delta": delta,
     "algebra": algebra,
     "import": import_,
     "regions": regions,

@@ -9,6 +9,7 @@
     ├── LimitReached         OSError             vm.max_map_count, descriptors, kernel memory
     ├── KernelRefused        OSError             an answer of the kernel that nothing above explains
     ├── InvalidMemory        ValueError          read-only, not contiguous, empty, not mappable, unknown here
+    ├── InvalidDelta         ValueError          bytes that are no delta, or a damaged one
     ├── NotRegistered        ValueError          the memory is not registered, or is no longer
     ├── RangeBusy            OSError             another userfaultfd has the memory
     ├── RegionGone           OSError             a mapping went away beneath its region
@@ -38,6 +39,7 @@ __all__ = [
     "BlindSpotWarning",
     "DirtyTrackError",
     "GuardPageWarning",
+    "InvalidDelta",
     "InvalidMemory",
     "KernelRefused",
     "LimitReached",
@@ -124,6 +126,10 @@ class KernelRefused(DirtyTrackError, OSError):
 
 class InvalidMemory(DirtyTrackError, ValueError):
     """The memory, or what was said about it, cannot be used: ``start`` and ``end`` tell where."""
+
+
+class InvalidDelta(DirtyTrackError, ValueError):
+    """These bytes are no delta, a damaged one, or one of another version; nothing was written."""
 
 
 class NotRegistered(DirtyTrackError, ValueError):

@@ -16,7 +16,7 @@ from .region import Region, Span
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["Layout", "mirrors", "pinned_extents"]
+__all__ = ["Layout", "held", "mirrors", "pinned_extents"]
 
 
 class Layout:
@@ -183,6 +183,18 @@ def _refuse(span: Span) -> None:
         start=span.start,
         end=span.end,
     )
+
+
+def held(region: Region) -> Any:
+    """What holds a region's bytes while they are read or written; None for raw memory.
+
+    Raises:
+        NotRegistered, SessionClosed: it is no longer registered.
+    """
+    alive, hold = _hold(region._span)
+    if not alive:
+        _refuse(region._span)
+    return hold
 
 
 def pinned_extents(layout: Layout, cset: Any) -> tuple[Any, list[Any]]:

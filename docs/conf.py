@@ -136,7 +136,7 @@ def _process_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any
 
 
 _MADE_BY_US = {"Region", "Scan", "DirtySet", "Memory", "InFlight", "Statistics", "KernelSupport", "Check"}
-_MADE_BY_US |= {"PageCategory", "ScanFlag", "UffdFeature"}
+_MADE_BY_US |= {"PageCategory", "ScanFlag", "UffdFeature", "Delta", "ArrayChanges"}
 
 
 def _process_signature(
@@ -150,7 +150,7 @@ def _process_signature(
 
 # ---- names that have no page of their own ---------------------------------------------------------------------------
 
-_ALIASES = {"AnyBuffer", "Trackable", "Mirror"}  # for type checkers; api/index.md explains them
+_ALIASES = {"AnyBuffer", "Trackable", "Mirror", "Source"}  # for type checkers; api/index.md explains them
 _TYPING = {"Self", "Buffer", "typing_extensions.Self", "typing_extensions.Buffer"}
 
 
@@ -171,11 +171,13 @@ def _missing_reference(
     target = str(node.get("reftarget", ""))
     if node.get("refdomain") != "py":
         return None
+    if target in _ALIASES:  # not `dirtytrack.delta.Mirror`, which is called like one
+        return contnode
     name = target.rpartition(".")[2]
     for known, *_ in env.domains["py"].get_objects():  # dirtytrack.tracker.DirtyTracker: documented at the front door
-        if known == f"dirtytrack.{name}" and target != known:
+        if known in (f"dirtytrack.{name}", f"dirtytrack.delta.{name}") and target != known:
             return env.domains["py"].resolve_xref(env, node["refdoc"], app.builder, "obj", known, node, contnode)
-    return contnode if target in _ALIASES or _is_of_python(target) else None
+    return contnode if _is_of_python(target) else None
 
 
 def setup(app: Sphinx) -> None:

@@ -39,7 +39,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     tracking = "works" if support.tracking else f"does not work, so its tests are skipped: {support.why_not}"
     lines = [f"kernel: {platform.system()} {os.uname().release} {platform.machine()}; tracking {tracking}"]
     if not TORCH:
-        lines.append("PyTorch is not installed: the blocks of docs/cookbook/torch.md are NOT run; make test-torch does")
+        lines.append("PyTorch is not installed: docs/cookbook/torch.md and its tests are NOT run; make test-torch does")
     if IN_CI:
         lines.append("CI=true: a skipped test is a failure, except " + (", ".join(MAY_BE_SKIPPED) or "none"))
     return lines

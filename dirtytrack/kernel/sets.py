@@ -32,6 +32,7 @@ __all__ = [
     "intersects",
     "nbytes",
     "new_bytes",
+    "numbers",
     "offsets",
     "pages",
     "rows",
@@ -64,7 +65,7 @@ def _let_go(owner: object, pointer: CData) -> None:
     """The finaliser of a pointer: all that it does is to have kept the owner until now."""
 
 
-def _numbers(owner: CData, pointer: CData, count: int, width: int) -> memoryview:
+def numbers(owner: CData, pointer: CData, count: int, width: int) -> memoryview:
     """A read-only view of count x width 64-bit numbers; it keeps ``owner``."""
     shape = (count, width) if width > 1 else (count,)
     if not count:  # memoryview.cast knows no shape with a zero
@@ -75,7 +76,7 @@ def _numbers(owner: CData, pointer: CData, count: int, width: int) -> memoryview
 
 def view(cset: CData) -> memoryview:
     """The runs, (n, 2) start and end; copies nothing and keeps the set."""
-    return _numbers(cset, cset.runs, cset.count, 2)
+    return numbers(cset, cset.runs, cset.count, 2)
 
 
 def set_of(held: Taken | CData) -> CData:
@@ -87,7 +88,7 @@ def set_of(held: Taken | CData) -> CData:
 
 def regions_view(result: CData) -> memoryview:
     """The regions of a dt_scan_result, (n, 3) start, end, categories; copies nothing and keeps the result."""
-    return _numbers(result, result.regions, result.count, 3)
+    return numbers(result, result.regions, result.count, 3)
 
 
 def offsets(cset: CData, address: int, nbytes: int) -> memoryview:
@@ -96,7 +97,7 @@ def offsets(cset: CData, address: int, nbytes: int) -> memoryview:
     room = call(cset, address, nbytes, null, 0)
     out = core.ffi.new("dt_run[]", room)
     call(cset, address, nbytes, out, room)
-    return _numbers(out, out, room, 2)
+    return numbers(out, out, room, 2)
 
 
 def intersects(cset: CData, start: int, end: int) -> bool:
@@ -109,7 +110,7 @@ def pages(cset: CData, start: int, end: int) -> memoryview:
     room = call(cset, start, end, null, 0)
     out = core.ffi.new("uint64_t[]", room)
     call(cset, start, end, out, room)
-    return _numbers(out, out, room, 1)
+    return numbers(out, out, room, 1)
 
 
 def bitmap(cset: CData, start: int, end: int) -> bytes:
@@ -125,7 +126,7 @@ def rows(cset: CData, address: int, stride: int, row_bytes: int, count: int) -> 
     room = call(cset, address, stride, row_bytes, count, null, 0)
     out = core.ffi.new("uint64_t[]", room)
     call(cset, address, stride, row_bytes, count, out, room)
-    return _numbers(out, out, room, 1)
+    return numbers(out, out, room, 1)
 
 
 # ---- algebra

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import dirtytrack
-from dirtytrack import pagemap
+from dirtytrack import delta, pagemap
 
 if TYPE_CHECKING:
     from typing_extensions import assert_type
@@ -102,3 +102,23 @@ def errors(memory: dirtytrack.Memory) -> int | None:
         assert_type(error.feature, str | None)
         return error.errno
     return None
+
+
+def deltas(array: np.ndarray, memory: dirtytrack.Memory, tracker: dirtytrack.DirtyTracker) -> Iterator[int]:
+    mirror = bytearray(memory.nbytes)
+    found = delta.diff(memory, mirror, tracker.collect(), granule=4, update=True, out=bytearray(10))
+    assert_type(found, delta.Delta)
+    delta.apply(found, mirror)
+    delta.apply(found.compressed(), tracker.regions[0])
+    assert_type(delta.compose(found, bytes(found)).nbytes, int)
+    for offset, data in found:
+        assert_type(data, memoryview)
+        yield offset
+    assert_type(found.changed(array, "rows"), memoryview)
+    found.changed(array, "columns")  # type: ignore[arg-type]
+    with delta.Mirror(array) as follower:
+        assert_type(follower.update(), delta.Delta)
+    delta.Mirror(tracker, "weights", granule=2)
+    with delta.array_changes(array, name="weights") as changes:
+        assert_type(changes(), memoryview)
+        assert_type(changes.update(), delta.Delta)

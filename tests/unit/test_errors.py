@@ -20,6 +20,7 @@ LEAVES = [
 ]
 BUILT_IN = {
     "AlreadyStarted": RuntimeError,
+    "InvalidDelta": ValueError,
     "InvalidMemory": ValueError,
     "KernelRefused": OSError,
     "LimitReached": OSError,

@@ -159,6 +159,16 @@ static void close_batch(batch *b)
         close(b->mem);
 }
 
+int dt_copy_vanishing(bool into, uint8_t *ours, uint64_t tracked, uint64_t bytes, dt_failure *why)
+{
+    batch b = {.into = into, .mem = -1};
+    int code = queue(&b, ours, tracked, bytes, why);
+    if (!code)
+        code = flush(&b, why);
+    close_batch(&b);
+    return code;
+}
+
 /* ---- extent by extent ---- */
 
 enum way { GATHER, SCATTER, COPY_OUT };

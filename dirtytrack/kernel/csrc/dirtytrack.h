@@ -35,6 +35,7 @@ enum dt_code {
     DT_MISSED = -10009,       /* the audit found a change that nobody reported */
     DT_TOO_SMALL = -10010,    /* an output buffer is too small, or the input does not fit */
     DT_NOT_ANONYMOUS = -10012, /* DT_ARM_PRESENT is for private anonymous memory only */
+    DT_MALFORMED = -10013,    /* these bytes are no delta, or a damaged one */
     DT_HUGETLB_MASK = -10011  /* an arming scan with that mask can hang a process for ever over hugetlb */
 };
 
@@ -156,6 +157,45 @@ int dt_scatter(const dt_set *set, const dt_extent *extents, uint64_t n, const ui
 int dt_copy_out(const dt_set *set, const dt_extent *extents, uint64_t n, dt_failure *why);
 /* The pages of the set that differ from the mirrors, in whole granules (a multiple of the page, counted from address 0). */
 int dt_changed(const dt_set *set, const dt_extent *extents, uint64_t n, uint64_t granule_bytes, dt_set *out);
+
+/* ---- deltas: the changed bytes of a memory, encoded (docs/delta-format.md) -------------------------------------- */
+
+typedef struct dt_delta_info {
+    uint64_t target_bytes;   /* of the memory that it changes */
+    uint64_t changed_bytes;  /* that it carries */
+    uint64_t pieces;
+    uint32_t granule_bytes;
+    uint32_t reserved;
+} dt_delta_info;
+
+typedef struct dt_piece {
+    uint64_t offset;         /* into the memory */
+    uint64_t nbytes;
+    uint64_t at;             /* where its bytes are in the delta */
+} dt_piece;
+
+/* How many bytes dt_diff may want for a delta, UINT64_MAX where the granule is not a power of two up to 4096. */
+uint64_t dt_delta_room(const dt_set *set, const dt_extent *memory, uint32_t granule);
+/* The granules of the set's pages (NULL: of all) that differ from memory->mirror. update = 1: the mirror gets the bytes
+ * that are encoded; on a failure it is as before. The delta has no checksum: see dt_delta_checksum. */
+int dt_diff(const dt_set *set, const dt_extent *memory, uint32_t granule, int update, uint8_t *out, uint64_t room,
+            uint64_t *length, dt_failure *why);
+/* Of all but bytes 16 to 23, which are its place; `length` is 24 or more. */
+uint64_t dt_delta_checksum(const uint8_t *delta, uint64_t length);
+/* 0, or DT_MALFORMED with the position in why->start. Looks at everything but the checksum. */
+int dt_delta_check(const uint8_t *delta, uint64_t length, dt_delta_info *out, dt_failure *why);
+/* Writes nothing unless the whole delta is well-formed and for a target of that length (else DT_TOO_SMALL). */
+int dt_delta_apply(const uint8_t *delta, uint64_t length, const dt_extent *target, dt_failure *why);
+/* One delta that does what the first and then the second does. out = NULL: only `length`. -EINVAL where their targets
+ * have different lengths. */
+int dt_delta_compose(const uint8_t *first, uint64_t first_length, const uint8_t *second, uint64_t second_length,
+                     uint8_t *out, uint64_t room, uint64_t *length, dt_failure *why);
+/* The changed runs, none longer than a block: writes at most `room`, returns how many there are. */
+uint64_t dt_delta_pieces(const uint8_t *delta, uint64_t length, dt_piece *out, uint64_t room);
+/* Which of `rows` rows of row_bytes each, from `offset` on, it changes: writes at most `room` numbers, returns how many
+ * there are; marks: NULL, or a byte a row, which is set to 1. */
+uint64_t dt_delta_rows(const uint8_t *delta, uint64_t length, uint64_t offset, uint64_t row_bytes, uint64_t rows,
+                       uint64_t *out, uint64_t room, uint8_t *marks);
 
 /* ---- mappings and raw scans ---------------------------------------------------------------------------------- */
 

@@ -86,6 +86,9 @@ uint64_t dt_set_first(const dt_set *set, uint64_t address); /* index of the firs
 void dt_session_give_back(dt_block *block);       /* listener.c: queue an undelivered block; takes no lock */
 void dt_block_release(dt_block *block);           /* listener.c: free a delivered block, its watches and its reference */
 
+/* bytes.c: copies by the kernel, so that a page that vanished is -EFAULT and `why`; `into` the tracked memory or out. */
+int dt_copy_vanishing(bool into, uint8_t *ours, uint64_t tracked, uint64_t bytes, dt_failure *why);
+
 static inline int dt_fail_with(dt_failure *why, int code, int os_errno, enum dt_step step, uint64_t start, uint64_t end)
 {
     if (why) {
