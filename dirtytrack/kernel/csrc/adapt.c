@@ -54,13 +54,24 @@ static struct { uint64_t fault, arm, copy, copy_apart; } cost; /* ns a page; fau
 static _Atomic int measuring; /* 0: not yet, 1: somebody does, 2: done, as far as it went */
 
 #define FAULTS 128u
-#define COPIES 512u
+#define APART 16u           /* pages from one that is written to the next */
+#define COPIES 256u
 #define TRIES 3
+
+/* What a program wrote in an epoch is in no cache of ours when it is copied. */
+static void push_out(const uint8_t *memory, uint64_t bytes)
+{
+#ifdef __x86_64__
+    for (uint64_t i = 0; i < bytes; i += 64)
+        __builtin_ia32_clflush(memory + i);
+#else
+    (void)memory, (void)bytes;
+#endif
+}
 
 static uint64_t a_page_since(uint64_t begun, uint64_t pages) { return dt_max((dt_now_ns() - begun) / pages, 1); }
 
-/* Pages of our own, one in a block as written pages are that a block is not assumed for, and a piece without gaps before
- * them. What is timed in one try has been pushed out of the nearest caches by the one before. */
+/* Pages of our own: those to be written lie apart, behind a piece without gaps. */
 static void measure(dt_session *s, uint8_t *memory, uint64_t step)
 {
     uint64_t page = dt_page_bytes();
@@ -77,10 +88,14 @@ static void measure(dt_session *s, uint8_t *memory, uint64_t step)
         begun = dt_now_ns();
         rc = dt_scan_apart(s, start, end, true, &found);
         arm = dt_min(arm, a_page_since(begun, FAULTS));
+        push_out(memory, 2 * COPIES * page);
         begun = dt_now_ns();
         memcpy(memory + COPIES * page, memory, COPIES * page);
         if (i) /* populated by then */
             copy = dt_min(copy, a_page_since(begun, COPIES));
+        push_out(memory + COPIES * page, COPIES * page);
+        for (uint64_t k = 0; k < FAULTS; k++)
+            push_out(apart + k * step, page);
         begun = dt_now_ns();
         for (uint64_t k = 0; k < FAULTS; k++)
             memcpy(memory + (COPIES + k * (COPIES / FAULTS)) * page, apart + k * step, page);
@@ -100,7 +115,7 @@ static bool measured(dt_session *s)
     int before = 0;
     if (!atomic_compare_exchange_strong(&measuring, &before, 1))
         return before == 2 && cost.fault;
-    uint64_t page = dt_page_bytes(), step = 64 * page, bytes = 2 * COPIES * page + FAULTS * step;
+    uint64_t page = dt_page_bytes(), step = APART * page, bytes = 2 * COPIES * page + FAULTS * step;
     uint8_t *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory != MAP_FAILED) {
         madvise(memory, bytes, MADV_NOHUGEPAGE);
@@ -120,7 +135,7 @@ static uint64_t threshold_for(const dt_adapt *a, const dt_wish *wish)
         return 1;
     uint64_t whole = dt_max(wish->page_ns, wish->measured ? cost.copy : 0);
     uint64_t apart = dt_max(wish->page_ns, wish->measured ? cost.copy_apart : 0), each = cost.fault + cost.arm + apart;
-    return dt_min(a->block_pages, a->block_pages * whole * 5 / 4 / each + 1); /* a fifth must be won */
+    return dt_min(a->block_pages, a->block_pages * whole * 9 / 8 / each + 1); /* an eighth must be won */
 }
 
 /* ---- blocks ----------------------------------------------------------------------------------------------------- */
@@ -237,7 +252,8 @@ static int ask(dt_session *s, dt_adapt *a, uint64_t block)
     a->cool += !h->samples && !written;
     h->samples++;
     h->written += (uint8_t)written;
-    if (h->written * a->block_pages >= a->threshold * SAMPLE_PAGES * h->samples) {
+    /* Well below what let it in, since a small sample says little and to come back costs faults. */
+    if (5 * h->written * a->block_pages >= 3 * a->threshold * SAMPLE_PAGES * h->samples) {
         a->hot++;
         h->samples = h->written = 0;
         h->state = ASSUMED;

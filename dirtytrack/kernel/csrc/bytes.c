@@ -175,7 +175,7 @@ enum way { GATHER, SCATTER, COPY_OUT };
 
 /* What is assumed is mostly as the mirror has it, and to compare costs less than to write. Beyond some length the C library
  * copies past the caches, and that is cheaper still. */
-#define LONG_COPY_BYTES ((uint64_t)128 << 20)
+#define LONG_COPY_BYTES ((uint64_t)96 << 20)
 
 static void copy_differing(uint8_t *to, uint64_t from, uint64_t end)
 {
