@@ -23,7 +23,7 @@ from .kernel import core, engine
 from .kernel.engine import Statistics
 from .layout import Layout, mirrors
 from .region import Region
-from .session import UffdSession, default_session
+from .session import Session, default_session
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -64,7 +64,7 @@ class DirtyTracker:
     goes to exactly one.
     """
 
-    def __init__(self, session: UffdSession, regions: Iterable[Region] | None = None, *, audit: float = 0.0) -> None:
+    def __init__(self, session: Session, regions: Iterable[Region] | None = None, *, audit: float = 0.0) -> None:
         self._session = session
         self._wanted = None if regions is None else tuple(regions)
         self._owned: tuple[Region, ...] = ()
@@ -85,7 +85,7 @@ class DirtyTracker:
     # ---- what it is
 
     @property
-    def session(self) -> UffdSession:
+    def session(self) -> Session:
         """Whose memory it listens to."""
         return self._session
 
@@ -406,7 +406,7 @@ class DirtyTracker:
         Args:
             memory: a region of this session; or a buffer, which is registered first (and unregistered by leaving the
                 ``with`` of this tracker).
-            name, options: of the registration, as for `UffdSession.register`.
+            name, options: of the registration, as for `Session.register`.
 
         Returns:
             The region.
@@ -436,7 +436,7 @@ class DirtyTracker:
         return region
 
     def remove(self, region: Region | str) -> DirtySet:
-        """Stop watching a region. It stays registered, so that the final set can be read: `UffdSession.unregister` it
+        """Stop watching a region. It stays registered, so that the final set can be read: `Session.unregister` it
         to let go of its buffer, or leave that to the end of this tracker where `track` or `add` registered it.
 
         Returns:
@@ -482,7 +482,8 @@ class DirtyTracker:
 def track(
     *buffers: Trackable | Mapping[str, Trackable],
     name: str | None = None,
-    session: UffdSession | None = None,
+    session: Session | None = None,
+    backend: str | None = None,
     adaptive: bool = False,
     exact: bool = True,
     audit: float = 0.0,
@@ -499,6 +500,9 @@ def track(
             `Memory`), (address, nbytes) pairs, or mappings from names to such.
         name: of the region, where there is one buffer only.
         session: another session than the default one.
+        backend: who says what was written. ``"kernel"``, which is meant where nothing is said; ``"compare"`` or
+            ``"compare-hashes"``, which need nothing of the kernel and read all of the memory at each collect: see
+            `CompareSession`. Each has a default session of its own.
         adaptive, exact: allow or forbid that densely rewritten blocks are reported without being watched; this version
             watches all, so that both change nothing.
         audit: the share of clean pages whose hashes are kept to find a change that nobody reported.
@@ -510,7 +514,8 @@ def track(
         its last reference.
 
     Raises:
-        InvalidMemory, RangeBusy, LimitReached: as `UffdSession.register`.
+        InvalidMemory, RangeBusy, LimitReached: as `Session.register`; or there is no such backend, or it is not the
+            session's.
         PermissionDenied, UnsupportedKernel: as `UffdSession`.
 
     Warns:
@@ -529,7 +534,11 @@ def track(
         raise InvalidMemory("track() takes at least one buffer")
     if name is not None and len(named) > 1:
         raise InvalidMemory("name= is for one buffer: pass a mapping from names to buffers")
-    within = session if session is not None else default_session()
+    within = session if session is not None else default_session("kernel" if backend is None else backend)
+    if backend not in (None, within.backend):
+        raise InvalidMemory(
+            f"backend={backend!r} was asked for and a session given whose backend is {within.backend!r}"
+        )
     found: list[Region] = []
     for key, buffer in named:  # a plain loop: the warning's stacklevel counts frames
         found.append(within._register(buffer, key, None, blind_spots, strict, stacklevel=3))

@@ -86,6 +86,10 @@ uint64_t dt_set_first(const dt_set *set, uint64_t address); /* index of the firs
 void dt_session_give_back(dt_block *block);       /* listener.c: queue an undelivered block; takes no lock */
 void dt_block_release(dt_block *block);           /* listener.c: free a delivered block, its watches and its reference */
 
+/* ---- comparing (compare.c) ---- */
+/* The bytes at [from, from + bytes) as the session of `region` knows them: what changes after that, it will tell. */
+int dt_compare_copy(dt_region *region, uint64_t from, uint64_t bytes, uint8_t *to, dt_failure *why);
+
 static inline int dt_fail_with(dt_failure *why, int code, int os_errno, enum dt_step step, uint64_t start, uint64_t end)
 {
     if (why) {

@@ -159,8 +159,8 @@ static long scan_ioctl(dt_session *s, uint64_t start, uint64_t end, const dt_que
     int fail = dt_fail_at(DT_SITE_SCAN);
     if (fail > 0)
         return -fail;
-    long n = ioctl(s->pagemap, K_PAGEMAP_SCAN, &arg);
-    int error = errno;
+    long n = s->compare ? dt_compare_scan(s, start, end, q, arg.vec_len) : ioctl(s->pagemap, K_PAGEMAP_SCAN, &arg);
+    int error = s->compare ? (int)-n : errno;
     s->statistics.scans++;
     if (fail < 0)
         return fail;
@@ -230,6 +230,8 @@ int dt_page_armable(dt_session *s, uint64_t page) { return is_any(s, page, K_PAG
  * listener waits for these pages. */
 int dt_protect(dt_session *s, uint64_t start, uint64_t end)
 {
+    if (DT_UNLIKELY(s->compare))
+        return dt_compare_protect(s, start, end);
     for (uint64_t at = start, length; at < end; at += length) {
         length = chunk_end(at, end) - at;
         int rc;
