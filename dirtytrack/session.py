@@ -63,6 +63,12 @@ class Session:
         return self._backend
 
     @property
+    def opened_by(self) -> str:
+        """The door: ``userfaultfd user mode``, ``/dev/userfaultfd`` or ``userfaultfd full``;
+        empty where none is needed."""
+        return engine.door(self._handle)
+
+    @property
     def regions(self) -> tuple[Region, ...]:
         """The registered regions, in the order of their registration."""
         # valuerefs(): in one step, whatever other threads register meanwhile.
@@ -73,6 +79,10 @@ class Session:
     def closed(self) -> bool:
         """Whether it was closed, or belongs to the parent of this process."""
         return bool(engine.state(self._handle))
+
+    def fileno(self) -> Fd:
+        """The userfaultfd, which stays the session's; -1 while closed or suspended, and where there is none."""
+        return engine.fileno(self._handle)
 
     def statistics(self) -> Statistics:
         """What was done so far, for all trackers together.
@@ -370,18 +380,9 @@ class UffdSession(Session):
         _log.debug("session opened by %s", self.opened_by)
 
     @property
-    def opened_by(self) -> str:
-        """The door: ``userfaultfd user mode``, ``/dev/userfaultfd`` or ``userfaultfd full``."""
-        return engine.door(self._handle)
-
-    @property
     def features(self) -> UffdFeature:
         """What the kernel's userfaultfd can do, unknown bits included."""
         return engine.features(self._handle)
-
-    def fileno(self) -> Fd:
-        """The userfaultfd, which stays the session's; -1 while closed or suspended."""
-        return engine.fileno(self._handle)
 
     def _how(self) -> str:
         return f"opened by {self.opened_by}"
