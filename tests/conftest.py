@@ -50,7 +50,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept: list[pytest.Item] = []
     dropped: list[pytest.Item] = []
     for item in items:
-        if any(folder in item.path.parents for folder in NEED_TRACKING):
+        backend = item.callspec.params.get("backend", "kernel") if isinstance(item, pytest.Function) and hasattr(item, "callspec") else "kernel"
+        if backend == "kernel" and any(folder in item.path.parents for folder in NEED_TRACKING):
             item.add_marker("tracking")
         if item.get_closest_marker("tracking") and not support.tracking:
             item.add_marker(pytest.mark.skip(reason=support.why_not))

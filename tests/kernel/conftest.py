@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.kernel.backends import BACKENDS
 from tests.kernel.host import POOLS, NotHere
 from tests.kernel.kinds import Area, Kind
 from tests.kernel.watched import Bare, Watched
@@ -35,6 +36,12 @@ def _huge_pages_are_put_back() -> Iterator[None]:
     yield
     for pool in POOLS.values():
         pool.put_back()
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Who says what was written: a test that asks for it is run for each; all but the first need no kernel that tracks."""
+    return str(request.param)
 
 
 @pytest.fixture

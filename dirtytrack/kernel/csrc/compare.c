@@ -133,9 +133,20 @@ static uint64_t hole_end(uint64_t at, uint64_t end)
     return rc == -ENOENT ? end : rc ? at : dt_min(end, dt_max(at, m.start));
 }
 
-/* The part [start, end) of a plate. 1: the answer is full. */
-static int scan_plate(dt_compare *c, dt_plate *p, uint64_t start, uint64_t end, bool arm, answer *found)
+/* The page is there again. Should it go once more, that is told once more. */
+static void found_again(dt_session *s, uint64_t at)
 {
+    for (uint64_t i = 0; i < s->region_count; i++) {
+        dt_region *r = s->regions[i];
+        if (r->gone_start <= at && at < r->gone_end)
+            r->gone_start = r->gone_end = r->gone_bytes = 0;
+    }
+}
+
+/* The part [start, end) of a plate. 1: the answer is full. */
+static int scan_plate(dt_session *s, dt_plate *p, uint64_t start, uint64_t end, bool arm, answer *found)
+{
+    const dt_compare *c = s->compare;
     uint64_t page = dt_page_bytes();
     dt_reader r;
     dt_read_begin(&r, c);
@@ -166,8 +177,11 @@ static int scan_plate(dt_compare *c, dt_plate *p, uint64_t start, uint64_t end, 
         }
         if (differ)
             add(found, at, at + page);
-        if (arm && now)
-            keep(c, p, i, now, &digest);
+        if (!arm || !now)
+            continue;
+        if (p->states[i] == DT_UNKNOWN)
+            found_again(s, at);
+        keep(c, p, i, now, &digest);
     }
     dt_read_end(&r);
     return rc;
@@ -188,7 +202,7 @@ long dt_compare_scan(dt_session *s, uint64_t start, uint64_t end, const dt_quest
         bool kept = i < c->count && c->plates[i].start <= at;
         next = kept ? dt_min(end, c->plates[i].end) : i < c->count ? dt_min(end, c->plates[i].start) : end;
         if (kept)
-            rc = scan_plate(c, &c->plates[i], at, next, arm, &found);
+            rc = scan_plate(s, &c->plates[i], at, next, arm, &found);
         else if (fits(&found, at))
             add(&found, at, next);
         else
