@@ -345,9 +345,7 @@ def test_one_of_two_that_overlap_leaves_the_other_pending(session: Session, memo
 
 
 @pytest.mark.parametrize("second_start", [4 * PAGE, 3 * PAGE + 100, 2 * PAGE, 0])
-def test_overlapping_and_touching_regions_are_each_whole(
-    session: Session, memory: Memory, second_start: int
-) -> None:
+def test_overlapping_and_touching_regions_are_each_whole(session: Session, memory: Memory, second_start: int) -> None:
     low = session.register((memory.address, 4 * PAGE - 200), name="low")
     high = session.register((memory.address + second_start, 4 * PAGE), name="high")
     tracker = armed(session)

@@ -208,8 +208,13 @@ static int move_all(enum way way, const dt_set *set, const dt_extent *extents, u
         first = seek(set, first, before, extent->address);
         before = extent->address;
         int fail = dt_fail_at(DT_SITE_COPY);
-        if (fail <= 0)
+        bool known = extent->through && way != SCATTER;
+        if (known)
+            code = dt_compare_begin_copy(extent->through, why);
+        if (fail <= 0 && !code)
             code = move_extent(way, set, first, extent, packed, &moved, &b, why);
+        if (known && code != DT_CLOSED && code != DT_FORKED)
+            dt_compare_end_copy(extent->through);
         if (DT_UNLIKELY(fail && !code)) {
             int error = abs(fail);
             code = dt_fail_with(why, -error, error, DT_STEP_COPY, extent->address, extent_end(extent));
@@ -352,8 +357,12 @@ int dt_changed(const dt_set *set, const dt_extent *extents, uint64_t n, uint64_t
         first = seek(set, first, before, extent->address);
         before = extent->address;
         int fail = dt_fail_at(DT_SITE_COPY);
-        if (fail <= 0)
+        if (extent->through)
+            code = dt_compare_begin_copy(extent->through, &out->why);
+        if (fail <= 0 && !code)
             code = compare_extent(&c, first, extent, &out->why);
+        if (extent->through && code != DT_CLOSED && code != DT_FORKED)
+            dt_compare_end_copy(extent->through);
         if (DT_UNLIKELY(fail && !code)) {
             int error = abs(fail);
             code = dt_fail_with(&out->why, -error, error, DT_STEP_COPY, extent->address, extent_end(extent));

@@ -285,8 +285,9 @@ int dt_compare_mapping(uint64_t address, uint64_t end, dt_mapping *out)
 /* Each page is read once, into a place where nobody writes, and compared there: what is given out is what is known from
  * then on. Is it another than the last scan read, then all are told, the caller too. What is in no plate is of a session
  * that is suspended, which reports it again in any case. */
-static int copy_known(dt_session *s, uint64_t from, uint64_t bytes, uint8_t *to, dt_failure *why)
+int dt_compare_copy(dt_region *region, uint64_t from, uint64_t bytes, uint8_t *to, dt_failure *why)
 {
+    dt_session *s = region->session;
     const dt_compare *c = s->compare;
     uint64_t page = dt_page_bytes(), end = from + bytes, last = dt_up(end, page);
     dt_plate *p = NULL, none = {0};
@@ -318,13 +319,10 @@ static int copy_known(dt_session *s, uint64_t from, uint64_t bytes, uint8_t *to,
     return 0;
 }
 
-int dt_compare_copy(dt_region *region, uint64_t from, uint64_t bytes, uint8_t *to, dt_failure *why)
+int dt_compare_begin_copy(dt_region *region, dt_failure *why)
 {
-    dt_session *s = region->session;
-    int rc = dt_enter(s);
-    if (rc)
-        return dt_fail_with(why, rc, 0, DT_STEP_COPY, from, from + bytes);
-    rc = copy_known(s, from, bytes, to, why);
-    dt_leave(s);
-    return rc;
+    int rc = dt_enter(region->session);
+    return rc ? dt_fail_with(why, rc, 0, DT_STEP_COPY, region->start, region->end) : 0;
 }
+
+void dt_compare_end_copy(dt_region *region) { dt_leave(region->session); }

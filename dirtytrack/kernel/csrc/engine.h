@@ -104,6 +104,7 @@ typedef struct dt_flight { uint64_t start, end, count; } dt_flight;
 struct dt_session {
     _Atomic uint32_t refs;
     pthread_mutex_t lock;
+    pthread_mutex_t turn;         /* of those who wait for the lock, the one who is next: see dt_enter */
     uint64_t generation;          /* of the process that made it: see dt_forked */
     _Atomic bool closed;
     bool suspended;

@@ -87,8 +87,11 @@ void dt_session_give_back(dt_block *block);       /* listener.c: queue an undeli
 void dt_block_release(dt_block *block);           /* listener.c: free a delivered block, its watches and its reference */
 
 /* ---- comparing (compare.c) ---- */
-/* The bytes at [from, from + bytes) as the session of `region` knows them: what changes after that, it will tell. */
+/* The bytes at [from, from + bytes) as the session of `region` knows them: what changes after that, it will tell. Between
+ * the other two, which lock the session: once for many pieces, since a scan has the lock for long. */
 int dt_compare_copy(dt_region *region, uint64_t from, uint64_t bytes, uint8_t *to, dt_failure *why);
+int dt_compare_begin_copy(dt_region *region, dt_failure *why);
+void dt_compare_end_copy(dt_region *region);
 
 static inline int dt_fail_with(dt_failure *why, int code, int os_errno, enum dt_step step, uint64_t start, uint64_t end)
 {

@@ -236,6 +236,7 @@ static void free_session(dt_session *s)
     if (s->compare)
         dt_compare_close(s->compare);
     pthread_mutex_destroy(&s->lock);
+    pthread_mutex_destroy(&s->turn);
     dt_free(s);
 }
 
@@ -252,6 +253,7 @@ int dt_session_open(uint32_t remedy, int events, uint32_t backend, dt_session **
     s->registrations = atomic_load(&dt_registrations);
     s->thefts = atomic_load(&dt_thefts);
     pthread_mutex_init(&s->lock, NULL);
+    pthread_mutex_init(&s->turn, NULL);
     int rc = s->generation ? 0 : dt_fail_with(why, -ENOMEM, ENOMEM, DT_STEP_MEMORY, 0, 0);
     if (!rc) {
         size_t bytes = DT_VECTOR_LENGTH * sizeof *s->vector;
@@ -409,7 +411,13 @@ int dt_enter(dt_session *s)
         forget_inherited(s);
         return DT_FORKED;
     }
+    /* Who compares has the lock for milliseconds, and could have it again before another thread has woken up: so whoever
+     * waits first keeps the others from coming before. */
+    if (s->compare)
+        pthread_mutex_lock(&s->turn);
     pthread_mutex_lock(&s->lock);
+    if (s->compare)
+        pthread_mutex_unlock(&s->turn);
     if (DT_UNLIKELY(s->closed)) {
         pthread_mutex_unlock(&s->lock);
         return DT_CLOSED;
