@@ -18,5 +18,5 @@ def session_of(backend: str, remedy: int = 0) -> Session:
 
 
 def has_bits(session: Session, start: int, end: int, pages: set[int]) -> bool:
-    """Whether the kernel has these pages down as written, and no others; nothing is asked of it where it is not used."""
+    """Whether the kernel has just these pages down as written; it is not asked where it is not used."""
     return session.backend != "kernel" or oracle.written(start, end) == pages

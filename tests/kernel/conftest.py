@@ -40,7 +40,7 @@ def _huge_pages_are_put_back() -> Iterator[None]:
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Who says what was written: a test that asks for it is run for each; all but the first need no kernel that tracks."""
+    """Who says what was written: a test with it is run for each. All but the first need no kernel that tracks."""
     return str(request.param)
 
 

@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 import dirtytrack
-from dirtytrack import DirtySet, DirtyTracker, Memory, Region, Session, UffdSession
-from tests import oracle
+from dirtytrack import DirtySet, DirtyTracker, Memory, Region, Session
 from tests.kernel.backends import has_bits, session_of
 from tests.oracle import PAGE
 

@@ -38,8 +38,8 @@ import pytest
 
 import dirtytrack
 from dirtytrack import DirtySet, DirtyTracker, Run
-from tests import oracle
 from dirtytrack.kernel import sets
+from tests import oracle
 from tests.kernel.backends import session_of
 from tests.oracle import PAGE
 
@@ -340,7 +340,7 @@ class Listener:
             self.mirror[start:end] = self.storm.memory[start:end]
 
     def copy_by_the_library(self, dirty: DirtySet) -> None:
-        """Where memory is discarded it holds what it held before, zeroes. Who compares must know what was read between."""
+        """What is discarded holds zeroes again, as it did before: who compares must know what was read in between."""
         packed = np.frombuffer(dirty.gather(), np.uint64).reshape(-1, self.mirror.shape[1])
         base = self.storm.held.address
         for run in dirty:

@@ -260,6 +260,7 @@ int dt_compare_survey(dt_region *region);
 /* Instead of the ioctls, with their answers: runs in the session's vector and their number, or -errno; 0 or -errno. */
 long dt_compare_scan(dt_session *s, uint64_t start, uint64_t end, const dt_question *question, uint64_t room);
 int dt_compare_protect(dt_session *s, uint64_t start, uint64_t end);
+static inline enum dt_step dt_compare_step(int rc) { return rc == -ENOMEM ? DT_STEP_MEMORY : DT_STEP_COPY; } /* that failed */
 int dt_compare_mapping(uint64_t address, uint64_t end, dt_mapping *out); /* as dt_mapping_at, of where there is any */
 void dt_compare_lose(dt_session *s, uint64_t start, uint64_t end); /* nothing is mapped there any more */
 void dt_compare_adjust(dt_session *s, const dt_region *region);    /* which was registered or unregistered */

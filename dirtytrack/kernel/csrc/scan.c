@@ -377,7 +377,7 @@ static int scan_part(dt_pass *pass, uint64_t whole_start, uint64_t whole_end, ui
     while (dt_next_own(pass->session, &part, end, &from, &to))
         for (uint64_t at = from, next; at < to; at = next) {
             next = chunk_end(at, to);
-            int rc = scan_chunk(pass, at, next), step = DT_STEP_SCAN;
+            int rc = scan_chunk(pass, at, next), step = pass->session->compare ? dt_compare_step(rc) : DT_STEP_SCAN;
             if (rc == -EPERM && tries < 4) {
                 dt_fold(pass);
                 rc = mend(pass->session, whole_start, whole_end);
@@ -516,7 +516,7 @@ static int arm_all(dt_session *s, dt_region *region, dt_failure *why)
                 rc = dt_protect(s, from, to);
         }
         if (rc)
-            dt_fail_with(why, rc, -rc, DT_STEP_PROTECT, from, to);
+            dt_fail_with(why, rc, -rc, s->compare ? dt_compare_step(rc) : DT_STEP_PROTECT, from, to);
     }
     return rc;
 }
