@@ -11,6 +11,7 @@ from pathlib import Path
 from .algebra import algebra
 from .bare import Bare
 from .collect import collect, listeners
+from .comparing import comparing
 from .content import changed, collect_into, gather
 from .epoch import epoch
 from .harness import Benchmark, Settings, machine
@@ -24,6 +25,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "gather": gather,
     "collect_into": collect_into,
     "changed": changed,
+    "comparing": comparing,
     "algebra": algebra,
     "import": import_,
     "regions": regions,
