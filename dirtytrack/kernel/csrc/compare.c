@@ -17,6 +17,7 @@
  * read the memory himself in between. So whoever copies by this library gets what the passes saw (dt_compare_copy). */
 #include "compare.h"
 #include <fcntl.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -228,8 +229,15 @@ int dt_compare_protect(dt_session *s, uint64_t start, uint64_t end)
         uint64_t from = dt_max(start, p->start), to = dt_min(end, p->end);
         dt_reader r;
         dt_read_begin(&r, c);
-        for (uint64_t at = from; at < to; at += page)
-            p->states[(at - p->start) >> dt_page_shift()] = dt_read_empty(&r, at, from, to, false) ? DT_EMPTY : DT_UNKNOWN;
+        uint64_t empty = 0;
+        for (uint64_t at = from; at < to; at += page) {
+            bool is_empty = dt_read_empty(&r, at, from, to, false);
+            p->states[(at - p->start) >> dt_page_shift()] = is_empty ? DT_EMPTY : DT_UNKNOWN;
+            empty += is_empty ? page : 0;
+        }
+        /* A quarter quicker to compare with (measured, 256 MiB); not where most of it would be taken for nothing. */
+        if (p->copy && empty < (to - from) / 2)
+            madvise(p->copy + (from - p->start), to - from, MADV_HUGEPAGE);
         for (uint64_t at = from; at < to && !rc; at += page) {
             uint64_t k = (at - p->start) >> dt_page_shift();
             const uint8_t *now;
