@@ -219,7 +219,7 @@ def pinned_extents(layout: Layout, cset: Any) -> tuple[Any, list[Any]]:
 
 
 def read_through(layout: Layout, address: int, nbytes: int) -> tuple[Any, list[Any]]:
-    """By which region the bytes are to be read, where its session compares, else None; and what must be held meanwhile."""
+    """The region by whose session bytes are read, where that compares, else None; and what must be held meanwhile."""
     spans = [span for span in layout.spans if span.start < address + nbytes and address < span.end]
     if len({span.compared_by for span in spans}) == 1 and spans[0].compared_by:
         for span in spans:

@@ -358,10 +358,7 @@ class Session:
 
 
 class UffdSession(Session):
-    """A userfaultfd for asynchronous write protection, and the regions registered in it.
-
-    Any number of `DirtyTracker`s listen to one session, each at its own rhythm. Closed by `close()`, by leaving
-    a ``with``, or with the last reference to it, which its trackers have too.
+    """A userfaultfd for asynchronous write protection, and the regions registered in it: what `track` uses.
 
     Args:
         events: have the kernel tell of discards (madvise), moves and unmaps too, to a thread in C. Then a page that is

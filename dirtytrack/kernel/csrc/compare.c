@@ -17,6 +17,7 @@
  * read the memory himself in between. So whoever copies by this library gets what the passes saw (dt_compare_copy). */
 #include "compare.h"
 #include <fcntl.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -48,6 +49,7 @@ int dt_compare_open(uint32_t backend, dt_compare **out)
     if (!c)
         return -ENOMEM;
     c->backend = backend;
+    c->same = dt_choose_same(false);
     c->bounce = dt_alloc(dt_max(DT_BOUNCE_BYTES, page));
     c->key = dt_alloc(page + DT_KEY_EXTRA);
     int rc = c->bounce && c->key ? 0 : -ENOMEM;
@@ -106,7 +108,7 @@ static bool differs(const dt_compare *c, const dt_plate *p, uint64_t i, const ui
         return p->states[i] == DT_UNKNOWN || digest->first != then->first || digest->second != then->second;
     }
     if (p->states[i] == DT_KNOWN)
-        return !dt_same(now, p->copy + (i << dt_page_shift()), page);
+        return !c->same(now, p->copy + (i << dt_page_shift()), page);
     return p->states[i] == DT_UNKNOWN || !dt_is_zero(now, page);
 }
 
@@ -151,8 +153,13 @@ static int scan_plate(dt_session *s, dt_plate *p, uint64_t start, uint64_t end, 
     dt_reader r;
     dt_read_begin(&r, c);
     int rc = 0;
+    const uint8_t *copy = p->pinned ? p->copy : NULL;
+    unsigned shift = dt_page_shift();
     for (uint64_t at = start; at < end; at += page) {
-        uint64_t i = (at - p->start) >> dt_page_shift();
+        uint64_t i = (at - p->start) >> shift;
+        /* The short way for what most pages are. SAFETY: see note_pinned(). */
+        if (copy && p->states[i] == DT_KNOWN && c->same((const uint8_t *)(uintptr_t)at, copy + (i << shift), page))
+            continue;
         const uint8_t *now;
         dt_digest digest = {0, 0};
         if (p->states[i] == DT_EMPTY && dt_read_empty(&r, at, start, end, p->pinned))
@@ -222,8 +229,15 @@ int dt_compare_protect(dt_session *s, uint64_t start, uint64_t end)
         uint64_t from = dt_max(start, p->start), to = dt_min(end, p->end);
         dt_reader r;
         dt_read_begin(&r, c);
-        for (uint64_t at = from; at < to; at += page)
-            p->states[(at - p->start) >> dt_page_shift()] = dt_read_empty(&r, at, from, to, false) ? DT_EMPTY : DT_UNKNOWN;
+        uint64_t empty = 0;
+        for (uint64_t at = from; at < to; at += page) {
+            bool is_empty = dt_read_empty(&r, at, from, to, false);
+            p->states[(at - p->start) >> dt_page_shift()] = is_empty ? DT_EMPTY : DT_UNKNOWN;
+            empty += is_empty ? page : 0;
+        }
+        /* A quarter quicker to compare with (measured, 256 MiB); not where most of it would be taken for nothing. */
+        if (p->copy && empty < (to - from) / 2)
+            madvise(p->copy + (from - p->start), to - from, MADV_HUGEPAGE);
         for (uint64_t at = from; at < to && !rc; at += page) {
             uint64_t k = (at - p->start) >> dt_page_shift();
             const uint8_t *now;

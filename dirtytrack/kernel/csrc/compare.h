@@ -27,6 +27,7 @@ struct dt_compare {
     dt_plate *plates;    /* sorted, disjoint */
     uint64_t count, room;
     uint8_t *bounce;
+    dt_same same;
     dt_digester digest;
     dt_digest zero;      /* of a page of zeroes */
     uint8_t *key;

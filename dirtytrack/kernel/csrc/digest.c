@@ -10,7 +10,9 @@
 #include <immintrin.h>
 #endif
 
-#define AHEAD 1024 /* bytes that are asked for in advance: the hardware's own guess ends at the end of a page */
+/* Bytes that are asked for in advance, since the hardware's own guess ends with the page. Nearer is quicker where memory is
+ * slow, and slower where it comes from a cache (measured: a page ahead is at least as quick as memcmp() in both). */
+#define AHEAD 4096
 
 /* ---- equal or not -------------------------------------------------------------------------------------------------- */
 
@@ -18,7 +20,7 @@
  * back meanwhile it says "equal" of a page whose rest it never looked at. */
 typedef uint64_t wide __attribute__((vector_size(64), aligned(1), may_alias));
 
-bool dt_same(const uint8_t *memory, const uint8_t *copy, uint64_t bytes)
+static bool same_plain(const uint8_t *memory, const uint8_t *copy, uint64_t bytes)
 {
     for (uint64_t at = 0; at < bytes; at += 256) {
         const wide *a = (const wide *)(memory + at), *b = (const wide *)(copy + at);
@@ -82,6 +84,26 @@ __attribute__((target("avx2"))) static dt_digest digest_avx2(const uint8_t *memo
     return (dt_digest){sum_of(first), sum_of(second)};
 }
 
+__attribute__((target("avx2"))) static inline __m256i differing(const uint8_t *memory, const uint8_t *copy)
+{
+    return _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)memory), _mm256_loadu_si256((const __m256i *)copy));
+}
+
+__attribute__((target("avx2"))) static bool same_avx2(const uint8_t *memory, const uint8_t *copy, uint64_t bytes)
+{
+    for (uint64_t at = 0; at < bytes; at += 128) {
+        const uint8_t *a = memory + at, *b = copy + at;
+        __builtin_prefetch(a + AHEAD), __builtin_prefetch(a + AHEAD + 64);
+        __builtin_prefetch(b + AHEAD), __builtin_prefetch(b + AHEAD + 64);
+        __m256i differ = _mm256_or_si256(_mm256_or_si256(differing(a, b), differing(a + 32, b + 32)),
+                                         _mm256_or_si256(differing(a + 64, b + 64), differing(a + 96, b + 96)));
+        if (DT_UNLIKELY(!_mm256_testz_si256(differ, differ)))
+            return false;
+    }
+    return true;
+}
+
+dt_same dt_choose_same(bool plain) { return !plain && __builtin_cpu_supports("avx2") ? same_avx2 : same_plain; }
 dt_digester dt_choose_digester(bool plain) { return !plain && __builtin_cpu_supports("avx2") ? digest_avx2 : digest_plain; }
 #else
 static dt_digest digest_plain(const uint8_t *memory, uint64_t bytes, const uint8_t *key)
@@ -98,5 +120,6 @@ static dt_digest digest_plain(const uint8_t *memory, uint64_t bytes, const uint8
     return sum;
 }
 
+dt_same dt_choose_same(bool plain) { (void)plain; return same_plain; }
 dt_digester dt_choose_digester(bool plain) { (void)plain; return digest_plain; }
 #endif

@@ -8,12 +8,13 @@ typedef struct dt_digest { uint64_t first, second; } dt_digest;
 
 /* `bytes` is a multiple of 256 in all of these. Each byte of memory is read once: what a page is said to be is then what
  * it was, word by word, while it was read, whoever writes it meanwhile. */
-bool dt_same(const uint8_t *memory, const uint8_t *copy, uint64_t bytes);
+typedef bool (*dt_same)(const uint8_t *memory, const uint8_t *copy, uint64_t bytes);
 bool dt_is_zero(const uint8_t *memory, uint64_t bytes);
 /* `key`: bytes + DT_KEY_EXTRA random bytes. */
 typedef dt_digest (*dt_digester)(const uint8_t *memory, uint64_t bytes, const uint8_t *key);
 #define DT_KEY_EXTRA 16
 
 /* What is quickest on this processor, or what runs on each; their digests are the same. */
+dt_same dt_choose_same(bool plain);
 dt_digester dt_choose_digester(bool plain);
 #endif
