@@ -19,6 +19,7 @@ import pytest
 
 import dirtytrack
 from dirtytrack import CompareSession, DirtyTracker, Session
+from dirtytrack.delta import diff
 from dirtytrack.kernel import engine
 from dirtytrack.region import REWRITTEN
 from dirtytrack.session import default_session
@@ -139,7 +140,9 @@ def test_each_write_is_seen_whoever_made_it(session: Session) -> None:
     assert list(tracker.collect().pages(region)) == [1, 3, 5]
 
 
-@pytest.mark.parametrize("how", ["collect_into", "copy_to", "gather", "changed"])
+@pytest.mark.parametrize(
+    "how", ["collect_into", "copy_to", "gather", "changed", "diff of a region", "diff of a buffer"]
+)
 def test_what_was_copied_and_taken_back_is_found(session: Session, how: str) -> None:
     """The one blind spot, and that whoever copies by the library has none."""
     memory = dirtytrack.allocate(4 * PAGE)
@@ -155,6 +158,10 @@ def test_what_was_copied_and_taken_back_is_found(session: Session, how: str) -> 
         dirty.copy_to(mirror)
     elif how == "gather":
         mirror[PAGE : 2 * PAGE] = dirty.gather()
+    elif how == "diff of a region":
+        diff(tracker.regions[0], mirror, dirty, update=True)
+    elif how == "diff of a buffer":
+        diff(memory, mirror, dirty, update=True)
     elif dirty.changed(mirror):
         mirror[PAGE] = 2
     assert mirror[PAGE] == 2
