@@ -378,7 +378,7 @@ def test_a_call_waits_for_the_settling_that_another_thread_began(backend: str, m
         tracker = DirtyTracker(session, [session.register(memory)])
         tracker.start()
         region = tracker.add(extra)
-        tracker.remove(region)
+        final = tracker.remove(region)
         monkeypatch.setattr(engine, "settle", slow)
         elsewhere = threading.Thread(target=session._settle)
         elsewhere.start()
@@ -389,6 +389,7 @@ def test_a_call_waits_for_the_settling_that_another_thread_began(backend: str, m
             go_on.set()
             elsewhere.join()
         assert extra.address not in [each.address for each in session.regions]
+        assert not final
 
 
 # ---- signal handlers ------------------------------------------------------------------------------------------------
