@@ -172,9 +172,9 @@ def test_nothing_is_measured_where_memory_is_short() -> None:
     found = list(costs(100 << 20))
     assert [cost.measured for cost in found] == [None] * 5
     assert {cost.why_not for cost in found} == {"MemoryError: less than 128 MiB left in the memory cgroup"}
-    compared = [cost._asdict() for cost in compare_costs(100 << 20)]
-    assert [cost["measured"] for cost in compared] == [None] * 4
-    assert "backend=" in instead(compared)
+    told = [cost._asdict() for cost in compare_costs(100 << 20)]
+    assert [cost["measured"] for cost in told] == [None] * 4
+    assert "backend=" in instead(told)
 
 
 def test_another_platform(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

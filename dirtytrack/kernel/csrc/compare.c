@@ -99,6 +99,9 @@ static void keep(const dt_compare *c, dt_plate *p, uint64_t i, const uint8_t *no
     p->states[i] = DT_KNOWN;
 }
 
+/* More than the second-level cache of any processor holds of memory and copy. */
+#define FAR_BYTES ((uint64_t)4 << 20)
+
 static bool differs(const dt_compare *c, const dt_plate *p, uint64_t i, const uint8_t *now, dt_digest *digest)
 {
     uint64_t page = dt_page_bytes();
@@ -108,7 +111,7 @@ static bool differs(const dt_compare *c, const dt_plate *p, uint64_t i, const ui
         return p->states[i] == DT_UNKNOWN || digest->first != then->first || digest->second != then->second;
     }
     if (p->states[i] == DT_KNOWN)
-        return !c->same(now, p->copy + (i << dt_page_shift()), page);
+        return !c->same(now, p->copy + (i << dt_page_shift()), page, true);
     return p->states[i] == DT_UNKNOWN || !dt_is_zero(now, page);
 }
 
@@ -154,11 +157,12 @@ static int scan_plate(dt_session *s, dt_plate *p, uint64_t start, uint64_t end, 
     dt_read_begin(&r, c);
     int rc = 0;
     const uint8_t *copy = p->pinned ? p->copy : NULL;
+    bool far = end - start > FAR_BYTES;
     unsigned shift = dt_page_shift();
     for (uint64_t at = start; at < end; at += page) {
         uint64_t i = (at - p->start) >> shift;
         /* The short way for what most pages are. SAFETY: see note_pinned(). */
-        if (copy && p->states[i] == DT_KNOWN && c->same((const uint8_t *)(uintptr_t)at, copy + (i << shift), page))
+        if (copy && p->states[i] == DT_KNOWN && c->same((const uint8_t *)(uintptr_t)at, copy + (i << shift), page, far))
             continue;
         const uint8_t *now;
         dt_digest digest = {0, 0};

@@ -10,8 +10,7 @@
 #include <immintrin.h>
 #endif
 
-/* Bytes that are asked for in advance, since the hardware's own guess ends with the page. Nearer is quicker where memory is
- * slow, and slower where it comes from a cache (measured: a page ahead is at least as quick as memcmp() in both). */
+/* Bytes that are asked for in advance, since the hardware's own guess ends with the page. */
 #define AHEAD 4096
 
 /* ---- equal or not -------------------------------------------------------------------------------------------------- */
@@ -20,11 +19,11 @@
  * back meanwhile it says "equal" of a page whose rest it never looked at. */
 typedef uint64_t wide __attribute__((vector_size(64), aligned(1), may_alias));
 
-static bool same_plain(const uint8_t *memory, const uint8_t *copy, uint64_t bytes)
+static bool same_plain(const uint8_t *memory, const uint8_t *copy, uint64_t bytes, bool far)
 {
     for (uint64_t at = 0; at < bytes; at += 256) {
         const wide *a = (const wide *)(memory + at), *b = (const wide *)(copy + at);
-        for (int line = 0; line < 4; line++) {
+        for (int line = 0; far && line < 4; line++) {
             __builtin_prefetch(memory + at + AHEAD + 64 * line);
             __builtin_prefetch(copy + at + AHEAD + 64 * line);
         }
@@ -89,12 +88,14 @@ __attribute__((target("avx2"))) static inline __m256i differing(const uint8_t *m
     return _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)memory), _mm256_loadu_si256((const __m256i *)copy));
 }
 
-__attribute__((target("avx2"))) static bool same_avx2(const uint8_t *memory, const uint8_t *copy, uint64_t bytes)
+__attribute__((target("avx2"))) static bool same_avx2(const uint8_t *memory, const uint8_t *copy, uint64_t bytes, bool far)
 {
     for (uint64_t at = 0; at < bytes; at += 128) {
         const uint8_t *a = memory + at, *b = copy + at;
-        __builtin_prefetch(a + AHEAD), __builtin_prefetch(a + AHEAD + 64);
-        __builtin_prefetch(b + AHEAD), __builtin_prefetch(b + AHEAD + 64);
+        if (far) {
+            __builtin_prefetch(a + AHEAD), __builtin_prefetch(a + AHEAD + 64);
+            __builtin_prefetch(b + AHEAD), __builtin_prefetch(b + AHEAD + 64);
+        }
         __m256i differ = _mm256_or_si256(_mm256_or_si256(differing(a, b), differing(a + 32, b + 32)),
                                          _mm256_or_si256(differing(a + 64, b + 64), differing(a + 96, b + 96)));
         if (DT_UNLIKELY(!_mm256_testz_si256(differ, differ)))

@@ -8,7 +8,8 @@ typedef struct dt_digest { uint64_t first, second; } dt_digest;
 
 /* `bytes` is a multiple of 256 in all of these. Each byte of memory is read once: what a page is said to be is then what
  * it was, word by word, while it was read, whoever writes it meanwhile. */
-typedef bool (*dt_same)(const uint8_t *memory, const uint8_t *copy, uint64_t bytes);
+/* far: neither of both is likely to be in a cache, so ask for what comes next. */
+typedef bool (*dt_same)(const uint8_t *memory, const uint8_t *copy, uint64_t bytes, bool far);
 bool dt_is_zero(const uint8_t *memory, uint64_t bytes);
 /* `key`: bytes + DT_KEY_EXTRA random bytes. */
 typedef dt_digest (*dt_digester)(const uint8_t *memory, uint64_t bytes, const uint8_t *key);
