@@ -389,7 +389,7 @@ def test_a_call_waits_for_the_settling_that_another_thread_began(backend: str, m
             go_on.set()
             elsewhere.join()
         assert extra.address not in [each.address for each in session.regions]
-        assert not final
+        assert final, "a set that nobody has is not waited for"
 
 
 # ---- signal handlers ------------------------------------------------------------------------------------------------
