@@ -11,6 +11,7 @@ from pathlib import Path
 from .algebra import algebra
 from .bare import Bare
 from .collect import collect, listeners
+from .comparing import comparing
 from .content import changed, collect_into, gather
 from .delta import delta
 from .epoch import epoch
@@ -26,6 +27,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "collect_into": collect_into,
     "changed": changed,
     "delta": delta,
+    "comparing": comparing,
     "algebra": algebra,
     "import": import_,
     "regions": regions,

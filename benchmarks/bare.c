@@ -187,6 +187,27 @@ int64_t bare_listen(int fd, uint64_t start, uint64_t end, struct page_region *ve
     return now() - begin;
 }
 
+/* What people do without the kernel: each page is compared with a mirror, and copied to it where it differs. */
+int64_t bare_compare(uint64_t address, uint64_t nbytes, uint8_t *mirror, uint64_t page_bytes, struct run *kept,
+                     uint64_t *pages)
+{
+    int64_t begin = now();
+    uint64_t differ = 0, count = 0;
+    for (uint64_t at = 0; at < nbytes; at += page_bytes) {
+        const uint8_t *page = (const uint8_t *)(uintptr_t)(address + at);
+        if (!memcmp(page, mirror + at, page_bytes))
+            continue;
+        memcpy(mirror + at, page, page_bytes);
+        differ++;
+        if (count && kept[count - 1].end == address + at)
+            kept[count - 1].end += page_bytes;
+        else
+            kept[count++] = (struct run){address + at, address + at + page_bytes};
+    }
+    *pages = differ;
+    return now() - begin;
+}
+
 /* One pass over each of `n` ranges. */
 int64_t bare_ranges(int fd, const struct run *ranges, uint64_t n, struct page_region *vec, uint64_t room,
                     uint64_t page_bytes, struct run *kept, uint64_t *pages)

@@ -75,6 +75,7 @@ class Bare:
             pointer,
         )
         self._declare("bare_ranges", ctypes.c_int64, ctypes.c_int, pointer, u64, pointer, u64, u64, pointer, pointer)
+        self._declare("bare_compare", ctypes.c_int64, u64, u64, pointer, u64, pointer, pointer)
         self._declare("bare_gather", ctypes.c_int64, pointer, u64, pointer)
         self._declare("bare_changed", ctypes.c_int64, pointer, u64, u64, pointer, u64, pointer)
         self._vector = bytearray(24 * VECTOR_REGIONS)
@@ -171,6 +172,13 @@ class Bare:
         if len(self._kept) < 16 * each * passes:
             self._kept = bytearray(16 * each * passes)
         return each
+
+    def compare(self, address: int, nbytes: int, mirror: int) -> tuple[int, int]:
+        """memcmp of each page with the mirror's, and memcpy where they differ: (ns, pages that differed)."""
+        self._room(address, address + nbytes, 1)
+        where, pages = address_of(self._kept), ctypes.addressof(self._pages)
+        elapsed: int = self._lib.bare_compare(address, nbytes, mirror, PAGE, where, pages)
+        return elapsed, self._pages.value
 
     def gather(self, runs: array[int], out: int) -> int:
         """memcpy of each run, one behind the other: ns."""

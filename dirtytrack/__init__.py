@@ -36,12 +36,13 @@ from .kernel.support import KernelSupport, probe
 from .memory import Memory, allocate
 from .pagemap import Pagemap, Scan
 from .region import Region, Run
-from .session import UffdSession
+from .session import CompareSession, Session, UffdSession
 from .tracker import DirtyTracker, track
 
 __all__ = [
     "AlreadyStarted",
     "BlindSpotWarning",
+    "CompareSession",
     "DirtySet",
     "DirtyTrackError",
     "DirtyTracker",
@@ -64,6 +65,7 @@ __all__ = [
     "Run",
     "Scan",
     "ScanFlag",
+    "Session",
     "SessionClosed",
     "Statistics",
     "TargetGone",

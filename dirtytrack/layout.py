@@ -16,7 +16,7 @@ from .region import Region, Span
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["Layout", "held", "mirrors", "pinned_extents"]
+__all__ = ["Layout", "held", "mirrors", "pinned_extents", "read_through"]
 
 
 class Layout:
@@ -158,13 +158,13 @@ def _coalesced(spans: Iterable[Span]) -> list[sets.Extent]:
     return out
 
 
-def _hold(span: Span) -> tuple[bool, Any]:
-    """Whether the span's memory may be read, and what holds it."""
+def _hold(span: Span) -> tuple[Region | None, Any]:
+    """The region, where the span's memory may be read; and what holds it, beside the region itself."""
     region = span.owner() if span.owner is not None else None
     if region is None:
-        return False, None
+        return None, None
     hold = region._hold
-    return not region._ended, hold
+    return None if region._ended else region, hold
 
 
 def _refuse(span: Span) -> None:
@@ -203,14 +203,30 @@ def pinned_extents(layout: Layout, cset: Any) -> tuple[Any, list[Any]]:
     Raises:
         NotRegistered, SessionClosed: a region that the set touches is no longer registered.
     """
-    holds = []
+    holds: list[Any] = []
+    through: Any = None
     for span in layout.spans:
         alive, hold = _hold(span)
         if alive:
-            holds.append(hold)
+            holds += (hold, alive)
+            through = alive._handle if span.compared_by else through
         elif sets.intersects(cset, span.address, span.address + span.nbytes):
             _refuse(span)
-    return layout.extents, holds
+    # Of several sessions, none of which knows what the others read: as it is in memory.
+    if through is None or len({span.compared_by for span in layout.spans}) > 1:
+        return layout.extents, holds
+    return sets.extents([piece._replace(through=through) for piece in _coalesced(layout.spans)]), holds
+
+
+def read_through(layout: Layout, address: int, nbytes: int) -> tuple[Any, list[Any]]:
+    """The region by whose session bytes are read, where that compares, else None; and what must be held meanwhile."""
+    spans = [span for span in layout.spans if span.start < address + nbytes and address < span.end]
+    if len({span.compared_by for span in spans}) == 1 and spans[0].compared_by:
+        for span in spans:
+            alive, hold = _hold(span)
+            if alive:
+                return alive._handle, [alive, hold]
+    return None, []
 
 
 def mirrors(layout: Layout, mirror: Any, *, cset: Any = None, writable: bool) -> tuple[Any, list[Any]]:
@@ -257,13 +273,14 @@ def mirrors(layout: Layout, mirror: Any, *, cset: Any = None, writable: bool) ->
             layout.refuse_overlap(pinned.address, pinned.address + pinned.nbytes, f"the mirror of region {span.name!r}")
             written.append((pinned.address, pinned.address + pinned.nbytes))
         alive, hold = _hold(span)
-        if not alive:
+        if alive is None:
             if touched:
                 _refuse(span)
             continue
         target = pinned.hold if pinned.hold is not None else core.pointer_to(pinned.address)
-        extents.append(sets.Extent(span.address, span.nbytes, span.unpinned, target))
-        holds += (hold, pinned.hold)
+        through = alive._handle if span.compared_by else None
+        extents.append(sets.Extent(span.address, span.nbytes, span.unpinned, target, through))
+        holds += (hold, alive, pinned.hold)
     written.sort()
     if any(after[0] < before[1] for before, after in pairwise(written)):
         raise InvalidMemory("two mirrors overlap each other: pass memory of its own for each region")

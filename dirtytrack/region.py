@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .errors import InvalidMemory
+from .errors import BlindSpotWarning, GuardPageWarning, InvalidMemory
 from .kernel import core, engine, failures, mappings
 from .kernel.abi import Address
 from .memory import Pinned, pin
@@ -14,13 +15,16 @@ from .memory import Pinned, pin
 if TYPE_CHECKING:
     from .memory import AnyBuffer, Memory
 
-__all__ = ["Region", "Run", "Span", "Survey", "range_of", "survey"]
+__all__ = ["Region", "Run", "Span", "Survey", "guarded", "range_of", "survey", "unseen", "warn"]
 
 DMA = "DMA in flight"
 OTHER_WRITERS = "writes through a descriptor, another process, or a mapping made after the registration"
 OTHER_MAPPINGS = "writes through another mapping of it in this process, which another userfaultfd has"
 FILE_BENEATH = "the file changing beneath pages that were never written"
 REREAD = "pages discarded and there again, by a read or in a large folio, before the next collect"
+REWRITTEN = (
+    "bytes changed after a collect and changed back before the next, where the program itself read them in between"
+)
 REREAD_BY_DESCRIPTOR = "holes punched or truncated through a descriptor and there again before the next collect"
 
 
@@ -41,6 +45,7 @@ class Span:
 
     __slots__ = (
         "address",
+        "compared_by",
         "dtype",
         "end",
         "granule_bytes",
@@ -70,6 +75,7 @@ class Span:
         self.granule_bytes, self.unpinned, self.shape, self.dtype = granule_bytes, unpinned, shape, dtype
         self.start, self.end = start, end
         self.owner: weakref.ref[Region] | None = None
+        self.compared_by = 0  # the number of the session that compares it, where one does
 
     def __reduce__(self) -> tuple[object, ...]:
         numbers = (
@@ -265,3 +271,31 @@ def range_of(memory: Region | Run | AnyBuffer | tuple[int, int], what: str) -> t
         return memory.start, memory.end, None
     pinned = pin(memory, what=what, writable=False)
     return pinned.address, pinned.address + pinned.nbytes, pinned.hold
+
+
+# ---- warnings
+
+
+def unseen(name: str | None, others: str, spots: frozenset[str]) -> BlindSpotWarning:
+    """What is told of memory that others may write."""
+    return BlindSpotWarning(
+        f"{repr(name) if name else 'this memory'} can be written unseen: it is a {others}. No page table of this "
+        f"process shows: {'; '.join(sorted(spots))}. Declare such writes by session.mark_dirty(), and pass "
+        "blind_spots='accepted' once they are taken care of"
+    )
+
+
+def guarded(name: str | None, others: str, guards: int) -> GuardPageWarning:
+    """What is told of such memory that has guard pages."""
+    return GuardPageWarning(
+        f"{repr(name) if name else 'this memory'} has guard pages, {guards} of them, and is a {others}. While it is "
+        "tracked, madvise(MADV_GUARD_INSTALL) of any other page of it may never return (seen on Linux 6.16 to 7.3): "
+        "whoever owns it must not add guard pages then"
+    )
+
+
+def warn(warning: UserWarning, strict: bool, stacklevel: int) -> None:
+    """Warn, or raise it where it is to be strict."""
+    if strict:
+        raise warning
+    warnings.warn(warning, stacklevel=stacklevel)

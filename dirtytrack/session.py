@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: MIT
-"""UffdSession: a userfaultfd and the memory registered in it; and the session that everybody shares."""
+"""Sessions: memory that is registered, and who says what was written to it; and those that everybody shares."""
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import threading
-import warnings
 import weakref
 from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from .errors import BlindSpotWarning, GuardPageWarning, InvalidMemory, NotRegistered
+from .errors import InvalidMemory, NotRegistered, PermissionDenied
 from .kernel import core, engine
 from .kernel.abi import Fd, UffdFeature
 from .kernel.engine import Statistics
 from .memory import pin, sessions
-from .region import OTHER_MAPPINGS, Region, Run, Span, range_of, survey
+from .region import OTHER_MAPPINGS, REWRITTEN, Region, Run, Span, Survey, guarded, range_of, survey, unseen, warn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -25,39 +25,28 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from .memory import AnyBuffer, Memory
+    from .memory import AnyBuffer, Memory, Pinned
 
-__all__ = ["InFlight", "UffdSession", "default_session"]
+__all__ = ["CompareSession", "InFlight", "Session", "UffdSession", "default_session"]
 
 # Imported with the module, not at first use: by then a process may have given up the right to read the library.
 _log = logging.getLogger("dirtytrack")
 _log.addHandler(logging.NullHandler())
 
 
-class UffdSession:
-    """A userfaultfd for asynchronous write protection, and the regions registered in it.
+class Session:
+    """What `UffdSession` and `CompareSession` have in common. Not to be made itself.
 
     Any number of `DirtyTracker`s listen to one session, each at its own rhythm. Closed by `close()`, by leaving
     a ``with``, or with the last reference to it, which its trackers have too.
 
-    Args:
-        events: have the kernel tell of discards (madvise), moves and unmaps too, to a thread in C. Then a page that is
-            discarded and read again before the next collect is found too, in each kind of memory. Whoever discards or
-            unmaps registered memory waits for that thread, some 20 µs a call. Holes that are punched through a
-            descriptor are not told.
-
-    Raises:
-        PermissionDenied: no way to a userfaultfd is open; the message names the ways out.
-        UnsupportedKernel: this kernel cannot track (Linux 6.7 can), or this is not Linux.
-        LimitReached: no descriptor, thread or kernel memory is left.
-
     Thread safety: everything may be called from any thread, and from signal handlers.
     """
 
-    def __init__(self, *, events: bool = False, _remedy: int = 0) -> None:
-        core.load()
-        self._slot = engine.open_session(_remedy, events=events)
-        self._handle: Any = self._slot[0]
+    def __init__(self, slot: Any, backend: str, *, events: bool = False) -> None:
+        self._slot = slot
+        self._handle: Any = slot[0]
+        self._backend = backend
         self._all: weakref.WeakValueDictionary[int, Region] = weakref.WeakValueDictionary()
         self._kept: dict[int, Region] = {}  # those that no tracker owns
         # Of stop() and remove(), to be settled once they are delivered. Weak: whoever was interrupted, and again before
@@ -65,20 +54,21 @@ class UffdSession:
         self._finals: deque[weakref.ref[Any]] = deque()
         self._trackers: weakref.WeakSet[Any] = weakref.WeakSet()
         self._events = events
+        self._compares = 0  # else its number among those that compare
         sessions.add(self)
-        _log.debug("session opened by %s", self.opened_by)
 
     # ---- what it is
 
     @property
-    def opened_by(self) -> str:
-        """The door: ``userfaultfd user mode``, ``/dev/userfaultfd`` or ``userfaultfd full``."""
-        return engine.door(self._handle)
+    def backend(self) -> str:
+        """Who says what was written: ``kernel``, ``compare`` or ``compare-hashes``."""
+        return self._backend
 
     @property
-    def features(self) -> UffdFeature:
-        """What the kernel's userfaultfd can do, unknown bits included."""
-        return engine.features(self._handle)
+    def opened_by(self) -> str:
+        """The door: ``userfaultfd user mode``, ``/dev/userfaultfd`` or ``userfaultfd full``;
+        empty where none is needed."""
+        return engine.door(self._handle)
 
     @property
     def regions(self) -> tuple[Region, ...]:
@@ -93,7 +83,7 @@ class UffdSession:
         return bool(engine.state(self._handle))
 
     def fileno(self) -> Fd:
-        """The userfaultfd, which stays the session's; -1 while closed or suspended."""
+        """The userfaultfd, which stays the session's; -1 while closed or suspended, and where there is none."""
         return engine.fileno(self._handle)
 
     def statistics(self) -> Statistics:
@@ -105,11 +95,17 @@ class UffdSession:
         return engine.session_statistics(self._handle)
 
     def __repr__(self) -> str:
-        state = "closed" if self.closed else f"{len(self.regions)} regions, opened by {self.opened_by}"
-        return f"<UffdSession: {state}>"
+        state = "closed" if self.closed else f"{len(self.regions)} regions, {self._how()}"
+        return f"<{type(self).__name__}: {state}>"
 
     def __reduce__(self) -> tuple[object, ...]:
-        raise TypeError("a UffdSession cannot be pickled: it tracks this process's memory")
+        raise TypeError(f"a {type(self).__name__} cannot be pickled: it tracks this process's memory")
+
+    def _how(self) -> str:
+        return self._backend
+
+    def _survey(self, memory: Pinned) -> Survey:
+        return survey(memory, events=self._events)
 
     def _find(self, number: int) -> Region | None:
         return self._all.get(number)
@@ -175,7 +171,7 @@ class UffdSession:
         if isinstance(memory, Run):
             memory = (memory.start, memory.end - memory.start)
         pinned = pin(memory, what="memory")
-        seen = survey(pinned, events=self._events)
+        seen = self._survey(pinned)
         granule_bytes = 0  # a huge page of the pool is found by the core
         memory = pinned.memory
         if memory is not None and memory.shared and memory.address % memory.page_bytes == 0:
@@ -184,12 +180,14 @@ class UffdSession:
             name = memory.name
         if seen.others_write:
             if blind_spots is None:
-                _warn(_unseen(name, seen.others_write, seen.blind_spots), strict, stacklevel + 1)
+                warn(unseen(name, seen.others_write, seen.blind_spots), strict, stacklevel + 1)
             guards = engine.guard_pages(self._handle, seen.start, seen.end)
             if guards:
-                _warn(_guarded(name, seen.others_write, guards), strict, stacklevel + 1)
+                warn(guarded(name, seen.others_write, guards), strict, stacklevel + 1)
         doing = f"register {name!r}" if name else "register the memory"
-        slot, about = engine.register(self._handle, pinned.address, pinned.nbytes, granule_bytes, arm, doing)
+        slot, about = engine.register(
+            self._handle, pinned.address, pinned.nbytes, granule_bytes, arm, doing, pinned=not seen.unpinned
+        )
         number = about.number
         span = Span(
             number,
@@ -203,6 +201,7 @@ class UffdSession:
             pinned.shape,
             pinned.dtype,
         )
+        span.compared_by = self._compares
         spots = seen.blind_spots | {OTHER_MAPPINGS} if about.unseen_aliases else seen.blind_spots
         region = Region(span, spots, slot, pinned.hold, memory)
         self._all[number] = region
@@ -358,12 +357,97 @@ class UffdSession:
         self.close()
 
 
+class UffdSession(Session):
+    """A userfaultfd for asynchronous write protection, and the regions registered in it: what `track` uses.
+
+    Args:
+        events: have the kernel tell of discards (madvise), moves and unmaps too, to a thread in C. Then a page that is
+            discarded and read again before the next collect is found too, in each kind of memory. Whoever discards or
+            unmaps registered memory waits for that thread, some 20 µs a call. Holes that are punched through a
+            descriptor are not told.
+
+    Raises:
+        PermissionDenied: no way to a userfaultfd is open; the message names the ways out.
+        UnsupportedKernel: this kernel cannot track (Linux 6.7 can), or this is not Linux.
+        LimitReached: no descriptor, thread or kernel memory is left.
+
+    Thread safety: everything may be called from any thread, and from signal handlers.
+    """
+
+    def __init__(self, *, events: bool = False, _remedy: int = 0) -> None:
+        core.load()
+        super().__init__(engine.open_session(_remedy, events=events), "kernel", events=events)
+        _log.debug("session opened by %s", self.opened_by)
+
+    @property
+    def features(self) -> UffdFeature:
+        """What the kernel's userfaultfd can do, unknown bits included."""
+        return engine.features(self._handle)
+
+    def _how(self) -> str:
+        return f"opened by {self.opened_by}"
+
+
+_numbers = itertools.count(1)
+
+
+class CompareSession(Session):
+    """A session that compares, and asks nothing of the kernel: for containers without a door to userfaultfd, sandboxes
+    such as gVisor, and kernels before Linux 6.7. Opt-in: nothing in this library chooses it by itself.
+
+    Each collect reads all of the memory that it asks for, and compares it with a copy or with a hash a page, which it
+    brings up to date in the same pass. The first write to a page costs nothing. What trackers promise is the same, but:
+
+    - What is reported is the pages that *changed*: not a store of what was there, nor a change that was taken back.
+    - Each write is seen, whoever made it: another process, another mapping, a file, a device. ``blind_spots`` has one
+      entry: bytes that changed after a collect and changed back before the next, where the program read them in between
+      by itself. What `DirtyTracker.collect_into` and the methods of a `DirtySet` copy is remembered as it was copied.
+    - Memory that is mapped but cannot be read is in each set. A buffer's memory must stay readable while registered.
+
+    Args:
+        hashes: keep 128 bits a page instead of a copy: 4 MiB a GiB, and half the memory traffic. A page that changed
+            goes unseen by a chance of at most 2^-64, whatever is in it. That is proven for this hash (NH, of UMAC);
+            its key is random and the session's own, so that nobody can construct pages that collide.
+
+    Raises:
+        UnsupportedKernel: this is not Linux.
+        MemoryError: no memory is left.
+
+    Thread safety: everything may be called from any thread, and from signal handlers.
+    """
+
+    def __init__(self, *, hashes: bool = False) -> None:
+        core.load()
+        backend = "compare-hashes" if hashes else "compare"
+        super().__init__(engine.open_session(0, backend=backend), backend)
+        self._compares = next(_numbers)
+        _log.debug("session opened that compares with %s", "hashes" if hashes else "copies")
+
+    @property
+    def kept_bytes(self) -> int:
+        """How much memory the copies or hashes take, less what was never populated; 0 while suspended or closed."""
+        return engine.kept_bytes(self._handle)
+
+    def _how(self) -> str:
+        return f"compared with {'hashes' if self._backend == 'compare-hashes' else 'copies'}"
+
+    def _survey(self, memory: Pinned) -> Survey:
+        """Where the mappings cannot be read, the memory is taken for such as may vanish."""
+        try:
+            seen = survey(memory)
+        except PermissionDenied:
+            page = core.PAGE_BYTES
+            end = -(-(memory.address + memory.nbytes) // page) * page
+            seen = Survey(frozenset(), True, "", memory.address // page * page, end)
+        return seen._replace(blind_spots=frozenset({REWRITTEN}), others_write="")
+
+
 class InFlight:
-    """Memory that something else than the processor is writing; made by `UffdSession.in_flight`."""
+    """Memory that something else than the processor is writing; made by `in_flight` of a session."""
 
     __slots__ = ("_end", "_hold", "_session", "_start")
 
-    def __init__(self, session: UffdSession, start: int, end: int, hold: Any) -> None:
+    def __init__(self, session: Session, start: int, end: int, hold: Any) -> None:
         self._session, self._start, self._end, self._hold = session, start, end, hold
 
     def __enter__(self) -> Self:
@@ -376,63 +460,45 @@ class InFlight:
         engine.flight(self._session._handle, self._start, self._end, begin=False)
 
 
-def _unseen(name: str | None, others: str, spots: frozenset[str]) -> BlindSpotWarning:
-    return BlindSpotWarning(
-        f"{repr(name) if name else 'this memory'} can be written unseen: it is a {others}. No page table of this "
-        f"process shows: {'; '.join(sorted(spots))}. Declare such writes by session.mark_dirty(), and pass "
-        "blind_spots='accepted' once they are taken care of"
-    )
+# ---- the sessions that everybody shares
 
-
-def _guarded(name: str | None, others: str, guards: int) -> GuardPageWarning:
-    return GuardPageWarning(
-        f"{repr(name) if name else 'this memory'} has guard pages, {guards} of them, and is a {others}. While it is "
-        "tracked, madvise(MADV_GUARD_INSTALL) of any other page of it may never return (seen on Linux 6.16 to 7.3): "
-        "whoever owns it must not add guard pages then"
-    )
-
-
-def _warn(warning: UserWarning, strict: bool, stacklevel: int) -> None:
-    if strict:
-        raise warning
-    warnings.warn(warning, stacklevel=stacklevel)
-
-
-# ---- the session that everybody shares
-
-_default: weakref.ref[UffdSession] | None = None
+_defaults: dict[str, weakref.ref[Session]] = {}
+"""By backend."""
 _locks: dict[int, Any] = {}
 """One a process: a forked child must not wait for a thread that is not there. No hook sees each fork."""
 
 
-def default_session() -> UffdSession:
-    """The session of `track`, made at first use and freed with its last tracker.
+def default_session(backend: str = "kernel") -> Session:
+    """The session of `track` for a backend, made at first use and freed with its last tracker.
 
     Raises:
-        As `UffdSession`.
+        InvalidMemory: there is no backend of that name.
+        As `UffdSession` and `CompareSession`.
     """
-    global _default
+    if backend not in engine.BACKENDS:
+        names = ", ".join(map(repr, engine.BACKENDS))
+        raise InvalidMemory(f"backend takes one of {names}, not {backend!r}")
     core.load()
     # Reentrant: a signal handler may come here while its thread does.
     with _locks.setdefault(engine.generation(), threading.RLock()):
-        session = _usable_default()
+        session = _usable_default(backend)
         if session is None:
-            made = UffdSession()
-            session = _usable_default()  # a signal handler may have made one meanwhile
+            made = UffdSession() if backend == "kernel" else CompareSession(hashes=backend == "compare-hashes")
+            session = _usable_default(backend)  # a signal handler may have made one meanwhile
             if session is None:
                 session = made
-                _default = weakref.ref(made)
+                _defaults[backend] = weakref.ref(made)
         return session
 
 
-def _usable_default() -> UffdSession | None:
-    session = _default() if _default is not None else None
+def _usable_default(backend: str) -> Session | None:
+    known = _defaults.get(backend)
+    session = known() if known is not None else None
     return None if session is None or session.closed else session
 
 
 def _after_fork_in_child() -> None:
-    global _default
-    _default = None
+    _defaults.clear()
     for session in list(sessions):
         engine.state(session._handle)  # closes the inherited descriptors, without using them
 

@@ -23,7 +23,7 @@ from .kernel import core, engine
 from .kernel.engine import Statistics
 from .layout import Layout, mirrors
 from .region import Region
-from .session import UffdSession, default_session
+from .session import Session, default_session
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -71,7 +71,7 @@ class DirtyTracker:
 
     def __init__(
         self,
-        session: UffdSession,
+        session: Session,
         regions: Iterable[Region] | None = None,
         *,
         audit: float = 0.0,
@@ -102,7 +102,7 @@ class DirtyTracker:
     # ---- what it is
 
     @property
-    def session(self) -> UffdSession:
+    def session(self) -> Session:
         """Whose memory it listens to."""
         return self._session
 
@@ -436,7 +436,7 @@ class DirtyTracker:
         Args:
             memory: a region of this session; or a buffer, which is registered first (and unregistered by leaving the
                 ``with`` of this tracker).
-            name, options: of the registration, as for `UffdSession.register`.
+            name, options: of the registration, as for `Session.register`.
 
         Returns:
             The region.
@@ -466,7 +466,7 @@ class DirtyTracker:
         return region
 
     def remove(self, region: Region | str) -> DirtySet:
-        """Stop watching a region. It stays registered, so that the final set can be read: `UffdSession.unregister` it
+        """Stop watching a region. It stays registered, so that the final set can be read: `Session.unregister` it
         to let go of its buffer, or leave that to the end of this tracker where `track` or `add` registered it.
 
         Returns:
@@ -512,7 +512,8 @@ class DirtyTracker:
 def track(
     *buffers: Trackable | Mapping[str, Trackable],
     name: str | None = None,
-    session: UffdSession | None = None,
+    session: Session | None = None,
+    backend: str | None = None,
     adaptive: bool = True,
     exact: bool = False,
     page_cost_seconds: float | None = None,
@@ -530,6 +531,9 @@ def track(
             `Memory`), (address, nbytes) pairs, or mappings from names to such.
         name: of the region, where there is one buffer only.
         session: another session than the default one.
+        backend: who says what was written. ``"kernel"``, which is meant where nothing is said; ``"compare"`` or
+            ``"compare-hashes"``, which need nothing of the kernel and read all of the memory at each collect: see
+            `CompareSession`. Each has a default session of its own.
         adaptive, exact, page_cost_seconds: as `DirtyTracker` takes them.
         audit: the share of clean pages whose hashes are kept to find a change that nobody reported.
         blind_spots: ``"accepted"`` silences the warning for memory that others may write.
@@ -540,7 +544,8 @@ def track(
         its last reference.
 
     Raises:
-        InvalidMemory, RangeBusy, LimitReached: as `UffdSession.register`.
+        InvalidMemory, RangeBusy, LimitReached: as `Session.register`; or there is no such backend, or it is not the
+            session's.
         PermissionDenied, UnsupportedKernel: as `UffdSession`.
 
     Warns:
@@ -559,7 +564,11 @@ def track(
         raise InvalidMemory("track() takes at least one buffer")
     if name is not None and len(named) > 1:
         raise InvalidMemory("name= is for one buffer: pass a mapping from names to buffers")
-    within = session if session is not None else default_session()
+    within = session if session is not None else default_session("kernel" if backend is None else backend)
+    if backend not in (None, within.backend):
+        raise InvalidMemory(
+            f"backend={backend!r} was asked for and a session given whose backend is {within.backend!r}"
+        )
     found: list[Region] = []
     for key, buffer in named:  # a plain loop: the warning's stacklevel counts frames
         found.append(within._register(buffer, key, None, blind_spots, strict, stacklevel=3))

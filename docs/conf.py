@@ -66,7 +66,7 @@ def _target(text: str, where: str) -> str | None:
     """What a quoted name means in the docstring of an object: a name of the front door, a member of its class, or a
     method of a session."""
     owner = ".".join(where.split(".")[:2])
-    for prefix in ("dirtytrack", owner, "dirtytrack.UffdSession", "dirtytrack.pagemap"):
+    for prefix in ("dirtytrack", owner, "dirtytrack.Session", "dirtytrack.UffdSession", "dirtytrack.pagemap"):
         name = f"{prefix}.{text}"
         if pydoc.locate(name) is not None:
             return name
@@ -135,7 +135,7 @@ def _process_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any
     lines[:] = _links("\n".join(done), name).split("\n")
 
 
-_MADE_BY_US = {"Region", "Scan", "DirtySet", "Memory", "InFlight", "Statistics", "KernelSupport", "Check"}
+_MADE_BY_US = {"Session", "Region", "Scan", "DirtySet", "Memory", "InFlight", "Statistics", "KernelSupport", "Check"}
 _MADE_BY_US |= {"PageCategory", "ScanFlag", "UffdFeature", "Delta", "ArrayChanges"}
 
 

@@ -45,12 +45,19 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     return lines
 
 
+def backend_of(item: pytest.Item) -> str:
+    """Who says what was written in this test: what is called so among its parameters, or what one of them has of it."""
+    parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    told = [getattr(value, "backend", None) for value in parameters.values()]
+    return str(parameters.get("backend") or next(filter(None, told), "kernel"))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     support = probe()
     kept: list[pytest.Item] = []
     dropped: list[pytest.Item] = []
     for item in items:
-        if any(folder in item.path.parents for folder in NEED_TRACKING):
+        if backend_of(item) == "kernel" and any(folder in item.path.parents for folder in NEED_TRACKING):
             item.add_marker("tracking")
         if item.get_closest_marker("tracking") and not support.tracking:
             item.add_marker(pytest.mark.skip(reason=support.why_not))

@@ -32,6 +32,9 @@ _CLONE_NEWNS, _CLONE_NEWUSER = 0x20000, 0x10000000
 _MS_NOSUID, _MS_REC, _MS_PRIVATE = 2, 1 << 14, 1 << 18
 _USERFAULTFD = {"x86_64": 323, "aarch64": 282}
 _IOCTL = {"x86_64": 16, "aarch64": 29}
+_MADVISE = {"x86_64": 28, "aarch64": 233}
+_PROCESS_VM_READV = {"x86_64": 310, "aarch64": 270}
+_MADV_WIPEONFORK = 18
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
@@ -51,8 +54,8 @@ def check(returned: int) -> None:
 # ---- what a process can take from itself -------------------------------------------------------------------------
 
 
-def _filter(answer: int, system_call: int, request: int | None = None) -> None:
-    """Have the kernel answer a system call (with this second argument) with an errno, for ever: seccomp."""
+def _filter(answer: int, system_call: int, request: int | None = None, argument: int = 1) -> None:
+    """Have the kernel answer a system call (with this second or other argument) with an errno, for ever: seccomp."""
 
     def instruction(code: int, jump_true: int, jump_false: int, value: int) -> bytes:
         return struct.pack("HBBI", code, jump_true, jump_false, value)
@@ -61,7 +64,7 @@ def _filter(answer: int, system_call: int, request: int | None = None) -> None:
     allow, fail = 0x7FFF0000, 0x00050000 | answer
     program = [instruction(load, 0, 0, 0), instruction(jump_equal, 0, 1 if request is None else 3, system_call)]
     if request is not None:
-        program += [instruction(load, 0, 0, 16 + 8), instruction(jump_equal, 0, 1, request)]
+        program += [instruction(load, 0, 0, 16 + 8 * argument), instruction(jump_equal, 0, 1, request)]
     program += [instruction(give_back, 0, 0, fail), instruction(give_back, 0, 0, allow)]
     code = ctypes.create_string_buffer(b"".join(program))
     header = ctypes.create_string_buffer(struct.pack("HP", len(program), ctypes.addressof(code)))
@@ -110,6 +113,9 @@ RESTRICTIONS: dict[str, Callable[[], None]] = {
     "seccomp-no-io-uring": lambda: _filter(errno.EPERM, 425),  # io_uring_setup, on each architecture
     "no-wp-async": lambda: forbid_ioctl(UFFDIO_API, errno.EINVAL),
     "no-pagemap-scan": lambda: forbid_ioctl(PAGEMAP_SCAN, errno.ENOTTY),
+    "pagemap-scan-eperm": lambda: forbid_ioctl(PAGEMAP_SCAN, errno.EPERM),
+    "no-vm-readv": lambda: _filter(errno.EPERM, _PROCESS_VM_READV[platform.machine()]),
+    "no-wipe-on-fork": lambda: _filter(errno.EINVAL, _MADVISE[platform.machine()], _MADV_WIPEONFORK, argument=2),
     "64-descriptors": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)),
 }
 

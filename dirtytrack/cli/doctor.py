@@ -12,7 +12,7 @@ from typing import Any
 from .. import __version__, probe
 from ..kernel.support import Check, KernelSupport, system
 from ..kernel.trial import knows_guard_pages
-from .doctor_costs import costs
+from .doctor_costs import compare_costs, costs, instead
 from .doctor_holes import Hole, holes, lines
 from .doctor_surroundings import surroundings
 from .truth import broken, document, markdown, registering, rows
@@ -57,8 +57,13 @@ def report(support: KernelSupport) -> dict[str, Any]:
         "guard_pages": not support.problem and knows_guard_pages(),
         "holes": [],
         "costs": [],
+        "compare_costs": [],
         "missed": False,
     }
+    if not support.problem:
+        found["compare_costs"] = [cost._asdict() for cost in compare_costs(found["headroom_bytes"])]
+        if not support.tracking:
+            found["remedies"].append(instead(found["compare_costs"]))
     if support.tracking:
         tried = list(holes())
         found["holes"] = [{**hole._asdict(), "ok": hole.ok} for hole in tried]
@@ -136,7 +141,7 @@ def _print_tried(found: dict[str, Any]) -> None:
     if found["guard_pages"]:
         _line("--", f"guard pages: {_GUARDED}")
     print("\nCosts")
-    for cost in found["costs"]:
+    for cost in found["costs"] + found["compare_costs"]:
         if cost["measured"] is None:
             _line("--", f"{cost['name']}: not measured: {cost['why_not']}")
         else:

@@ -5,21 +5,22 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from time import perf_counter_ns
 from typing import Any, NamedTuple
 
-from .. import DirtyTracker, PageCategory, Pagemap, UffdSession, allocate
+from .. import CompareSession, DirtyTracker, PageCategory, Pagemap, UffdSession, allocate
 from ..kernel.baseline import replay
 from ..kernel.core import PAGE_BYTES
 from ..memory import Memory
 from .doctor_apart import Job, run_apart
 
-__all__ = ["Cost", "costs"]
+__all__ = ["Cost", "compare_costs", "costs", "instead"]
 
 _ROUNDS = 3  # the cheapest of so many is what counts
 _RESERVED_BYTES, _TAKEN_BYTES = 1 << 30, 128 << 20
+_COMPARED_BYTES = 64 << 20
 
 
 class Cost(NamedTuple):
@@ -112,29 +113,88 @@ def _forks() -> dict[str, Any]:
     return {"fork": without / 1000, "fork with markers": markers / 1000}
 
 
+def _comparing() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    with closing(allocate(_COMPARED_BYTES)) as memory:
+        memory[:] = b"\1" * memory.nbytes
+        for name, hashes in (("compare", False), ("compare-hashes", True)):
+            with CompareSession(hashes=hashes) as session:
+                region = session.register(memory)
+                tracker = DirtyTracker(session)
+                tracker.start()
+                took = []
+                for number in range(_ROUNDS):
+                    memory[number * PAGE_BYTES] ^= 1
+                    begin = perf_counter_ns()
+                    dirty = tracker.collect()
+                    took.append(perf_counter_ns() - begin)
+                    if dirty.page_count != 1:
+                        raise AssertionError("a change was not reported")
+                gibs = memory.nbytes / (1 << 30)
+                found[name] = min(took) / 1e6 / gibs
+                found[f"{name} kept"] = session.kept_bytes / (1 << 20) / gibs
+                tracker.stop()
+                session.unregister(region)
+    return found
+
+
 def _too_little() -> dict[str, Any]:
     raise MemoryError(f"less than {_TAKEN_BYTES >> 20} MiB left in the memory cgroup")
 
 
+_Plan = tuple[tuple[Callable[[], dict[str, Any]], tuple[tuple[str, str, str], ...]], ...]
+
+
 def costs(room_bytes: int | None = None) -> Iterator[Cost]:
-    """Measure them.
+    """Measure what tracking costs.
 
     Args:
         room_bytes: what the memory cgroup leaves, or None. Where that is little, nothing is measured: beyond it the
             kernel kills.
     """
-    plan = (
+    plan: _Plan = (
         (_first_stores_and_idle_scans, (("fault", "first store to an armed page", "ns"),
                                         ("idle", "idle collect, a page", "ns"))),
         (_splits, (("split", "first store to an armed transparent huge page, which splits it", "µs"),)),
         (_forks, (("fork", "fork() of this process", "µs"),
                   ("fork with markers", "the same with 1 GiB armed, of which one page was touched", "µs"))),
     )  # fmt: skip
+    yield from _measured(plan, room_bytes)
+
+
+def compare_costs(room_bytes: int | None = None) -> Iterator[Cost]:
+    """Measure what `CompareSession` costs, whether tracking works or not; the argument is as of `costs`."""
+    plan: _Plan = (
+        (_comparing, (("compare", 'backend="compare", a collect of 1 GiB', "ms"),
+                      ("compare kept", "memory that it takes for 1 GiB", "MiB"),
+                      ("compare-hashes", 'backend="compare-hashes", a collect of 1 GiB', "ms"),
+                      ("compare-hashes kept", "memory that it takes for 1 GiB", "MiB"))),
+    )  # fmt: skip
+    yield from _measured(plan, room_bytes)
+
+
+def instead(found: list[dict[str, Any]]) -> str:
+    """What to do where tracking does not work, with its price in these costs."""
+    price = [f"{cost['measured']:,.0f} {cost['unit']}" for cost in found if cost["measured"] is not None]
+    told = 'none of these: track(..., backend="compare") compares all of the memory with a copy at each collect'
+    if len(price) < 4:
+        return f'{told}; backend="compare-hashes" with hashes'
+    return (
+        f'{told}, here {price[0]} a GiB, and takes {price[1]} for it; backend="compare-hashes" compares with hashes, '
+        f"{price[2]} and {price[3]}"
+    )
+
+
+def _measured(plan: _Plan, room_bytes: int | None) -> Iterator[Cost]:
     if room_bytes is not None and room_bytes < _TAKEN_BYTES:
         jobs = [Job(_too_little)] * len(plan)
     else:
         jobs = [Job(measure) for measure, _ in plan]
-    for (_, told), found in zip(plan, run_apart(jobs), strict=True):
+    try:
+        results = list(run_apart(jobs))
+    except OSError as error:  # no descriptor or process is left
+        results = [{"failed": f"{type(error).__name__}: {error}"}] * len(plan)
+    for (_, told), found in zip(plan, results, strict=True):
         for key, name, unit in told:
             value = found.get(key)
             yield Cost(name, unit, None if value is None else round(value, 1), str(found.get("failed", "")))

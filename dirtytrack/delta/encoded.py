@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..dirtyset import DirtySet
 from ..errors import InvalidDelta, InvalidMemory, PermissionDenied, UnsupportedKernel
 from ..kernel import core, deltas, sets
-from ..layout import Layout, held, mirrors
+from ..layout import Layout, held, mirrors, read_through
 from ..memory import Memory, Pinned, pin
 from ..region import Region, survey
 
@@ -344,7 +344,9 @@ def compared(
             raise InvalidMemory("the mirror overlaps the memory: pass memory of its own")
         unpinned = _vanishes(ours, address, nbytes, () if dirty is None else dirty._layout.spans)
         other = theirs.hold if theirs.hold is not None else core.pointer_to(theirs.address)
-        extents, holds = sets.extents([sets.Extent(address, nbytes, unpinned, other)]), [ours.hold, theirs.hold]
+        through, holds = (None, []) if dirty is None else read_through(dirty._layout, address, nbytes)
+        extents = sets.extents([sets.Extent(address, nbytes, unpinned, other, through)])
+        holds += (ours.hold, theirs.hold)
     if dirty is not None:
         dirty._layout.require(address, address + nbytes, "this memory")
     return cset, extents, holds

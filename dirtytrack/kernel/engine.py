@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     Find = Callable[[int], Region | None]
 
 __all__ = [
+    "BACKENDS",
     "DOORS",
     "About",
     "Statistics",
@@ -40,6 +41,7 @@ __all__ = [
     "flight",
     "generation",
     "guard_pages",
+    "kept_bytes",
     "listener_statistics",
     "mark_dirty",
     "new_listener",
@@ -67,6 +69,9 @@ __all__ = [
 
 DOORS = ("", "userfaultfd user mode", "/dev/userfaultfd", "userfaultfd full")
 """The ways to a userfaultfd, in the order in which they are tried; by number of the core."""
+
+BACKENDS = ("kernel", "compare", "compare-hashes")
+"""Who says what was written; by number of the core."""
 
 
 class Statistics(NamedTuple):
@@ -123,7 +128,7 @@ def _statistics(read: Callable[[CData, CData], int], handle: CData) -> Statistic
 # ---- sessions
 
 
-def open_session(remedy: int, *, events: bool) -> CData:
+def open_session(remedy: int, *, events: bool = False, backend: str = "kernel") -> CData:
     """A slot with a session; the slot must live as long as what is in it is used. Dropping it closes the session.
 
     Closes, because sets that were delivered keep the core's session: the memory would stay registered, and busy for the
@@ -138,7 +143,8 @@ def open_session(remedy: int, *, events: bool) -> CData:
         lib.dt_session_drop(slot)
 
     slot, why = core.ffi.gc(core.ffi.new("dt_session **"), finish), new_failure()
-    _check(core.lib.dt_session_open(remedy, events, slot, why), why, "open a session")
+    number = BACKENDS.index(backend)
+    _check(core.lib.dt_session_open(remedy, events, number, slot, why), why, "open a session")
     return slot
 
 
@@ -175,6 +181,11 @@ def fileno(session: CData) -> Fd:
 
 def session_statistics(session: CData) -> Statistics:
     return _statistics(core.lib.dt_session_statistics, session)
+
+
+def kept_bytes(session: CData) -> int:
+    """What a session that compares keeps to compare with."""
+    return core.lib.dt_session_kept_bytes(session)
 
 
 def suspend(session: CData) -> None:
@@ -223,11 +234,11 @@ _ARMS = {None: "DT_ARM_AUTO", "all": "DT_ARM_ALL", "present": "DT_ARM_PRESENT"}
 
 
 def register(
-    session: CData, address: int, nbytes: int, granule_bytes: int, arm: str | None, doing: str
+    session: CData, address: int, nbytes: int, granule_bytes: int, arm: str | None, doing: str, *, pinned: bool = False
 ) -> tuple[CData, About]:
-    """A slot with a region, and what it is."""
+    """A slot with a region, and what it is. ``pinned``: somebody holds the memory, so that it can be read directly."""
     slot, why = core.ffi.gc(core.ffi.new("dt_region **"), core.lib.dt_region_drop), new_failure()
-    arming = getattr(core.lib, _ARMS[arm])
+    arming = getattr(core.lib, _ARMS[arm]) | (core.lib.DT_PINNED if pinned else 0)
     _check(core.lib.dt_register(session, address, nbytes, granule_bytes, arming, slot, why), why, doing)
     return slot, about(slot[0])
 

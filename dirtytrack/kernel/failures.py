@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from ..region import Region
 
-__all__ = ["WAYS_TO_A_USERFAULTFD", "describe", "error_of", "forked", "raise_failure", "unreadable_maps"]
+__all__ = ["INSTEAD", "WAYS_TO_A_USERFAULTFD", "describe", "error_of", "forked", "raise_failure", "unreadable_maps"]
 
 WAYS_TO_A_USERFAULTFD = (
     (
@@ -30,6 +30,11 @@ WAYS_TO_A_USERFAULTFD = (
 """No sysctl and no capability: the door that is part of every kernel that can track takes neither."""
 
 _DOCTOR = "`dirtytrack doctor` tells what this machine can do."
+INSTEAD = (
+    'Or do without the kernel: track(..., backend="compare"), which reads and compares all of the memory at each '
+    "collect, and takes as much again."
+)
+_OR_NOT = f"{INSTEAD} {_DOCTOR}"
 _LIMIT_ERRNOS = (_errno.EMFILE, _errno.ENFILE, _errno.ENOMEM, _errno.ENOSPC)
 
 
@@ -239,7 +244,7 @@ def _of_opening(number: int, name: str, step: int, doing: str, pid: int | None) 
             )
         return errors.UnsupportedKernel(
             f"cannot {doing}: {path} is not there ({name}). The kernel needs CONFIG_PROC_PAGE_MONITOR, the container a "
-            "/proc",
+            f"/proc{'' if pid is not None else '. ' + INSTEAD}",
             errno=number,
             feature="/proc/PID/pagemap",
         )
@@ -247,7 +252,7 @@ def _of_opening(number: int, name: str, step: int, doing: str, pid: int | None) 
         ways = "; ".join(WAYS_TO_A_USERFAULTFD)
         return errors.PermissionDenied(
             f"cannot {doing}: no userfaultfd may be opened here ({name} at each door). The unprivileged door is part "
-            f"of every kernel that can track, so a filter forbids it. Ways out: {ways}. {_DOCTOR}",
+            f"of every kernel that can track, so a filter forbids it. Ways out: {ways}. {_OR_NOT}",
             errno=number,
             feature="userfaultfd",
         )
@@ -256,7 +261,7 @@ def _of_opening(number: int, name: str, step: int, doing: str, pid: int | None) 
     else:
         feature, needs = "UFFD_FEATURE_WP_ASYNC", "Linux 6.7 or newer with CONFIG_PTE_MARKER_UFFD_WP"
     return errors.UnsupportedKernel(
-        f"cannot {doing}: this kernel lacks {feature} ({name}); it takes {needs} on x86-64 or arm64. {_DOCTOR}",
+        f"cannot {doing}: this kernel lacks {feature} ({name}); it takes {needs} on x86-64 or arm64. {_OR_NOT}",
         errno=number,
         feature=feature,
     )
@@ -330,7 +335,7 @@ def _of_scan(
         )
     if number in (_errno.ENOTTY, _errno.ENOSYS):
         return errors.UnsupportedKernel(
-            f"cannot {doing}: this kernel has no PAGEMAP_SCAN ({name}); it takes Linux 6.7 or newer. {_DOCTOR}",
+            f"cannot {doing}: this kernel has no PAGEMAP_SCAN ({name}); it takes Linux 6.7 or newer. {_OR_NOT}",
             feature="PAGEMAP_SCAN",
             **place,
         )

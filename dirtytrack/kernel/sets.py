@@ -45,12 +45,17 @@ __all__ = [
 
 
 class Extent(NamedTuple):
-    """A piece of tracked memory. ``unpinned``: it may vanish beneath a copy. ``mirror``: a pinned buffer."""
+    """A piece of tracked memory.
+
+    ``unpinned``: it may vanish beneath a copy. ``mirror``: a pinned buffer. ``through``: a region of a session that
+    compares, which then knows what was read.
+    """
 
     address: int
     nbytes: int
     unpinned: bool
     mirror: Any = None
+    through: CData | None = None
 
 
 def _check(code: int, why: CData, doing: str) -> None:
@@ -203,7 +208,8 @@ def extents(pieces: Sequence[Extent]) -> CData:
     out = core.ffi.new("dt_extent[]", len(pieces))
     null = core.ffi.NULL
     for i, piece in enumerate(pieces):
-        out[i] = (piece.address, piece.nbytes, null if piece.mirror is None else piece.mirror, piece.unpinned, 0)
+        mirror, through = (null if each is None else each for each in (piece.mirror, piece.through))
+        out[i] = (piece.address, piece.nbytes, mirror, piece.unpinned, 0, through)
     return out
 
 

@@ -139,7 +139,7 @@ static void test_changed_borders(void)
     dt_run run = {a, a + 2 * page_bytes};
     dt_set set = {0}, out = {0};
     CHECK(!dt_set_copy(&run, 1, &set));
-    dt_extent extents[] = {{a + 100, 64, mirrors[0], 0, 0}, {a + 50, 64, mirrors[1], 0, 0}, {a + 10, 9, NULL, 0, 0}};
+    dt_extent extents[] = {{a + 100, 64, mirrors[0], 0, 0, NULL}, {a + 50, 64, mirrors[1], 0, 0, NULL}, {a + 10, 9, NULL, 0, 0, NULL}};
     memory[10] = 1; /* in no mirror */
     CHECK(!dt_changed(&set, extents, 3, page_bytes, &out) && out.count == 0);
     dt_set_clear(&out);
@@ -173,7 +173,7 @@ static void vanished_rounds(void)
                 runs[count++] = (dt_run){a + i * page_bytes, a + (i + 1) * page_bytes};
         }
         CHECK(!dt_set_copy(runs, count, &set));
-        dt_extent extent = {a + 5, N * page_bytes - 12, buffer, 1, 0};
+        dt_extent extent = {a + 5, N * page_bytes - 12, buffer, 1, 0, NULL};
         uint64_t hole = kind & 2 ? 0 : 566, nbytes = dt_set_nbytes(&set, &extent, 1);
         fill(memory, N * page_bytes);
         dt_failure why = {0};
@@ -210,7 +210,7 @@ static void vanished_rounds(void)
     dt_set set = {0};
     dt_failure why = {0};
     CHECK(!dt_set_copy(&run, 1, &set) && !ftruncate(fd, (off_t)(2 * page_bytes)));
-    dt_extent extent = {a, 4 * page_bytes, NULL, 1, 0};
+    dt_extent extent = {a, 4 * page_bytes, NULL, 1, 0, NULL};
     CHECK(dt_gather(&set, &extent, 1, buffer, 4 * page_bytes, &why) == -EFAULT && why.start == a + 2 * page_bytes);
     extent.nbytes = 2 * page_bytes;
     CHECK(!dt_gather(&set, &extent, 1, buffer, 4 * page_bytes, &why) && !memcmp(buffer, memory, 2 * page_bytes));
@@ -256,8 +256,8 @@ static void test_copy_faults(void)
     dt_set set = {0}, out = {0};
     dt_failure why = {0};
     CHECK(!dt_set_copy(&run, 1, &set));
-    dt_extent extents[] = {{a, 1, mirror, 0, 0}, {a + page_bytes, 1, mirror + 1, 1, 0}, {a + 2 * page_bytes, 1,
-        mirror + 2, 0, 0}};
+    dt_extent extents[] = {{a, 1, mirror, 0, 0, NULL}, {a + page_bytes, 1, mirror + 1, 1, 0, NULL}, {a + 2 * page_bytes, 1,
+        mirror + 2, 0, 0, NULL}};
     memory[0] = memory[page_bytes] = memory[2 * page_bytes] = 9;
     dt_fail(DT_SITE_COPY, 2, 1, EIO, 0);
     CHECK(dt_copy_out(&set, extents, 3, &why) == -EIO && why.os_errno == EIO && why.start == a + page_bytes);

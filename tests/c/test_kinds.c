@@ -109,7 +109,7 @@ static int test_kind(const kind *k, uint32_t remedy, unsigned *missed)
     dt_region *r = NULL;
     dt_failure why = {0};
     dt_region_info about;
-    CHECK(dt_session_open(remedy, 0, &s, &why) == 0);
+    CHECK(dt_session_open(remedy, 0, DT_BACKEND_KERNEL, &s, &why) == 0);
     CHECK(dt_register(s, (uint64_t)memory + 5, PAGES * page - 9, 0, DT_ARM_AUTO, &r, &why) == 0);
     dt_region_about(r, &about);
     CHECK(about.granule_bytes == page && about.start == (uint64_t)memory && about.end == (uint64_t)memory + PAGES * page);
@@ -177,7 +177,7 @@ static void test_present(void)
     dt_region *r = NULL, *small = NULL;
     dt_failure why = {0};
     dt_region_info about;
-    CHECK(dt_session_open(0, 0, &s, &why) == 0);
+    CHECK(dt_session_open(0, 0, DT_BACKEND_KERNEL, &s, &why) == 0);
     CHECK(dt_register(s, (uint64_t)memory, bytes, 0, DT_ARM_AUTO, &r, &why) == 0);
     dt_region_about(r, &about);
     CHECK(about.arming == DT_ARM_PRESENT);
@@ -218,7 +218,7 @@ static void test_aliases(void)
     dt_region *r = NULL, *second = NULL;
     dt_failure why = {0};
     dt_region_info about;
-    CHECK(dt_session_open(0, 0, &s, &why) == 0);
+    CHECK(dt_session_open(0, 0, DT_BACKEND_KERNEL, &s, &why) == 0);
     CHECK(dt_register(s, (uint64_t)one, PAGES * page, 0, DT_ARM_AUTO, &r, &why) == 0);
     dt_region_about(r, &about);
     CHECK(about.aliases == 2);
@@ -268,7 +268,7 @@ static void test_events(void)
     dt_session *s = NULL;
     dt_region *r = NULL;
     dt_failure why = {0};
-    CHECK(dt_session_open(DT_REMEDY_NONE, 1, &s, &why) == 0);
+    CHECK(dt_session_open(DT_REMEDY_NONE, 1, DT_BACKEND_KERNEL, &s, &why) == 0);
     CHECK(dt_register(s, (uint64_t)memory, PAGES * page, 0, DT_ARM_AUTO, &r, &why) == 0);
     dt_listener *l = listen_to(s, r);
     CHECK(collect(l, memory) == 0);

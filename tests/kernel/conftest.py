@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dirtytrack import UffdSession
+from tests.kernel.backends import BACKENDS
 from tests.kernel.host import POOLS, NotHere
 from tests.kernel.kinds import Area, Kind
 from tests.kernel.watched import Bare, Watched
@@ -42,6 +43,12 @@ def _huge_pages_are_put_back() -> Iterator[None]:
 def session() -> Iterator[UffdSession]:
     with UffdSession() as made:
         yield made
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Who says what was written: a test with it is run for each. All but the first need no kernel that tracks."""
+    return str(request.param)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import dirtytrack
 from dirtytrack import DirtySet, DirtyTracker, PageCategory, Pagemap, Region, RegionGone, UffdSession
 from tests import oracle
+from tests.kernel.backends import session_of
 from tests.oracle import PAGE
 
 PAGES = 32
@@ -61,11 +62,12 @@ class Listener:
 class World:
     """A block of memory with overlapping regions, two listeners of different rhythm, and much that is pending."""
 
-    def __init__(self, variant: str = "plain", remedy: int = 0, seed: int = 1) -> None:
+    def __init__(self, variant: str = "plain", remedy: int = 0, seed: int = 1, backend: str = "kernel") -> None:
         self.random = random.Random(seed)
         self.base = oracle.map_at(0, PAGES * PAGE)
         self.remedy = remedy
-        self.session = UffdSession(_remedy=remedy)
+        self.backend = backend
+        self.session = session_of(backend, remedy)
         self.low, self.high, self.spare = (self.register(pages) for pages in (LOW, HIGH, SPARE))
         self.first = self.listen([self.low, self.high], LOW, HIGH)
         self.second = self.listen([self.low], LOW)
@@ -107,7 +109,7 @@ class World:
     def verify(self) -> None:
         """One more successful collect of each, and nothing was lost; and what is written from now on is found."""
         if self.session.closed:
-            self.session = UffdSession()
+            self.session = session_of(self.backend)
             self.listeners = [self.listen([self.register(range(PAGES))], range(PAGES))]
         self.session.resume()
         for again in range(3):
@@ -276,7 +278,7 @@ def close(w: World) -> None:
 
 
 def open_session(w: World) -> None:
-    with UffdSession() as other:
+    with session_of(w.backend) as other:
         memory = bytearray(4 * PAGE)
         with DirtyTracker(other, [other.register(memory)]) as tracker:
             tracker.collect()

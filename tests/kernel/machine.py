@@ -24,11 +24,12 @@ class Machine(RuleBasedStateMachine):
     kind: Kind | Mapped
     other: OtherProcess | None
     remedy: int = 0
+    backend: str = "kernel"
     world: World
 
     @initialize(populated=st.booleans(), data=st.data())
     def begin(self, populated: bool, data: st.DataObject) -> None:
-        self.world = World(self.kind, populated, self.other, self.remedy)
+        self.world = World(self.kind, populated, self.other, self.remedy, self.backend)
         for _ in range(2):
             self.world.register(self.draw_region(data))
         self.world.listen(self.world.regions[:1])
@@ -225,7 +226,13 @@ class Machine(RuleBasedStateMachine):
             self.world.suspend()
 
 
-def run(kind: Kind | Mapped, chosen: settings, other: OtherProcess | None = None, remedy: int = 0) -> None:
+def run(
+    kind: Kind | Mapped,
+    chosen: settings,
+    other: OtherProcess | None = None,
+    remedy: int = 0,
+    backend: str = "kernel",
+) -> None:
     """Drive worlds of this kind of memory, with these remedies (enum dt_remedy)."""
-    members = {"kind": kind, "other": other, "remedy": remedy}
+    members = {"kind": kind, "other": other, "remedy": remedy, "backend": backend}
     run_state_machine_as_test(type(f"Machine_{kind.name}", (Machine,), members), settings=chosen)

@@ -27,6 +27,7 @@ import pytest
 import dirtytrack
 from dirtytrack.layout import Layout
 from tests import oracle
+from tests.kernel.backends import session_of
 from tests.kernel.host import HUGE_PAGE, POOLS, machine_lock, on_disk
 from tests.oracle import PAGE
 from tests.strategies import Kind, Mapped, Span, Way
@@ -156,10 +157,16 @@ class World:
     """Memory, a session and its listeners, and the model of what each is owed."""
 
     def __init__(
-        self, kind: Kind | Mapped, populated: bool, other: OtherProcess | None = None, remedy: int = 0
+        self,
+        kind: Kind | Mapped,
+        populated: bool,
+        other: OtherProcess | None = None,
+        remedy: int = 0,
+        backend: str = "kernel",
     ) -> None:
+        self.compares = backend != "kernel"
         # Pages that were left unarmed are reported once more when somebody forbids it, and are not assumed then.
-        self.exact = kind is Kind.PRIVATE and not remedy & EAGER
+        self.exact = self.compares or (kind is Kind.PRIVATE and not remedy & EAGER)
         self.kind = kind
         self.other = other
         self.memory = memory_of(kind)
@@ -167,7 +174,7 @@ class World:
         self.base = oracle.address_of(self.memory)
         self._view = memoryview(self.memory)
         self._frames: npt.NDArray[np.uint8] = np.frombuffer(self.memory, np.uint8).reshape(-1, PAGE)
-        self.session = dirtytrack.UffdSession(_remedy=remedy)
+        self.session = session_of(backend, remedy)
         self.regions: list[dirtytrack.Region] = []
         self.listeners: list[Listener] = []
         self.flights: list[tuple[frozenset[int], dirtytrack.session.InFlight]] = []
@@ -232,7 +239,9 @@ class World:
             assert os.pwrite(self._proc_mem, data, self.base + start) == len(data)
         assert self._view[start:end] == data
         for watch in self.watches():
-            if self.kind is Mapped.SPARSE:  # if it is discarded again, nothing has come of it: no page, and no marker
+            # If it is discarded again, nothing has come of it, where it leaves no page and no marker. Who compares owes
+            # what changed, which Watch.changed() finds: not a store of what was there, nor one that was taken back.
+            if self.compares or self.kind is Mapped.SPARSE:
                 watch.allow(pages)
             else:
                 watch.owe(pages)

@@ -13,6 +13,7 @@ import shlex
 import struct
 import subprocess
 import threading
+from array import array
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,15 +27,17 @@ import numpy as np
 import numpy.typing as npt
 
 import dirtytrack
-from dirtytrack import DirtySet, DirtyTracker, Run, UffdSession
+from dirtytrack import DirtySet, DirtyTracker, Run
+from dirtytrack.kernel import sets
 from tests import oracle
+from tests.kernel.backends import session_of
 from tests.oracle import PAGE
 
 Words = npt.NDArray[np.uint64]
 Ranges = tuple[tuple[int, int], ...]  # of page numbers, half-open
 
 SANITIZED = os.environ.get("DIRTYTRACK_SANITIZE") == "1"
-COLLECTS = 10 if SANITIZED else 40  # of each listener in each round, at the least
+COLLECTS = 10 if SANITIZED else 40  # of each listener in each round, at the least; a quarter where all memory is read
 WRITERS = 2
 HUGE_PAGES = 512  # pages of a page table, and of a huge page
 
@@ -97,11 +100,14 @@ class Weather:
     """Foreign writes are declared."""
     aliased: bool = False
     """The mapping of the foreign writes is armed too, so that nothing need be declared."""
+    backend: str = "kernel"
+    """Who says what was written."""
 
     def __str__(self) -> str:
         kind = "shared" if self.shared else "transparent" if self.transparent else "private"
         more = {"company": self.company, "remedy R1": self.remedy, "wide": self.wide, "aliased": self.aliased}
-        return " ".join([kind, *(name for name, is_so in more.items() if is_so)])
+        by = [] if self.backend == "kernel" else [self.backend]
+        return " ".join([*by, kind, *(name for name, is_so in more.items() if is_so)])
 
 
 class Known(NamedTuple):
@@ -143,7 +149,7 @@ class Storm:
             self.writers.append(Writer(*where, self.random.getrandbits(64) | 1, order.ctypes.data, len(order)))
             self.orders.append(order)
             self.pages.append(pages)
-        self.session = UffdSession(_remedy=weather.remedy | (0 if weather.aliased else NO_ALIAS))
+        self.session = session_of(weather.backend, weather.remedy | (0 if weather.aliased else NO_ALIAS))
         self.regions = [self.session.register(self.memory[a:b], blind_spots="accepted") for a, b in self.watched]
         self.listeners: list[Listener] = []
         self.stop = ctypes.c_int()
@@ -308,6 +314,10 @@ class Listener:
             self.tracker.start()
         self.mirror: Words = np.empty_like(storm.memory) if mirror is None else mirror
         self.mirror[:] = storm.memory  # started first
+        if storm.weather.company and storm.weather.backend != "kernel":  # as copy_by_the_library() says
+            everything = array("Q", [storm.held.address, storm.held.address + storm.held.nbytes])
+            self.tracker.put_back(DirtySet(sets.from_runs(everything, 1)))
+            self.absorb(self.tracker.collect())
 
     def copy(self, runs: list[Run]) -> None:
         base = self.storm.held.address
@@ -315,8 +325,21 @@ class Listener:
             start, end = (run.start - base) // PAGE, (run.end - base) // PAGE
             self.mirror[start:end] = self.storm.memory[start:end]
 
+    def copy_by_the_library(self, dirty: DirtySet) -> None:
+        """What is discarded holds zeroes again, as it did before: who compares must know what was read in between."""
+        packed = np.frombuffer(dirty.gather(), np.uint64).reshape(-1, self.mirror.shape[1])
+        base = self.storm.held.address
+        for run in dirty:
+            start, count = (run.start - base) // PAGE, run.nbytes // PAGE
+            self.mirror[start : start + count] = packed[:count]
+            packed = packed[count:]
+        assert not len(packed)
+
     def absorb(self, dirty: DirtySet) -> None:
-        self.copy(list(dirty))
+        if self.storm.weather.company and self.storm.weather.backend != "kernel":
+            self.copy_by_the_library(dirty)
+        else:
+            self.copy(list(dirty))
         self.storm.most_runs = max(self.storm.most_runs, len(dirty))
         self.storm.pages_collected += dirty.page_count
 
@@ -346,7 +369,7 @@ class Listener:
 
     def listen(self) -> None:
         try:
-            enough = self.steps + COLLECTS
+            enough = self.steps + (COLLECTS if self.storm.weather.backend == "kernel" else COLLECTS // 4)
             while not self.storm.quiet.is_set():
                 self.linger()
                 self.step()

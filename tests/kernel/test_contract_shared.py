@@ -16,13 +16,20 @@ from contextlib import contextmanager
 import pytest
 
 import dirtytrack
-from dirtytrack import DirtySet, DirtyTracker, Memory, MissedWrite, Region, UffdSession
+from dirtytrack import DirtySet, DirtyTracker, Memory, MissedWrite, Region, Session, UffdSession
 from dirtytrack.session import default_session
 from tests import oracle
+from tests.kernel.backends import session_of
 from tests.kernel.listening import pages_of
 from tests.oracle import PAGE
 
 PAGES = 16
+
+
+@pytest.fixture
+def session(backend: str) -> Iterator[Session]:
+    with session_of(backend) as made:
+        yield made
 
 
 @pytest.fixture
@@ -31,11 +38,11 @@ def memory() -> Memory:
 
 
 @pytest.fixture
-def region(session: UffdSession, memory: Memory) -> Region:
+def region(session: Session, memory: Memory) -> Region:
     return session.register(memory)
 
 
-def armed(session: UffdSession, audit: float = 0.0) -> DirtyTracker:
+def armed(session: Session, audit: float = 0.0) -> DirtyTracker:
     tracker = DirtyTracker(session, audit=audit)
     tracker.start()
     return tracker
@@ -106,7 +113,8 @@ def test_a_tracker_that_is_dropped_lets_go_of_what_it_tracked(memory: Memory) ->
         assert keeps.collect().page_count == 1
 
 
-def test_the_shared_session_and_an_explicit_one_do_not_mix(session: UffdSession, memory: Memory) -> None:
+def test_the_shared_session_and_an_explicit_one_do_not_mix(memory: Memory) -> None:
+    session = UffdSession()
     with dirtytrack.track(memory) as tracker:
         with pytest.raises(dirtytrack.RangeBusy):
             session.register(memory)
@@ -134,7 +142,7 @@ def test_names_never_share_a_namespace_with_options(memory: Memory) -> None:
 # ---- statistics, audit, what is empty here --------------------------------------------------------------------------
 
 
-def test_statistics_count_what_was_done(session: UffdSession, memory: Memory, region: Region) -> None:
+def test_statistics_count_what_was_done(session: Session, memory: Memory, region: Region) -> None:
     first, second = armed(session), armed(session)
     started = session.statistics()
     write(memory, 1, 2, 5)
@@ -161,7 +169,7 @@ def test_statistics_count_what_was_done(session: UffdSession, memory: Memory, re
 
 
 @contextmanager
-def unwatched(session: UffdSession, shared: dirtytrack.Memory) -> Iterator[tuple[Region, mmap.mmap]]:
+def unwatched(session: Session, shared: dirtytrack.Memory) -> Iterator[tuple[Region, mmap.mmap]]:
     """A region of it, and a mapping that was made too late to be armed with it."""
     region = session.register(shared, name="shared", blind_spots="accepted")
     with mmap.mmap(shared.fileno(), shared.nbytes) as alias:
@@ -213,7 +221,7 @@ def test_what_the_audit_found_is_told_by_region() -> None:
         assert caught.value.region is region
 
 
-def test_the_audit_knows_what_a_collect_of_a_part_reported(session: UffdSession, memory: Memory) -> None:
+def test_the_audit_knows_what_a_collect_of_a_part_reported(session: Session, memory: Memory) -> None:
     low = session.register((memory.address, 4 * PAGE))
     high = session.register((memory.address + 4 * PAGE, 4 * PAGE))
     tracker = armed(session, audit=1.0)
@@ -224,7 +232,7 @@ def test_the_audit_knows_what_a_collect_of_a_part_reported(session: UffdSession,
     assert not tracker.collect()
 
 
-def test_the_audit_knows_what_a_collect_on_a_budget_reported(session: UffdSession) -> None:
+def test_the_audit_knows_what_a_collect_on_a_budget_reported(session: Session) -> None:
     big = dirtytrack.allocate(128 << 20)
     region = session.register(big)
     tracker = armed(session, audit=1.0)

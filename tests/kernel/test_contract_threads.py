@@ -23,8 +23,9 @@ from types import FrameType
 import pytest
 
 import dirtytrack
-from dirtytrack import DirtySet, DirtyTracker, Memory, UffdSession
+from dirtytrack import DirtySet, DirtyTracker, Memory
 from dirtytrack.kernel import engine
+from tests.kernel.backends import session_of
 from tests.kernel.listening import pages_of
 from tests.oracle import PAGE
 
@@ -50,12 +51,12 @@ def write(memory: Memory, pages: set[int]) -> None:
 
 
 @nervous
-def test_of_collects_at_once_each_page_goes_to_exactly_one() -> None:
+def test_of_collects_at_once_each_page_goes_to_exactly_one(backend: str) -> None:
     pages, rounds, takers = 256, 1000, 3
     random = Random(1)
     memory = dirtytrack.allocate(pages * PAGE, name="memory")
     mirrors = [bytearray(memory.nbytes) for _ in range(takers)]
-    with UffdSession() as session, ThreadPoolExecutor(takers) as pool:
+    with session_of(backend) as session, ThreadPoolExecutor(takers) as pool:
         region = session.register(memory)
         tracker = DirtyTracker(session)
         tracker.start()
@@ -83,9 +84,9 @@ def test_of_collects_at_once_each_page_goes_to_exactly_one() -> None:
 
 
 @nervous
-def test_one_of_two_stops_gets_the_final_set() -> None:
+def test_one_of_two_stops_gets_the_final_set(backend: str) -> None:
     memory = dirtytrack.allocate(8 * PAGE)
-    with UffdSession() as session, ThreadPoolExecutor(2) as pool:
+    with session_of(backend) as session, ThreadPoolExecutor(2) as pool:
         session.register(memory)
         tracker = DirtyTracker(session)
         barrier = threading.Barrier(2)
@@ -119,12 +120,12 @@ class Mirror:
 
 
 @nervous
-def test_listeners_and_regions_come_and_go_in_threads_while_others_write() -> None:
+def test_listeners_and_regions_come_and_go_in_threads_while_others_write(backend: str) -> None:
     rounds = 1500
     memory = dirtytrack.allocate(128 * PAGE, name="all")
     mirror = Mirror(memory)
     quiet = threading.Event()
-    with UffdSession() as session:
+    with session_of(backend) as session:
         low = session.register((memory.address, 64 * PAGE), name="low")
         high = session.register((memory.address + 60 * PAGE, 68 * PAGE), name="high")
         tracker, other = DirtyTracker(session, [low, high]), DirtyTracker(session, [high, low])
@@ -178,10 +179,10 @@ def test_listeners_and_regions_come_and_go_in_threads_while_others_write() -> No
 
 
 @nervous
-def test_suspending_in_a_thread_while_others_write_and_collect() -> None:
+def test_suspending_in_a_thread_while_others_write_and_collect(backend: str) -> None:
     memory = dirtytrack.allocate(64 * PAGE)
     mirror, quiet = Mirror(memory), threading.Event()
-    with UffdSession() as session:
+    with session_of(backend) as session:
         region = session.register(memory)
         tracker = DirtyTracker(session)
         tracker.start()
@@ -257,20 +258,20 @@ PARTS = ("session", "region", "tracker", "set", "flight", "final")
 
 
 @pytest.mark.parametrize("drop", [_at_once, _in_a_cycle, _in_a_thread, _in_a_cycle_in_a_thread])
-def test_dropped_in_any_order_nothing_stays(drop: Callable[[list[object]], None]) -> None:
+def test_dropped_in_any_order_nothing_stays(backend: str, drop: Callable[[list[object]], None]) -> None:
     random = Random(5)
     orders = list(itertools.permutations(PARTS))
     before = descriptors()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for order in random.sample(orders, 30):
+        for order in random.sample(orders, 30 if backend == "kernel" else 8):
             memory, buffer = dirtytrack.allocate(4 * PAGE), bytearray(PAGE)
-            held = parts_of(memory, buffer)
+            held = parts_of(backend, memory, buffer)
             for part in order:
                 drop([held.pop(part)])
             gc.collect(0)
             buffer.append(1)  # nobody holds it
-            with UffdSession() as session:  # nobody has it registered
+            with session_of(backend) as session:  # nobody has it registered
                 region = session.register(memory)
                 tracker = DirtyTracker(session)
                 tracker.start()
@@ -279,8 +280,8 @@ def test_dropped_in_any_order_nothing_stays(drop: Callable[[list[object]], None]
     assert descriptors() == before
 
 
-def parts_of(memory: Memory, buffer: bytearray) -> dict[str, object]:
-    session = UffdSession()
+def parts_of(backend: str, memory: Memory, buffer: bytearray) -> dict[str, object]:
+    session = session_of(backend)
     region, small = session.register(memory), session.register(buffer)
     tracker = DirtyTracker(session)
     tracker.start()
@@ -291,11 +292,11 @@ def parts_of(memory: Memory, buffer: bytearray) -> dict[str, object]:
     return dict(zip(PARTS, parts, strict=True))
 
 
-def test_starting_on_all_regions_while_some_come_and_go() -> None:
+def test_starting_on_all_regions_while_some_come_and_go(backend: str) -> None:
     """Nobody named the region that went: the tracker starts on those that are left."""
     memory = dirtytrack.allocate(64 * PAGE)
     done = threading.Event()
-    with UffdSession() as session:
+    with session_of(backend) as session:
         session.register((memory.address, PAGE))
 
         def come_and_go() -> None:
@@ -320,9 +321,9 @@ def test_starting_on_all_regions_while_some_come_and_go() -> None:
             other.join()
 
 
-def test_a_dropped_tracker_neither_disturbs_the_others_nor_waits_for_them() -> None:
+def test_a_dropped_tracker_neither_disturbs_the_others_nor_waits_for_them(backend: str) -> None:
     memory = dirtytrack.allocate(8 * PAGE)
-    with UffdSession() as session:
+    with session_of(backend) as session:
         region = session.register(memory)
         stays = DirtyTracker(session)
         stays.start()
@@ -339,10 +340,10 @@ def test_a_dropped_tracker_neither_disturbs_the_others_nor_waits_for_them() -> N
         session.unregister(region)  # nobody watches it any more
 
 
-def test_a_set_that_reached_nobody_is_pending_again() -> None:
+def test_a_set_that_reached_nobody_is_pending_again(backend: str) -> None:
     """Built by the core, and lost on its way to the caller: by whatever, wherever its last reference went."""
     memory = dirtytrack.allocate(8 * PAGE)
-    with UffdSession() as session:
+    with session_of(backend) as session:
         region = session.register(memory)
         tracker, other = DirtyTracker(session), DirtyTracker(session)
         tracker.start()
@@ -362,7 +363,7 @@ def test_a_set_that_reached_nobody_is_pending_again() -> None:
         assert pages_of(other.collect(), region) == [0, 1, 2, 3]
 
 
-def test_a_call_waits_for_the_settling_that_another_thread_began(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_waits_for_the_settling_that_another_thread_began(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A final set that is being settled elsewhere still stands between its region and `unregister`."""
     memory, extra = dirtytrack.allocate(PAGE), dirtytrack.allocate(PAGE)
     settle, reached, go_on = engine.settle, threading.Event(), threading.Event()
@@ -373,11 +374,11 @@ def test_a_call_waits_for_the_settling_that_another_thread_began(monkeypatch: py
             go_on.wait()
         settle(cset)
 
-    with UffdSession() as session:
+    with session_of(backend) as session:
         tracker = DirtyTracker(session, [session.register(memory)])
         tracker.start()
         region = tracker.add(extra)
-        tracker.remove(region)
+        final = tracker.remove(region)
         monkeypatch.setattr(engine, "settle", slow)
         elsewhere = threading.Thread(target=session._settle)
         elsewhere.start()
@@ -388,18 +389,19 @@ def test_a_call_waits_for_the_settling_that_another_thread_began(monkeypatch: py
             go_on.set()
             elsewhere.join()
         assert extra.address not in [each.address for each in session.regions]
+        assert final, "a set that nobody has is not waited for"
 
 
 # ---- signal handlers ------------------------------------------------------------------------------------------------
 
 
-def test_a_signal_handler_may_call_anything() -> None:
+def test_a_signal_handler_may_call_anything(backend: str) -> None:
     random = Random(6)
     memory = dirtytrack.allocate(256 * PAGE, name="memory")
     mirror, others_mirror = bytearray(memory), bytearray(memory)
     calls = 0
     inside = False
-    with UffdSession() as session:
+    with session_of(backend) as session:
         region = session.register(memory)
         tracker, other = DirtyTracker(session), DirtyTracker(session)
         tracker.start()

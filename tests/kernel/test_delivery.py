@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 import dirtytrack
-from dirtytrack import DirtySet, DirtyTracker, SessionClosed, UffdSession
+from dirtytrack import DirtySet, DirtyTracker, SessionClosed
 from tests import oracle
+from tests.kernel.backends import session_of
 from tests.oracle import PAGE
 from tests.points import Points
 
@@ -47,9 +48,9 @@ def interrupt() -> None:
 class World:
     """Two regions, a tracker with pages to collect, another listener, and something of each kind for the calls."""
 
-    def __init__(self, running: bool = True) -> None:
+    def __init__(self, running: bool = True, backend: str = "kernel") -> None:
         self.memories = {name: dirtytrack.allocate(PAGES * PAGE, name=name) for name in ("low", "high")}
-        self.session = UffdSession()
+        self.session = session_of(backend)
         self.regions = {name: self.session.register(memory) for name, memory in self.memories.items()}
         self.low, self.high = self.regions.values()
         self.tracker, self.other = self.listener(), self.listener()
@@ -102,10 +103,12 @@ class World:
 Call = Callable[[World], object]
 
 
-def at_each_point(call: Call, act: Call, check: Callable[[World, object], None], running: bool = True) -> int:
+def at_each_point(
+    call: Call, act: Call, check: Callable[[World, object], None], running: bool = True, backend: str = "kernel"
+) -> int:
     """Do something at each point of a call, each time in a new world, and check. Returns how many points there are."""
     for nth in itertools.count(1):
-        world = World(running)
+        world = World(running, backend)
         points = Points(nth, lambda here=world: act(here))  # type: ignore[misc]
         try:
             check(world, points.call(lambda here=world: call(here)))  # type: ignore[misc]
@@ -137,7 +140,7 @@ TAKES: dict[str, Call] = {
 
 
 @pytest.mark.parametrize("take", TAKES)
-def test_interrupted_at_any_point_all_is_pending_still(take: str) -> None:
+def test_interrupted_at_any_point_all_is_pending_still(take: str, backend: str) -> None:
     def check(world: World, result: object) -> None:
         if not isinstance(result, Interrupted):
             return
@@ -151,7 +154,7 @@ def test_interrupted_at_any_point_all_is_pending_still(take: str) -> None:
                 assert mirror[page * PAGE] == world.memories[region.name][page * PAGE] != 0
         assert world.pages(world.other.collect()) == OWED - {("low", 1)} | {("high", 7)}
 
-    assert at_each_point(TAKES[take], lambda _: interrupt(), check) >= 3
+    assert at_each_point(TAKES[take], lambda _: interrupt(), check, backend=backend) >= 3
 
 
 def _resume(world: World) -> None:
@@ -182,7 +185,7 @@ CHANGES: dict[str, Call] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_interrupted_at_any_point_a_change_loses_nothing_and_can_be_made_again(change: str) -> None:
+def test_interrupted_at_any_point_a_change_loses_nothing_and_can_be_made_again(change: str, backend: str) -> None:
     running = change not in ("start", "with")
 
     def check(world: World, _: object) -> None:
@@ -203,7 +206,7 @@ def test_interrupted_at_any_point_a_change_loses_nothing_and_can_be_made_again(c
             world.write(name, page)
         assert world.pages(world.tracker.collect()) == whole, "it watches what it says"
 
-    at_each_point(CHANGES[change], lambda _: interrupt(), check, running)
+    at_each_point(CHANGES[change], lambda _: interrupt(), check, running, backend)
 
 
 # ---- handlers that call the library ---------------------------------------------------------------------------------

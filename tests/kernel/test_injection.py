@@ -87,6 +87,19 @@ def test_each_call_of_an_operation_fails_once(operation: Operation, variant: str
     assert done or operation.__name__ in DO_NOT_FAIL or variant == "suspended"
 
 
+@pytest.mark.parametrize(
+    "operation", [each for each in OPERATIONS if each is not injected.scan], ids=lambda each: each.__name__
+)
+@pytest.mark.parametrize(
+    ("variant", "backend"), [*((variant, "compare") for variant in VARIANTS), ("plain", "compare-hashes")]
+)
+def test_each_call_of_an_operation_fails_once_where_memory_is_compared(
+    operation: Operation, variant: str, backend: str
+) -> None:
+    done = cases(variant, 0, 1, backend, operation=operation)
+    assert done or operation.__name__ in DO_NOT_FAIL | {"unregister", "resume"} or variant == "suspended"
+
+
 @pytest.mark.parametrize("operation", injected.OF_ITS_OWN, ids=lambda operation: operation.__name__)
 def test_each_call_fails_once_on_other_kinds_of_memory(operation: Operation) -> None:
     assert cases("plain", operation=operation)

@@ -50,6 +50,14 @@ WEATHERS = [
     Weather(company=True, shared=True, declares=False, aliased=True),
     Weather(company=True, transparent=True),
 ]
+COMPARING = [
+    Weather(backend="compare"),
+    Weather(backend="compare", wide=True),
+    Weather(backend="compare", company=True),
+    Weather(backend="compare-hashes"),
+    Weather(backend="compare-hashes", company=True),
+    Weather(backend="compare", company=True, shared=True, declares=False),  # which it sees all the same
+]
 
 
 def endure(library: ctypes.CDLL, weather: Weather, stores: int, rounds: int) -> None:
@@ -75,8 +83,13 @@ def test_no_store_is_lost(library: ctypes.CDLL, weather: Weather) -> None:
     endure(library, weather, -(-STORES // len(WEATHERS)), ROUNDS)
 
 
+@pytest.mark.parametrize("weather", COMPARING, ids=str)
+def test_no_store_is_lost_by_comparing(library: ctypes.CDLL, weather: Weather) -> None:
+    endure(library, weather, STORES // 60, ROUNDS // 4)  # fewer: each collect reads all of the memory
+
+
 @pytest.mark.soak
-@pytest.mark.parametrize("weather", WEATHERS, ids=str)
+@pytest.mark.parametrize("weather", WEATHERS + COMPARING, ids=str)
 def test_no_store_is_lost_for_long(library: ctypes.CDLL, weather: Weather) -> None:
     endure(library, weather, -(-SOAK_STORES // len(WEATHERS)), SOAK_ROUNDS)
 

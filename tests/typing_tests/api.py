@@ -61,6 +61,17 @@ def long_way(array: np.ndarray) -> None:
         session.unregister(region)
 
 
+def by_comparing(array: np.ndarray) -> None:
+    with dirtytrack.CompareSession(hashes=True) as session:
+        assert_type(session.kept_bytes, int)
+        assert_type(session.backend, str)
+        tracker = dirtytrack.DirtyTracker(session, [session.register(array)])
+        assert_type(tracker.session, dirtytrack.Session)
+    either: dirtytrack.Session = dirtytrack.UffdSession()
+    assert_type(dirtytrack.track(array, session=either), dirtytrack.DirtyTracker)
+    assert_type(dirtytrack.track(array, backend="compare-hashes"), dirtytrack.DirtyTracker)
+
+
 def sets(dirty: dirtytrack.DirtySet, region: dirtytrack.Region, array: np.ndarray) -> Iterator[int]:
     for run in dirty:
         assert_type(run, dirtytrack.Run)

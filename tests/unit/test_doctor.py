@@ -15,7 +15,7 @@ import pytest
 import dirtytrack
 from dirtytrack import PageCategory, UffdFeature
 from dirtytrack.cli import doctor, main
-from dirtytrack.cli.doctor_costs import costs
+from dirtytrack.cli.doctor_costs import compare_costs, costs, instead
 from dirtytrack.kernel import core
 from dirtytrack.kernel.trial import knows_guard_pages
 from tests.sandbox import run_in_child
@@ -53,6 +53,7 @@ def test_the_command_says_that_tracking_works(command: list[str | Path]) -> None
     assert not done.stderr
     assert done.stdout.endswith("Tracking works.\n")
     assert max(map(len, done.stdout.splitlines())) <= 100
+    assert '  ok  backend="compare", a collect of 1 GiB: ' in done.stdout
     for name in ("C core", "userfaultfd", "PAGEMAP_SCAN", "stores"):
         assert f"  ok  {name}: " in done.stdout
     headings = [line for line in done.stdout.splitlines() if line and line[0] != " "]
@@ -115,6 +116,11 @@ def test_forbidden_by_a_filter_and_no_device(restrictions: tuple[str, ...]) -> N
     assert "Tracking does not work." in text
     assert "NO  userfaultfd" in text
     assert text.count("  * ") == len(told["remedies"])
+    assert 'track(..., backend="compare")' in told["remedies"][-1], "opt-in, and with its price"
+    assert "ms a GiB, and takes 1,024 MiB for it" in told["remedies"][-1]
+    assert "and 4 MiB" in told["remedies"][-1]
+    assert len(told["compare_costs"]) == 4
+    assert not told["costs"]
 
 
 @pytest.mark.tracking
@@ -166,6 +172,9 @@ def test_nothing_is_measured_where_memory_is_short() -> None:
     found = list(costs(100 << 20))
     assert [cost.measured for cost in found] == [None] * 5
     assert {cost.why_not for cost in found} == {"MemoryError: less than 128 MiB left in the memory cgroup"}
+    told = [cost._asdict() for cost in compare_costs(100 << 20)]
+    assert [cost["measured"] for cost in told] == [None] * 4
+    assert "backend=" in instead(told)
 
 
 def test_another_platform(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -211,7 +211,11 @@ static int move_extent(enum way way, const dt_set *set, uint64_t first, const dt
     for (uint64_t i = first; i < set->count && runs[i].start < end; i++) {
         uint64_t from = dt_max(runs[i].start, address), bytes = dt_min(runs[i].end, end) - from;
         uint8_t *other = way == COPY_OUT ? (uint8_t *)extent->mirror + (from - address) : packed + total;
-        if (extent->unpinned) {
+        if (extent->through && way != SCATTER) {
+            int code = dt_compare_copy(extent->through, from, bytes, other, why);
+            if (code)
+                return code;
+        } else if (extent->unpinned) {
             int code = queue(b, other, from, bytes, why);
             if (code)
                 return code;
@@ -245,8 +249,13 @@ static int move_all(enum way way, const dt_set *set, const dt_extent *extents, u
         first = seek(set, first, before, extent->address);
         before = extent->address;
         int fail = dt_fail_at(DT_SITE_COPY);
-        if (fail <= 0)
+        bool known = extent->through && way != SCATTER;
+        if (known)
+            code = dt_compare_begin_copy(extent->through, why);
+        if (fail <= 0 && !code)
             code = move_extent(way, set, first, extent, packed, &moved, &b, why);
+        if (known && code != DT_CLOSED && code != DT_FORKED)
+            dt_compare_end_copy(extent->through);
         if (DT_UNLIKELY(fail && !code)) {
             int error = abs(fail);
             code = dt_fail_with(why, -error, error, DT_STEP_COPY, extent->address, extent_end(extent));
@@ -328,11 +337,12 @@ static int compare_extent(comparison *c, uint64_t first, const dt_extent *extent
         while (at < stop) {
             uint64_t next = dt_min(dt_down(at, page) + page, stop);
             const uint8_t *now = (const uint8_t *)(uintptr_t)at;
-            if (extent->unpinned) {
+            if (extent->unpinned || extent->through) {
                 if (at >= bounced_end) {
                     bounced = at;
                     bounced_end = dt_min(dt_down(at, page) + BOUNCE_BYTES, stop);
-                    int code = queue(&c->batch, c->bounce, at, bounced_end - at, why);
+                    int code = extent->through ? dt_compare_copy(extent->through, at, bounced_end - at, c->bounce, why)
+                                               : queue(&c->batch, c->bounce, at, bounced_end - at, why);
                     if (!code)
                         code = flush(&c->batch, why);
                     if (code)
@@ -377,7 +387,7 @@ int dt_changed(const dt_set *set, const dt_extent *extents, uint64_t n, uint64_t
     comparison c = {.set = set, .granule = granule_bytes, .batch = {.mem = -1}};
     int code = dt_set_reserve(&c.found, 1);
     for (uint64_t i = 0; i < n && !code; i++)
-        if (extents[i].unpinned && !c.bounce && !(c.bounce = dt_alloc(BOUNCE_BYTES)))
+        if ((extents[i].unpinned || extents[i].through) && !c.bounce && !(c.bounce = dt_alloc(BOUNCE_BYTES)))
             code = -ENOMEM;
     if (code)
         dt_fail_with(&out->why, -ENOMEM, ENOMEM, DT_STEP_MEMORY, 0, 0);
@@ -388,8 +398,12 @@ int dt_changed(const dt_set *set, const dt_extent *extents, uint64_t n, uint64_t
         first = seek(set, first, before, extent->address);
         before = extent->address;
         int fail = dt_fail_at(DT_SITE_COPY);
-        if (fail <= 0)
+        if (extent->through)
+            code = dt_compare_begin_copy(extent->through, &out->why);
+        if (fail <= 0 && !code)
             code = compare_extent(&c, first, extent, &out->why);
+        if (extent->through && code != DT_CLOSED && code != DT_FORKED)
+            dt_compare_end_copy(extent->through);
         if (DT_UNLIKELY(fail && !code)) {
             int error = abs(fail);
             code = dt_fail_with(&out->why, -error, error, DT_STEP_COPY, extent->address, extent_end(extent));

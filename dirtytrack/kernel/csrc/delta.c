@@ -204,13 +204,15 @@ static void diff_window(differ *d, const window *w)
     }
 }
 
-/* The same of memory that may vanish: copied by the kernel first. */
-static int diff_vanishing(differ *d, const dt_extent *memory, uint8_t *bounce, uint64_t from, uint64_t to,
+/* The same of memory that may vanish, which the kernel copies first; or of which a session that compares knows the bytes. */
+static int diff_copied(differ *d, const dt_extent *memory, uint8_t *bounce, uint64_t from, uint64_t to,
                           dt_failure *why)
 {
     for (uint64_t end; from < to; from = end) {
         end = dt_min(dt_delta_block_end(&d->grid, dt_delta_block_of(&d->grid, from) + BOUNCE_BLOCKS - 1), to);
-        int code = dt_copy_vanishing(false, bounce, memory->address + from, end - from, why);
+        uint64_t at = memory->address + from;
+        int code = memory->through ? dt_compare_copy(memory->through, at, end - from, bounce, why)
+                                   : dt_copy_vanishing(false, bounce, at, end - from, why);
         if (code)
             return code;
         diff_window(d, &(window){.from = from, .to = end, .next = from, .now = bounce, .next_now = bounce});
@@ -229,9 +231,14 @@ int dt_diff(const dt_set *set, const dt_extent *memory, uint32_t granule, int up
     int fail = dt_fail_at(DT_SITE_COPY), code = 0;
     if (DT_UNLIKELY(fail))
         return dt_fail_with(why, -abs(fail), abs(fail), DT_STEP_COPY, memory->address, extent_end(memory));
-    uint8_t *bounce = memory->unpinned ? dt_alloc(BOUNCE_BLOCKS * DELTA_BLOCK) : NULL;
-    if (memory->unpinned && !bounce)
+    bool copied = memory->unpinned || memory->through;
+    uint8_t *bounce = copied ? dt_alloc(BOUNCE_BLOCKS * DELTA_BLOCK) : NULL;
+    if (copied && !bounce)
         return dt_fail_with(why, -ENOMEM, ENOMEM, DT_STEP_MEMORY, 0, 0);
+    if (memory->through && (code = dt_compare_begin_copy(memory->through, why))) {
+        dt_free(bounce);
+        return code;
+    }
     differ d = {.grid = grid_of(memory, granule), .mirror = memory->mirror, .at = out + DELTA_HEADER};
     d.update = update && !bounce; /* where it may fail midway the mirror waits for the end */
     d.large = needed >= dt_delta_stream_bytes && dt_delta_streams();
@@ -245,11 +252,13 @@ int dt_diff(const dt_set *set, const dt_extent *memory, uint32_t granule, int up
         /* SAFETY: pinned memory stays mapped for as long as the caller holds its pin. */
         const uint8_t *bytes = (const uint8_t *)(uintptr_t)memory->address;
         if (bounce)
-            code = diff_vanishing(&d, memory, bounce, from, to, why);
+            code = diff_copied(&d, memory, bounce, from, to, why);
         else
             diff_window(&d, &(window){from, to, next, bytes + from, bytes + next});
     }
     dt_delta_stream_end();
+    if (memory->through)
+        dt_compare_end_copy(memory->through);
     dt_free(bounce);
     uint64_t encoded = (uint64_t)(d.at - out);
     if (!code && update && !d.update) {

@@ -146,6 +146,7 @@ typedef struct dt_extent {
     void *mirror;       /* as long as nbytes, or NULL */
     uint32_t unpinned;  /* 1: it may vanish beneath us, so copy by a system call that reports it */
     uint32_t reserved;
+    dt_region *through; /* NULL, or a region of a session that compares: read as that session knows the bytes */
 } dt_extent;
 
 /* `extents` are sorted and disjoint in gather, scatter and nbytes. On a page that vanished: -EFAULT and `why`. */
@@ -252,7 +253,15 @@ enum dt_remedy {
 enum dt_arming {
     DT_ARM_AUTO = 0,    /* chosen from the range: DT_ARM_PRESENT where it is large, private, anonymous and mostly empty */
     DT_ARM_ALL = 1,     /* every page, unpopulated ones too */
-    DT_ARM_PRESENT = 2  /* what is populated; what is not has no page table to arm. Private anonymous memory only */
+    DT_ARM_PRESENT = 2, /* what is populated; what is not has no page table to arm. Private anonymous memory only */
+    DT_PINNED = 16      /* or-ed to one of these: it can neither vanish nor be protected from reading while registered */
+};
+
+/* Who says what was written. */
+enum dt_backend {
+    DT_BACKEND_KERNEL = 0, /* userfaultfd and PAGEMAP_SCAN */
+    DT_BACKEND_COPY = 1,   /* what differs from a copy of the memory */
+    DT_BACKEND_HASH = 2    /* what differs in a keyed 128-bit hash a page: a changed page goes unseen by a chance of 2^-64 */
 };
 
 /* What lies beneath a region; several bits where several mappings do. */
@@ -285,8 +294,8 @@ typedef struct dt_statistics {
 } dt_statistics;
 
 /* events = 1: the kernel tells of discards, moves and unmaps too, to a thread that the session starts. Whoever discards
- * waits for that thread, some 20 microseconds a call. */
-int dt_session_open(uint32_t remedy, int events, dt_session **out, dt_failure *why);
+ * waits for that thread, some 20 microseconds a call. A backend that compares has neither remedies nor events. */
+int dt_session_open(uint32_t remedy, int events, uint32_t backend, dt_session **out, dt_failure *why);
 void dt_session_drop(dt_session **session);
 uint64_t dt_generation(void);                          /* of this process: another after each fork; 0: no memory */
 int dt_session_close(dt_session *session);             /* unregisters everything; the second call does nothing */
@@ -297,6 +306,7 @@ uint64_t dt_session_features(dt_session *session);
 int dt_session_suspend(dt_session *session, dt_failure *why);
 int dt_session_resume(dt_session *session, dt_failure *why);
 int dt_session_statistics(dt_session *session, dt_statistics *out);
+uint64_t dt_session_kept_bytes(dt_session *session);   /* copies or hashes, to compare with; 0 where the kernel tells */
 
 typedef struct dt_region_info {
     uint64_t id;

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT
  * The session's own structures, shared by session.c, region.c, scan.c, peek.c, content.c, alias.c, events.c, heal.c,
- * listener.c, collect.c and audit.c.
+ * listener.c, collect.c, audit.c, compare.c and plate.c.
  *
  * Who owns what. A session lives while a handle to it, to one of its regions or to one of its listeners lives, or a set
  * that one of its listeners delivered. Everything below is guarded by session->lock, but for the three queues, which
@@ -35,6 +35,7 @@ struct dt_region {
     bool armed;                   /* since its registration */
     bool dropped;                 /* no handle is left */
     bool present;                 /* DT_ARM_PRESENT: what is not populated is not armed */
+    bool pinned;                  /* DT_PINNED */
     uint32_t kinds;               /* enum dt_kind, or-ed */
     uint64_t granule;             /* the largest page in it */
     dt_watch *content;            /* remedy R2: the pages that may have content (content.c); NULL where it needs none */
@@ -110,12 +111,14 @@ typedef struct dt_alias {
     bool armed;
 } dt_alias;
 typedef struct dt_events dt_events;
+typedef struct dt_compare dt_compare;
 
 typedef struct dt_flight { uint64_t start, end, count; } dt_flight;
 
 struct dt_session {
     _Atomic uint32_t refs;
     pthread_mutex_t lock;
+    pthread_mutex_t turn;         /* of those who wait for the lock, the one who is next: see dt_enter */
     uint64_t generation;          /* of the process that made it: see dt_forked */
     _Atomic bool closed;
     bool suspended;
@@ -141,6 +144,7 @@ struct dt_session {
     dt_run *foreign;              /* beneath our regions, but by now registered by another session */
     uint64_t foreign_count, foreign_room;
     uint64_t registrations, thefts; /* what of dt_registrations and dt_thefts has been looked at */
+    dt_compare *compare;          /* what memory is compared with; NULL where the kernel tells */
     struct k_page_region *vector; /* zeroed and faulted in whenever a scan begins */
     dt_statistics statistics;
     _Atomic(dt_block *) returned;
@@ -279,6 +283,20 @@ bool dt_mapped(uint64_t start, uint64_t end);
 int dt_heal(dt_session *s, uint64_t start, uint64_t end);
 int dt_look_for_strangers(dt_session *s);     /* 0, or -errno of dt_heal */
 bool dt_next_own(const dt_session *s, uint64_t *at, uint64_t end, uint64_t *from, uint64_t *to);
+
+/* compare.c, plate.c: a session without a userfaultfd and a pagemap. Its part of what the kernel does elsewhere. */
+int dt_compare_open(uint32_t backend, dt_compare **out);     /* 0 or -errno */
+void dt_compare_forget(dt_compare *c);                       /* all that is known of any page, and its memory */
+void dt_compare_abandon(dt_compare *c);                      /* in a forked child: not all of it was inherited */
+void dt_compare_close(dt_compare *c);
+int dt_compare_survey(dt_region *region);
+/* Instead of the ioctls, with their answers: runs in the session's vector and their number, or -errno; 0 or -errno. */
+long dt_compare_scan(dt_session *s, uint64_t start, uint64_t end, const dt_question *question, uint64_t room);
+int dt_compare_protect(dt_session *s, uint64_t start, uint64_t end);
+static inline enum dt_step dt_compare_step(int rc) { return rc == -ENOMEM ? DT_STEP_MEMORY : DT_STEP_COPY; } /* that failed */
+int dt_compare_mapping(uint64_t address, uint64_t end, dt_mapping *out); /* as dt_mapping_at, of where there is any */
+void dt_compare_lose(dt_session *s, uint64_t start, uint64_t end); /* nothing is mapped there any more */
+void dt_compare_adjust(dt_session *s, const dt_region *region);    /* which was registered or unregistered */
 
 /* listener.c */
 int dt_fail_region(dt_failure *why, int code, const dt_region *region);

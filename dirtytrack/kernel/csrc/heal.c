@@ -19,6 +19,8 @@ bool dt_mapped(uint64_t start, uint64_t end)
 static void note_hole(dt_session *s, uint64_t within_start, uint64_t within_end, uint64_t start, uint64_t end)
 {
     unmark_all(s, start, end); /* nobody can read them any more */
+    if (s->compare)
+        dt_compare_lose(s, start, end);
     for (uint64_t i = 0; i < s->region_count; i++) {
         dt_region *r = s->regions[i];
         uint64_t a = dt_max(start, r->start), b = dt_min(end, r->end);
@@ -96,7 +98,7 @@ bool dt_next_own(const dt_session *s, uint64_t *at, uint64_t end, uint64_t *from
 int dt_look_for_strangers(dt_session *s)
 {
     uint64_t registrations = atomic_load(&dt_registrations), thefts = atomic_load(&dt_thefts);
-    if (DT_LIKELY(registrations == s->registrations && thefts == s->thefts && !s->foreign_count) || s->suspended)
+    if (DT_LIKELY(registrations == s->registrations && thefts == s->thefts && !s->foreign_count) || s->suspended || s->compare)
         return 0;
     for (uint64_t i = 0; i < s->region_count; i++) {
         int rc = s->regions[i]->registered ? dt_heal(s, s->regions[i]->start, s->regions[i]->end) : 0;
@@ -161,7 +163,7 @@ int dt_heal(dt_session *s, uint64_t start, uint64_t end)
         s->regions[i]->seen_start = s->regions[i]->seen_end = s->regions[i]->seen_bytes = 0;
     for (uint64_t at = start; at < end;) {
         dt_mapping m;
-        int rc = dt_mapping_at(at, &m);
+        int rc = s->compare ? dt_compare_mapping(at, end, &m) : dt_mapping_at(at, &m);
         if (rc && rc != -ENOENT)
             return rc;
         uint64_t next = rc ? end : dt_min(end, m.start);

@@ -89,6 +89,13 @@ void dt_block_release(dt_block *block);           /* listener.c: free a delivere
 /* bytes.c: copies by the kernel, so that a page that vanished is -EFAULT and `why`; `into` the tracked memory or out. */
 int dt_copy_vanishing(bool into, uint8_t *ours, uint64_t tracked, uint64_t bytes, dt_failure *why);
 
+/* ---- comparing (compare.c) ---- */
+/* The bytes at [from, from + bytes) as the session of `region` knows them: what changes after that, it will tell. Between
+ * the other two, which lock the session: once for many pieces, since a scan has the lock for long. */
+int dt_compare_copy(dt_region *region, uint64_t from, uint64_t bytes, uint8_t *to, dt_failure *why);
+int dt_compare_begin_copy(dt_region *region, dt_failure *why);
+void dt_compare_end_copy(dt_region *region);
+
 static inline int dt_fail_with(dt_failure *why, int code, int os_errno, enum dt_step step, uint64_t start, uint64_t end)
 {
     if (why) {

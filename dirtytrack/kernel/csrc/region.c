@@ -8,6 +8,8 @@ _Atomic uint64_t dt_registrations, dt_thefts;
 
 static int bare_register(dt_session *s, uint64_t start, uint64_t end)
 {
+    if (s->compare)
+        return 0;
     struct k_uffdio_register request = {.range = {start, end - start}, .mode = K_UFFDIO_REGISTER_MODE_WP};
     return dt_checked_ioctl(DT_SITE_REGISTER, s->uffd, K_UFFDIO_REGISTER, &request);
 }
@@ -72,6 +74,8 @@ static int keep_mapping(void *context, const dt_mapping *m)
 
 int dt_uffd_unregister(dt_session *s, uint64_t start, uint64_t end)
 {
+    if (s->compare)
+        return 0;
     if (!unregistering_may_crash() && !(s->remedy & DT_REMEDY_FROM_RIGHT))
         return bare_unregister(s, start, end);
     mappings kept = {0};
@@ -90,7 +94,7 @@ int dt_uffd_unregister(dt_session *s, uint64_t start, uint64_t end)
 static int register_ioctl(dt_session *s, uint64_t start, uint64_t end)
 {
     int rc = bare_register(s, start, end);
-    if (!rc) { /* the others look whether it was theirs; we need not look at our own */
+    if (!rc && !s->compare) { /* the others look whether it was theirs; we need not look at our own */
         uint64_t before = atomic_fetch_add(&dt_registrations, 1);
         s->registrations += s->registrations == before;
     }
@@ -229,6 +233,8 @@ int dt_register(dt_session *s, uint64_t address, uint64_t nbytes, uint64_t granu
                 dt_region **out, dt_failure *why)
 {
     uint64_t granule = dt_max(granule_bytes, dt_page_bytes());
+    bool pinned = arming & DT_PINNED;
+    arming &= ~(uint32_t)DT_PINNED;
     if (!nbytes || address + nbytes < address || granule & (granule - 1) || address + nbytes > UINT64_MAX - granule ||
         arming > DT_ARM_PRESENT)
         return dt_fail_with(why, -EINVAL, 0, DT_STEP_REGISTER, address, address + nbytes);
@@ -241,13 +247,13 @@ int dt_register(dt_session *s, uint64_t address, uint64_t nbytes, uint64_t granu
         dt_fail_with(why, rc, ENOMEM, DT_STEP_MEMORY, address, address + nbytes);
         goto failed;
     }
-    *r = (dt_region){.session = s, .address = address, .nbytes = nbytes};
-    rc = dt_survey(r, granule);
+    *r = (dt_region){.session = s, .address = address, .nbytes = nbytes, .pinned = pinned};
+    rc = s->compare ? dt_compare_survey(r) : dt_survey(r, granule);
     if (rc) {
         dt_fail_with(why, rc, -rc, DT_STEP_MAPS, address, address + nbytes);
         goto failed;
     }
-    r->present = arming == DT_ARM_PRESENT || (arming == DT_ARM_AUTO && worth_present(s, r));
+    r->present = !s->compare && (arming == DT_ARM_PRESENT || (arming == DT_ARM_AUTO && worth_present(s, r)));
     if (r->present && r->kinds != DT_KIND_ANONYMOUS && r->kinds) {
         rc = dt_fail_with(why, DT_NOT_ANONYMOUS, 0, DT_STEP_REGISTER, r->start, r->end);
         goto failed;
@@ -264,6 +270,8 @@ int dt_register(dt_session *s, uint64_t address, uint64_t nbytes, uint64_t granu
     r->id = ++s->next_id;
     r->registered = true;
     s->regions[s->region_count++] = r;
+    if (s->compare)
+        dt_compare_adjust(s, r);
     rc = dt_content_begin(s, r);
     if (!rc)
         rc = dt_alias_begin(s, r);
@@ -304,6 +312,8 @@ static int unregister_locked(dt_session *s, dt_region *region)
     region->armed = false;
     dt_alias_end(s, region);
     dt_content_end(s, region);
+    if (s->compare)
+        dt_compare_adjust(s, region);
     if (s->uffd < 0)
         return 0;
     uint64_t at = region->start, from, to;

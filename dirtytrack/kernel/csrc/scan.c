@@ -171,8 +171,8 @@ static long scan_ioctl(dt_session *s, uint64_t start, uint64_t end, const dt_que
     int fail = dt_fail_at(DT_SITE_SCAN);
     if (fail > 0)
         return -fail;
-    long n = ioctl(s->pagemap, K_PAGEMAP_SCAN, &arg);
-    int error = errno;
+    long n = s->compare ? dt_compare_scan(s, start, end, q, arg.vec_len) : ioctl(s->pagemap, K_PAGEMAP_SCAN, &arg);
+    int error = s->compare ? (int)-n : errno;
     s->statistics.scans++;
     if (fail < 0)
         return fail;
@@ -242,6 +242,8 @@ int dt_page_armable(dt_session *s, uint64_t page) { return is_any(s, page, K_PAG
  * listener waits for these pages. */
 int dt_protect(dt_session *s, uint64_t start, uint64_t end)
 {
+    if (DT_UNLIKELY(s->compare))
+        return dt_compare_protect(s, start, end);
     for (uint64_t at = start, length; at < end; at += length) {
         length = chunk_end(at, end) - at;
         int rc;
@@ -419,7 +421,7 @@ static int scan_part(dt_pass *pass, uint64_t whole_start, uint64_t whole_end, ui
     while (dt_next_own(pass->session, &part, end, &from, &to))
         for (uint64_t at = from, next; at < to; at = next) {
             next = chunk_end(at, to);
-            int rc = scan_span(pass, at, next), step = DT_STEP_SCAN;
+            int rc = scan_span(pass, at, next), step = pass->session->compare ? dt_compare_step(rc) : DT_STEP_SCAN;
             if (rc == -EPERM && tries < 4) {
                 dt_fold(pass);
                 rc = mend(pass->session, whole_start, whole_end);
@@ -583,7 +585,7 @@ static int arm_all(dt_session *s, dt_region *region, dt_failure *why)
                 rc = dt_protect(s, from, to);
         }
         if (rc)
-            dt_fail_with(why, rc, -rc, DT_STEP_PROTECT, from, to);
+            dt_fail_with(why, rc, -rc, s->compare ? dt_compare_step(rc) : DT_STEP_PROTECT, from, to);
     }
     return rc;
 }

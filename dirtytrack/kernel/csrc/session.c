@@ -19,6 +19,19 @@
 static _Atomic uint64_t *fork_word;
 static uint64_t generations;
 static pthread_mutex_t generation_lock = PTHREAD_MUTEX_INITIALIZER;
+/* What cannot track may not be able to wipe either (before Linux 4.14, gVisor): there, for sessions that compare, a child
+ * is known by its number, and by the C library's hook, since in another namespace it may have the same one. */
+static _Atomic pid_t wiped_by_hand;
+
+static void wipe(void) { atomic_store(fork_word, 0); }
+
+static void wipe_in_child(void)
+{
+    if (wiped_by_hand && getpid() != wiped_by_hand) {
+        wipe();
+        wiped_by_hand = getpid();
+    }
+}
 
 static uint64_t this_generation(void)
 {
@@ -32,14 +45,18 @@ static uint64_t this_generation(void)
     }
     if (!fork_word) {
         void *page = mmap(NULL, dt_page_bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (page != MAP_FAILED && madvise(page, dt_page_bytes(), MADV_WIPEONFORK)) {
+        bool wipes = page != MAP_FAILED && !madvise(page, dt_page_bytes(), MADV_WIPEONFORK);
+        if (page != MAP_FAILED && !wipes && pthread_atfork(NULL, NULL, wipe)) {
             munmap(page, dt_page_bytes());
             page = MAP_FAILED;
         }
-        if (page != MAP_FAILED)
+        if (page != MAP_FAILED) {
             fork_word = page;
+            wiped_by_hand = wipes ? 0 : getpid();
+        }
     }
     if (fork_word) {
+        wipe_in_child();
         now = atomic_load(fork_word);
         if (!now) {
             now = ++generations; /* inherited by a child, so its first one is larger than any that it inherited */
@@ -54,6 +71,8 @@ uint64_t dt_generation(void) { return this_generation(); }
 
 bool dt_forked(const dt_session *s)
 {
+    if (DT_UNLIKELY(wiped_by_hand))
+        wipe_in_child();
     return atomic_load_explicit(fork_word, memory_order_relaxed) != s->generation;
 }
 
@@ -80,6 +99,8 @@ static void forget_inherited(dt_session *s)
     /* SAFETY: the vector was not inherited (MADV_DONTFORK), so its address may be somebody else's here: never unmap it. */
     s->vector = NULL;
     dt_events_forget(s);
+    if (s->compare)
+        dt_compare_abandon(s->compare);
     close_inherited(uffd, "userfaultfd");
     close_inherited(pagemap, "pagemap");
 }
@@ -175,6 +196,8 @@ int dt_open_pagemap(void)
 
 static int open_uffd(dt_session *s, dt_failure *why)
 {
+    if (s->compare)
+        return 0;
     int door, fd = dt_open_any_door(why, &door);
     if (fd < 0)
         return fd;
@@ -210,11 +233,14 @@ static void free_session(dt_session *s)
     dt_free(s->foreign);
     dt_free(s->aliases);
     dt_free(s->events);
+    if (s->compare)
+        dt_compare_close(s->compare);
     pthread_mutex_destroy(&s->lock);
+    pthread_mutex_destroy(&s->turn);
     dt_free(s);
 }
 
-int dt_session_open(uint32_t remedy, int events, dt_session **out, dt_failure *why)
+int dt_session_open(uint32_t remedy, int events, uint32_t backend, dt_session **out, dt_failure *why)
 {
     static _Atomic int needs_remedy = -1; /* asked of the kernel once: a fork keeps the kernel */
     dt_session *s = dt_alloc(sizeof *s);
@@ -227,6 +253,7 @@ int dt_session_open(uint32_t remedy, int events, dt_session **out, dt_failure *w
     s->registrations = atomic_load(&dt_registrations);
     s->thefts = atomic_load(&dt_thefts);
     pthread_mutex_init(&s->lock, NULL);
+    pthread_mutex_init(&s->turn, NULL);
     int rc = s->generation ? 0 : dt_fail_with(why, -ENOMEM, ENOMEM, DT_STEP_MEMORY, 0, 0);
     if (!rc) {
         size_t bytes = DT_VECTOR_LENGTH * sizeof *s->vector;
@@ -242,14 +269,20 @@ int dt_session_open(uint32_t remedy, int events, dt_session **out, dt_failure *w
             memset(vector, 0, bytes);
         }
     }
+    if (!rc && backend != DT_BACKEND_KERNEL) {
+        if ((rc = dt_compare_open(backend, &s->compare)))
+            dt_fail_with(why, rc, -rc, rc == -ENOMEM ? DT_STEP_MEMORY : DT_STEP_NONE, 0, 0);
+        remedy = DT_REMEDY_NONE;
+        s->wants_events = false;
+    }
     if (!rc)
         rc = open_uffd(s, why);
-    if (!rc) {
+    if (!rc && !s->compare) {
         s->pagemap = dt_open_pagemap();
         if (s->pagemap < 0)
             rc = dt_fail_with(why, s->pagemap, -s->pagemap, DT_STEP_PAGEMAP, 0, 0);
     }
-    if (!rc) { /* an old kernel says so now, not at the first collect */
+    if (!rc && !s->compare) { /* an old kernel says so now, not at the first collect */
         int written = dt_page_written(s, (uint64_t)s->vector);
         if (written < 0)
             rc = dt_fail_with(why, written, -written, DT_STEP_SCAN, 0, 0);
@@ -299,6 +332,10 @@ static void unregister_everything(dt_session *s)
 /* Whoever waits for an event to be read goes on as soon as the descriptor is closed. */
 static void close_uffd(dt_session *s)
 {
+    if (s->compare) {
+        dt_compare_forget(s->compare);
+        return;
+    }
     dt_events_stop(s);
     unregister_everything(s);
     close(s->uffd);
@@ -309,7 +346,7 @@ static void close_locked(dt_session *s)
 {
     if (atomic_exchange(&s->closed, true))
         return;
-    if (s->uffd >= 0)
+    if (s->uffd >= 0 || s->compare)
         close_uffd(s);
     if (s->pagemap >= 0)
         close(s->pagemap);
@@ -375,7 +412,13 @@ int dt_enter(dt_session *s)
         forget_inherited(s);
         return DT_FORKED;
     }
+    /* Who compares has the lock for milliseconds, and could have it again before another thread has woken up: so whoever
+     * waits first keeps the others from coming before. */
+    if (s->compare)
+        pthread_mutex_lock(&s->turn);
     pthread_mutex_lock(&s->lock);
+    if (s->compare)
+        pthread_mutex_unlock(&s->turn);
     if (DT_UNLIKELY(s->closed)) {
         pthread_mutex_unlock(&s->lock);
         return DT_CLOSED;
@@ -447,7 +490,7 @@ int dt_session_resume(dt_session *s, dt_failure *why)
                 rc = 0; /* gone meanwhile: its listeners are told at their next collect */
             else if (rc)
                 dt_fail_with(why, rc, -rc, DT_STEP_REGISTER, r->start, r->end);
-            else if ((r->armed |= r->watchers > 0) && !r->present) /* the watched meanwhile wait for their first arming */
+            else if ((r->armed |= r->watchers > 0) && !r->present && !s->compare) /* the watched meanwhile wait for their first arming */
                 dt_protect(s, r->start, r->end); /* what it cannot arm, the next collect reports */
             if (!rc && !(rc = dt_alias_begin(s, r)) && r->armed)
                 rc = dt_alias_arm(s, r);

@@ -247,10 +247,10 @@ def test_ctrl_c_twice_before_a_final_set_was_given_back(world: World, monkeypatc
         with monkeypatch.context() as patch:
             patch.setattr(tracker, "_refresh", interrupted)
             patch.setattr("dirtytrack.kernel.core.give_back", interrupted)
-            try:
+            with pytest.raises(KeyboardInterrupt) as caught:
                 call()
-            except KeyboardInterrupt as error:
-                assert isinstance(error.__context__, KeyboardInterrupt), "each was interrupted"
+        assert isinstance(caught.value.__context__, KeyboardInterrupt), "each was interrupted"
+        del caught  # which has the frame that had the set
         tracker._refresh()
         assert list(tracker.peek().pages(world.region)) == [3]
 
