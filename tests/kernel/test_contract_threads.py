@@ -416,7 +416,7 @@ def test_a_signal_handler_may_call_anything(backend: str) -> None:
 
         def tracks_elsewhere() -> None:
             elsewhere = bytearray(4 * PAGE)
-            with dirtytrack.track(elsewhere) as passing:
+            with dirtytrack.track(elsewhere, backend=backend) as passing:
                 elsewhere[2 * PAGE] = 1
                 assert passing.collect()
 
