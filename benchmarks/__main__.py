@@ -12,6 +12,7 @@ from .algebra import algebra
 from .bare import Bare
 from .collect import collect, listeners
 from .content import changed, collect_into, gather
+from .density import density, phases, policy
 from .epoch import epoch
 from .harness import Benchmark, Settings, machine
 from .importing import import_
@@ -29,6 +30,9 @@ BENCHMARKS: dict[str, Benchmark] = {
     "regions": regions,
     "remedies": remedies,
     "epoch": epoch,
+    "density": density,
+    "phases": phases,
+    "policy": policy,
 }
 
 
