@@ -25,7 +25,7 @@ import dirtytrack
 
 from .bare import PAGE, Bare, address_of
 from .epoch import FORK, Ways, measure
-from .harness import GIB, MIB, Row, Settings, arena, paired, rounds, scattered, show_bytes
+from .harness import GIB, MIB, Arena, Pair, Row, Settings, arena, rounds, scattered, show_bytes, undisturbed
 
 SHARES = (0.0001, 0.001, 0.01, 0.03, 0.1, 0.15, 0.25, 0.5, 1.0)
 SETTLE = 8  # epochs before the first that is measured
@@ -192,53 +192,55 @@ KINDS = {"dense": ("contiguous", 0.5), "idle": ("uniform", 0.0), "scattered": ("
 PHASES, LEAST_PHASE, MOST_PHASE = 9, 6, 24
 
 
+@dataclass
+class Taken:
+    """One epoch of a workload that changes."""
+
+    kind: str
+    settling: bool  # one of the first since the kind changed
+    beyond: int  # pages that the adaptive tracker told and nobody wrote
+    times: dict[str, int]
+
+
+def live(space: Space, tiny: bool, methods: tuple[str, ...]) -> list[Taken]:
+    """Each method lives through the whole workload."""
+    chance, side, taken = np.random.default_rng(2), space.sides[ADAPTIVE], list[Taken]()
+    with space.tracked():
+        for phase in range(PHASES):
+            kind = list(KINDS)[phase % len(KINDS)]
+            for number in range(2 if tiny else int(chance.integers(LEAST_PHASE, MOST_PHASE + 1))):
+                pages, side.told = space.patterns(*KINDS[kind]), 0
+                times = {name: space.epoch(name, pages) for name in methods}
+                taken.append(Taken(kind, phase > 0 and number < SETTLE, side.told - len(pages), times))
+    return taken
+
+
+def compared(name: str, epochs: list[Taken], other: str | None = None) -> Row:
+    """Adaptive tracking against that method, or against the one that is the best in these epochs."""
+    means = {method: fmean(each.times[method] for each in epochs) for method in epochs[0].times if method != ADAPTIVE}
+    against_whom = other or min(means, key=means.__getitem__)
+    row = against(name, [each.times[ADAPTIVE] for each in epochs], means[against_whom], MOST_SETTLING)
+    beyond = fmean(each.beyond for each in epochs)
+    return replace(row, result=f"{row.result} of {against_whom}, {beyond:+.0f} pages", method=against_whom)
+
+
 def phases(settings: Settings, bare: Bare) -> Iterator[Row]:
     """A workload that is dense, idle, scattered, dense again and so on, each for a random number of epochs."""
     for nbytes in settings.sizes(64 * MIB, GIB):
-        space, chance = Space(bare, nbytes), np.random.default_rng(2)
-        methods = (ADAPTIVE, PLAIN, *WITHOUT)
-        taken: list[tuple[str, int, dict[str, int]]] = []  # the kind of phase, which epoch of it, what each method took
-        written = 0
         gc.collect()
-        with space.tracked():
-            before = space.sides[ADAPTIVE].told = 0
-            told_beyond = dict.fromkeys(KINDS, 0)
-            for phase in range(PHASES):
-                kind = list(KINDS)[phase % len(KINDS)]
-                for number in range(2 if settings.tiny else int(chance.integers(LEAST_PHASE, MOST_PHASE + 1))):
-                    pages = space.patterns(*KINDS[kind])
-                    times = {name: space.epoch(name, pages) for name in methods}
-                    taken.append((kind, number, times))
-                    written += len(pages)
-                    told_beyond[kind] += space.sides[ADAPTIVE].told - before - len(pages)
-                    before = space.sides[ADAPTIVE].told
-        changed = [each for each in taken[first_change(taken) :] if each[1] < SETTLE]
-        size = show_bytes(nbytes)
-        for part, epochs in (("all", taken), (f"the first {SETTLE} after each change", changed)):
-            totals = {name: sum(times[name] for _, _, times in epochs) for name in methods}
-            best = min(methods[1:], key=totals.__getitem__)
-            for other, most in ((best, MOST_SETTLING), (PLAIN, MOST_SETTLING)):
-                ours = [times[ADAPTIVE] for _, _, times in epochs]
-                row = against(
-                    f"phases {size}, {part} of {len(epochs)} epochs, against {other}",
-                    ours,
-                    totals[other] / len(ours),
-                    most,
-                )
-                yield replace(row, method=other)
+        taken = live(Space(bare, nbytes), settings.tiny, (ADAPTIVE, PLAIN, *WITHOUT))
+        settling = [each for each in taken if each.settling]
+        for part, epochs in (("all", taken), ("settling", settling)):
+            name = f"phases {show_bytes(nbytes)}, {part}, {len(epochs)} epochs"
+            yield compared(f"{name}, against the best", epochs)
+            yield compared(f"{name}, against {PLAIN}", epochs, PLAIN)
         for kind in KINDS:
-            settling = [times for each, number, times in changed if each == kind]
-            ours = [times[ADAPTIVE] for times in settling]
-            bests = {name: fmean(times[name] for times in settling) for name in methods[1:]}
-            best = min(bests, key=bests.__getitem__)
-            row = against(f"phases {size}, settling into {kind}, against {best}", ours, bests[best], MOST_SETTLING)
-            extra = told_beyond[kind] / sum(each == kind for each, _, _ in taken)
-            yield replace(row, result=f"{row.result}, {extra:+.0f} pages", target="", ok=True, method=best)
+            epochs = [each for each in settling if each.kind == kind]
+            row = compared(f"phases {show_bytes(nbytes)}, settling into {kind}, {len(epochs)} epochs", epochs)
+            yield replace(row, target="", ok=True)
 
 
-def first_change(taken: list[tuple[str, int, dict[str, int]]]) -> int:
-    """Where the second phase begins."""
-    return next(i for i, (kind, _, _) in enumerate(taken) if kind != taken[0][0])
+# ---- the policy alone ----
 
 
 def policy(settings: Settings, bare: Bare) -> Iterator[Row]:
@@ -246,28 +248,24 @@ def policy(settings: Settings, bare: Bare) -> Iterator[Row]:
     for nbytes in settings.sizes(64 * MIB, GIB):
         with arena(bare, nbytes, exact=False) as adaptive, arena(bare, nbytes) as exact:
             for share in (0.001, 0.01, 0.1):
-                pages = scattered(nbytes // PAGE, share)
+                pages, pair = scattered(nbytes // PAGE, share), Pair([], [])
+                sides = [(adaptive, pair.ours), (exact, pair.bare)]
+                for space, _ in sides:
+                    collected(bare, space, pages)
+                with undisturbed():
+                    for _ in rounds(settings):
+                        for space, samples in sides:
+                            samples.append(collected(bare, space, pages))
+                        sides.reverse()
+                yield pair.cost_row(f"policy {show_bytes(nbytes)}, {share:.4g} dirty", MOST_POLICY, 0)
 
-                def prepare(pages: array[int] = pages) -> None:
-                    for space in (adaptive, exact):
-                        bare.write(space.region.address, pages)
-                    adaptive.rehearse()
 
-                sides = [collecting(space.trackers[0]) for space in (adaptive, exact)]
-                pair = paired(settings, prepare, *sides)
-                name = f"policy {show_bytes(nbytes)}, {share:.4g} dirty"
-                yield pair.cost_row(name, MOST_POLICY, 0)
-
-
-def collecting(tracker: dirtytrack.DirtyTracker) -> Callable[[], int]:
-    clock, last = time.perf_counter_ns, list[dirtytrack.DirtySet]()
-
-    def collect() -> int:
-        last.clear()
-        begin = clock()
-        dirty = tracker.collect()
-        elapsed = clock() - begin
-        last.append(dirty)
-        return elapsed
-
-    return collect
+def collected(bare: Bare, space: Arena, pages: array[int]) -> int:
+    """Nanoseconds of a collect after these writes, by the thread's clock."""
+    bare.write(space.region.address, pages)
+    space.rehearse()
+    begin = time.thread_time_ns()
+    dirty = space.trackers[0].collect()
+    elapsed = time.thread_time_ns() - begin
+    del dirty
+    return elapsed
