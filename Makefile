@@ -84,10 +84,11 @@ bench: $(VENV)/.test ## measure, as ratios in one run against the bare ioctl (AR
 	$(BIN)/python -m benchmarks $(ARGS)
 
 .PHONY: bench-docs
-bench-docs: $(VENV)/.test ## measure everything, then rewrite the numbers, tables and plot of docs/performance.md
+bench-docs: $(VENV)/.test ## measure everything, then rewrite the numbers, tables and plots of docs/performance.md
 	$(BIN)/python -m benchmarks --seconds 1.5 --write docs/benchmarks.json
 	$(BIN)/python docs/draw_tables.py docs/benchmarks.json docs/performance.md
 	$(BIN)/python docs/draw_epochs.py docs/benchmarks.json docs/epochs.svg
+	$(BIN)/python docs/draw_density.py docs/benchmarks.json docs/density.svg
 
 # ---- testing --------------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from .collect import collect, listeners
 from .comparing import comparing
 from .content import changed, collect_into, gather
 from .delta import delta
+from .density import density, phases, policy
 from .epoch import epoch
 from .harness import Benchmark, Settings, machine
 from .importing import import_
@@ -33,6 +34,9 @@ BENCHMARKS: dict[str, Benchmark] = {
     "regions": regions,
     "remedies": remedies,
     "epoch": epoch,
+    "density": density,
+    "phases": phases,
+    "policy": policy,
 }
 
 

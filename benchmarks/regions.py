@@ -20,7 +20,7 @@ MOST_RATIO = 1.2
 def measure(settings: Settings, bare: Bare, session: dirtytrack.UffdSession, pages: array[int]) -> Pair:
     """One collect of everything against one scan of each region. `pages` are counted from address 0."""
     ranges = array("Q", [at for region in session.regions for at in (region.start, region.end)])
-    with dirtytrack.UffdSession() as another, dirtytrack.DirtyTracker(session) as tracker:
+    with dirtytrack.UffdSession() as another, dirtytrack.DirtyTracker(session, exact=True) as tracker:
         rehearse, clock = Rehearsal(bare, another), time.perf_counter_ns
         last: list[dirtytrack.DirtySet] = []
 

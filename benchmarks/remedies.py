@@ -48,7 +48,7 @@ def tracked(bare: Bare, side: Side, nbytes: int) -> Iterator[tuple[int, dirtytra
     bare.populate(address_of(memory), nbytes)
     with dirtytrack.UffdSession(events=side.events, _remedy=side.remedy) as session:
         session.register(memory, arm=side.arm, blind_spots="accepted")
-        with dirtytrack.DirtyTracker(session) as tracker:
+        with dirtytrack.DirtyTracker(session, exact=True) as tracker:
             yield address_of(memory), tracker
 
 

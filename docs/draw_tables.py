@@ -59,15 +59,33 @@ def epochs(rows: list[Told]) -> str:
     return table(["written", *methods], lines)
 
 
+def densities(rows: list[Told]) -> str:
+    """One line a size, pattern and share of written pages: both rows of the benchmark in one."""
+    lines = []
+    for best, plain in zip(rows[::2], rows[1::2], strict=True):
+        size, pattern, *_ = best["name"].removeprefix("density ").split(", ")
+        beyond = best["result"].rpartition(", ")[2].removesuffix(" pages")
+        ratios = [
+            f"{row['ours_ns'] / row['bare_ns']:.2f}x" + ("" if row["ok"] else ", **missed**") for row in (plain, best)
+        ]
+        times = [time(best["ours_ns"]), time(plain["bare_ns"]), f"{time(best['bare_ns'])}, {best['method']}"]
+        lines.append([size, pattern, percent(best["share"]), *times, *ratios, beyond.replace("%", " %")])
+    return table(["", "", "written", "adaptive", "plain", "the best", "of plain", "of the best", "pages beyond"], lines)
+
+
 def machine(told: Told) -> str:
-    """Where and when, in a sentence."""
-    return f"{told['kernel']}, {told['machine']}, {told['python']}, on {told['date']}; `{told['command']}`."
+    """Where and when, in a sentence; and what is to be known where it was not one run."""
+    where = f"{told['kernel']}, {told['machine']}, {told['python']}, on {told['date']}; `{told['command']}`."
+    return f"{where} {told['note']}" if "note" in told else where
 
 
 def missed(told: Told) -> str:
     """How many rows there are, and how many missed their targets."""
     aimed = [row for row in told["rows"] if row["target"]]
     return f"{len(aimed)} rows have a target; {sum(not row['ok'] for row in aimed)} of them missed it."
+
+
+RENDERED = {"epoch": epochs, "density": densities}
 
 
 def render(text: str, told: Told) -> str:
@@ -83,7 +101,7 @@ def render(text: str, told: Told) -> str:
             rows = [row for row in told["rows"] if row["benchmark"] == name]
             if not rows:
                 raise SystemExit(f"nothing was measured by the benchmark {name!r}")
-            body = epochs(rows) if name == "epoch" else against_bare(name, rows)
+            body = RENDERED[name](rows) if name in RENDERED else against_bare(name, rows)
         return f"{match[0].partition('-->')[0]}-->\n\n{body}\n\n<!-- end -->"
 
     return re.sub(r"<!-- (machine|missed|table: (\w+)) -->.*?<!-- end -->", part, text, flags=re.DOTALL)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The numbers in docs/performance.md are those of docs/benchmarks.json, and so is the plot."""
+"""The numbers in docs/performance.md are those of docs/benchmarks.json, and so are the plots."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 import re
 import runpy
 from pathlib import Path
+
+import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
 TOLD = json.loads((DOCS / "benchmarks.json").read_text(encoding="utf-8"))
@@ -27,6 +29,7 @@ def test_no_time_stands_outside_the_tables() -> None:
     assert typed == ["2 µs"], "by hand: only the target is; make bench-docs writes the rest"
 
 
-def test_the_plot_is_what_was_measured() -> None:
-    draw = runpy.run_path(str(DOCS / "draw_epochs.py"))["draw"]
-    assert (DOCS / "epochs.svg").read_text(encoding="utf-8") == draw(TOLD)
+@pytest.mark.parametrize(("script", "plot"), [("draw_epochs.py", "epochs.svg"), ("draw_density.py", "density.svg")])
+def test_the_plots_are_what_was_measured(script: str, plot: str) -> None:
+    draw = runpy.run_path(str(DOCS / script))["draw"]
+    assert (DOCS / plot).read_text(encoding="utf-8") == draw(TOLD)

@@ -182,16 +182,25 @@ bool dt_adapt_next(const dt_adapt *a, uint64_t at, uint64_t end, uint64_t *to)
 
 bool dt_adapt_any(const dt_adapt *a) { return a && a->not_exact; }
 
+/* Counted in registers: most runs are short, and follow one another in the same block. */
 void dt_adapt_found(dt_adapt *a, const struct k_page_region *found, uint64_t n)
 {
     unsigned shift = dt_page_shift();
+    uint64_t block = 0, count = 0, total = 0;
     for (uint64_t i = 0; i < n; i++)
         for (uint64_t at = dt_max(found[i].start, a->start), end = dt_min(found[i].end, a->end), to; at < end; at = to) {
-            uint64_t block = block_of(a, at);
-            to = dt_min(end, address_of(a, block + 1));
-            a->blocks[block].found += (uint8_t)((to - at) >> shift);
-            a->found += (to - at) >> shift;
+            uint64_t next = block_of(a, at);
+            to = dt_min(end, address_of(a, next + 1));
+            if (next != block) {
+                a->blocks[block].found += (uint8_t)count;
+                block = next;
+                count = 0;
+            }
+            count += (to - at) >> shift;
+            total += (to - at) >> shift;
         }
+    a->blocks[block].found += (uint8_t)count;
+    a->found += total;
     a->alive |= n > 0;
 }
 
