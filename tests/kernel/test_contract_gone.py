@@ -73,6 +73,9 @@ def told(tracker: DirtyTracker, region: Region, first: int, last: int) -> None:
 
 
 def registered(start: int, end: int) -> set[int]:
+    """Nothing, where the kernel could not register it either."""
+    if not dirtytrack.probe().tracking:
+        return set()
     return {page for page, bits in enumerate(oracle.categories(start, end)) if bits & oracle.WPALLOWED}
 
 
