@@ -196,7 +196,7 @@ BROKEN: list[tuple[Any, str, Callable[..., Any]]] = [
 )
 def test_a_broken_engine_is_found_out(owner: Any, name: str, broken: Callable[..., Any]) -> None:
     chosen = settings(
-        max_examples=400,
+        max_examples=1500,
         stateful_step_count=40,
         database=None,
         derandomize=True,
