@@ -91,7 +91,12 @@ def test_each_call_of_an_operation_fails_once(operation: Operation, variant: str
     "operation", [each for each in OPERATIONS if each is not injected.scan], ids=lambda each: each.__name__
 )
 @pytest.mark.parametrize(
-    ("variant", "backend"), [*((variant, "compare") for variant in VARIANTS), ("plain", "compare-hashes")]
+    ("variant", "backend"),
+    [
+        ("plain", "compare"),
+        *(pytest.param(variant, "compare", marks=pytest.mark.soak) for variant in VARIANTS if variant != "plain"),
+        pytest.param("plain", "compare-hashes", marks=pytest.mark.soak),
+    ],
 )
 def test_each_call_of_an_operation_fails_once_where_memory_is_compared(
     operation: Operation, variant: str, backend: str
