@@ -121,6 +121,17 @@ def leaves_the_rest(tracker: DirtyTracker, region: Region | None = None, **optio
     return dirty
 
 
+def test_a_rest_that_is_said_to_be_clean_is_found_out() -> None:
+    """Not left to chance: a budget of no time ends the collect behind the first range."""
+    world = World(Kind.PRIVATE, populated=True)
+    listener = world.listen([world.register(Span(0, PAGE)), world.register(Span(8 * PAGE, 9 * PAGE))])
+    world.write(Span(5, 9), Way.STORE)
+    world.write(Span(8 * PAGE + 5, 8 * PAGE + 9), Way.STORE)
+    with mock.patch.object(DirtyTracker, "collect", leaves_the_rest), found_out():
+        world.collect(listener, budget_seconds=0)
+    world.close()
+
+
 def loses_what_fails(cset: Any) -> None:
     cset.delivered = 1
     core.lib.dt_set_clear(cset)
@@ -177,7 +188,6 @@ def found_out() -> Iterator[None]:
 BROKEN: list[tuple[Any, str, Callable[..., Any]]] = [
     (World, "collect", erases_bits),
     (World, "collect", robs_the_others),
-    (DirtyTracker, "collect", leaves_the_rest),
     (core, "give_back", loses_what_fails),
     (engine, "add", takes_the_added_for_clean),
     (engine, "remove", drops_a_final_set),
@@ -196,7 +206,7 @@ BROKEN: list[tuple[Any, str, Callable[..., Any]]] = [
 )
 def test_a_broken_engine_is_found_out(owner: Any, name: str, broken: Callable[..., Any]) -> None:
     chosen = settings(
-        max_examples=1500,
+        max_examples=400,
         stateful_step_count=40,
         database=None,
         derandomize=True,
