@@ -4,6 +4,8 @@
 #include <linux/audit.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
+#include <pthread.h>
+#include <stdatomic.h>
 #include <stddef.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
@@ -275,11 +277,46 @@ static void test_copy_faults(void)
     munmap(memory, 4 * page_bytes);
 }
 
+static _Atomic bool counting;
+
+static void *count_up(void *word)
+{
+    while (counting)
+        ++*(volatile uint64_t *)word;
+    return NULL;
+}
+
+/* The last byte differs for ever, whatever somebody does to the first ones meanwhile: memcmp() calls some of these pages
+ * equal. */
+static void test_bytes_that_change_meanwhile(void)
+{
+    static _Alignas(64) uint8_t page[4096], copy[4096];
+    pthread_t thread;
+    uint64_t equal = 0;
+    copy[4095] = 1;
+    counting = true;
+    if (pthread_create(&thread, NULL, count_up, page))
+        abort();
+    for (int i = 0; i < 2000000; i++)
+        equal += dt_same_bytes(page, copy, sizeof page);
+    counting = false;
+    pthread_join(thread, NULL);
+    CHECK(!equal);
+    memcpy(copy, page, sizeof copy);
+    for (uint64_t length = 0; length < 600; length++) {
+        CHECK(dt_same_bytes(page + 1, copy + 1, length));
+        page[length] ^= 1; /* the last of the bytes that are looked at */
+        CHECK(length == 0 || !dt_same_bytes(page + 1, copy + 1, length));
+        page[length] ^= 1;
+    }
+}
+
 int main(void)
 {
     page_bytes = dt_page_bytes();
     test_bytes();
     test_changed_borders();
+    test_bytes_that_change_meanwhile();
     test_vanished();
     test_vanished_filtered();
     test_copy_faults();

@@ -125,7 +125,7 @@ def test_a_collect_of_many_scans_fails_midway(sites: str) -> None:
     memory = dirtytrack.allocate(pages * PAGE)
     with UffdSession() as session:
         region = session.register(memory)
-        first, second = DirtyTracker(session), DirtyTracker(session)
+        first, second = (DirtyTracker(session, exact=True) for _ in range(2))
         first.start()
         second.start()
         expected = list(range(0, pages, 2))

@@ -181,7 +181,7 @@ static void copy_differing(uint8_t *to, uint64_t from, uint64_t end)
 {
     for (uint64_t page = dt_page_bytes(), next; from < end; to += next - from, from = next) {
         next = dt_min(dt_down(from, page) + page, end);
-        if (memcmp(to, (const void *)(uintptr_t)from, next - from))
+        if (!dt_same_bytes((const uint8_t *)(uintptr_t)from, to, next - from))
             memcpy(to, (const void *)(uintptr_t)from, next - from);
     }
 }
@@ -351,7 +351,7 @@ static int compare_extent(comparison *c, uint64_t first, const dt_extent *extent
                 now = c->bounce + (at - bounced);
             }
             /* SAFETY: pinned memory stays mapped; what is unpinned was copied to the bounce buffer. */
-            if (!memcmp(now, (const uint8_t *)extent->mirror + (at - address), next - at)) {
+            if (dt_same_bytes(now, (const uint8_t *)extent->mirror + (at - address), next - at)) {
                 at = next;
                 continue;
             }

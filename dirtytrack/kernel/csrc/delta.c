@@ -198,7 +198,7 @@ static void diff_window(differ *d, const window *w)
             __builtin_prefetch(part.next_now + i, 0, 2);
             __builtin_prefetch(part.next_mirror + i, 0, 2);
         }
-        if (d->differed || memcmp(now, part.mirror, end - from))
+        if (d->differed || !dt_same_bytes(now, part.mirror, end - from))
             encode(d, block, &part, from, end);
         now += end - from;
     }

@@ -124,3 +124,18 @@ static dt_digest digest_plain(const uint8_t *memory, uint64_t bytes, const uint8
 dt_same dt_choose_same(bool plain) { (void)plain; return same_plain; }
 dt_digester dt_choose_digester(bool plain) { (void)plain; return digest_plain; }
 #endif
+
+bool dt_same_bytes(const uint8_t *memory, const uint8_t *copy, uint64_t bytes)
+{
+    static _Atomic(dt_same) chosen;
+    dt_same same = atomic_load_explicit(&chosen, memory_order_relaxed);
+    if (DT_UNLIKELY(!same))
+        atomic_store_explicit(&chosen, same = dt_choose_same(false), memory_order_relaxed);
+    uint64_t most = dt_down(bytes, 256);
+    if (!same(memory, copy, most, false))
+        return false;
+    uint8_t differ = 0;
+    for (uint64_t i = most; i < bytes; i++)
+        differ |= memory[i] ^ copy[i];
+    return !differ;
+}

@@ -86,6 +86,10 @@ uint64_t dt_set_first(const dt_set *set, uint64_t address); /* index of the firs
 void dt_session_give_back(dt_block *block);       /* listener.c: queue an undelivered block; takes no lock */
 void dt_block_release(dt_block *block);           /* listener.c: free a delivered block, its watches and its reference */
 
+/* digest.c: whether they are the same, of any length. Each byte is read once, whoever writes them meanwhile. Not memcmp():
+ * where that finds a difference it reads those bytes again, and if somebody put them back it says "equal" of bytes that it
+ * never looked at (seen with glibc 2.36: a page that was left out of a mirror). */
+bool dt_same_bytes(const uint8_t *memory, const uint8_t *copy, uint64_t bytes);
 /* bytes.c: copies by the kernel, so that a page that vanished is -EFAULT and `why`; `into` the tracked memory or out. */
 int dt_copy_vanishing(bool into, uint8_t *ours, uint64_t tracked, uint64_t bytes, dt_failure *why);
 
