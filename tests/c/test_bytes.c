@@ -277,12 +277,12 @@ static void test_copy_faults(void)
     munmap(memory, 4 * page_bytes);
 }
 
-static _Atomic bool counting;
+static _Atomic bool flipping;
 
-static void *count_up(void *word)
+static void *flip(void *byte)
 {
-    while (counting)
-        ++*(volatile uint64_t *)word;
+    while (flipping)
+        *(volatile uint8_t *)byte ^= 1;
     return NULL;
 }
 
@@ -294,12 +294,14 @@ static void test_bytes_that_change_meanwhile(void)
     pthread_t thread;
     uint64_t equal = 0;
     copy[4095] = 1;
-    counting = true;
-    if (pthread_create(&thread, NULL, count_up, page))
+    flipping = true;
+    if (pthread_create(&thread, NULL, flip, page))
         abort();
-    for (int i = 0; i < 2000000; i++)
+    while (!*(volatile uint8_t *)page)
+        ;
+    for (int i = 0; i < 4000000; i++)
         equal += dt_same_bytes(page, copy, sizeof page);
-    counting = false;
+    flipping = false;
     pthread_join(thread, NULL);
     CHECK(!equal);
     memcpy(copy, page, sizeof copy);
