@@ -1,34 +1,13 @@
 /* SPDX-License-Identifier: MIT
  * Deltas without Python: each way to compare, each length, alignment and granule, against byte loops; and bytes that are
  * no delta. */
-#include "delta.h" /* first: it asks for GNU names */
-#include <stdio.h>
-#include <sys/mman.h>
+#include "checking.h"
+#include "delta.h"
 #include <unistd.h>
 
 #pragma weak dt_session_open
 __attribute__((weak)) void dt_session_give_back(dt_block *block) { (void)block; }
 __attribute__((weak)) void dt_block_release(dt_block *block) { (void)block; }
-
-static unsigned passed, failed;
-#define CHECK(condition)                                                                        \
-    do {                                                                                        \
-        if (condition) {                                                                        \
-            passed++;                                                                           \
-        } else {                                                                                \
-            failed++;                                                                           \
-            fprintf(stderr, "%s:%d: %s: not so: %s\n", __FILE__, __LINE__, __func__, #condition); \
-        }                                                                                       \
-    } while (0)
-
-static uint64_t random_state = 0x9E3779B97F4A7C15u;
-static uint64_t random_below(uint64_t n)
-{
-    random_state ^= random_state << 13;
-    random_state ^= random_state >> 7;
-    random_state ^= random_state << 17;
-    return (random_state >> 11) % n;
-}
 
 #define MOST (12u * 4096u)
 
