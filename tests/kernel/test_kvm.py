@@ -176,8 +176,9 @@ def test_the_time_that_kvm_writes_for_its_guest(form: Form, memory: Memory) -> N
             assert machine.guest.logged() == {6, 9}
             assert machine.collect() == machine.around({6, 9})
             machine.guest.run([9 * PAGE])
-            assert machine.guest.logged() == {9}
-            assert machine.collect() == machine.around({9})
+            logged = machine.guest.logged()  # KVM may tell the time unasked, as when another processor runs the guest
+            assert {9} <= logged <= {6, 9}
+            assert machine.collect() == machine.around(logged)
             machine.guest.tell_the_time()
 
 
