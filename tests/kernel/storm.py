@@ -75,6 +75,10 @@ def load_writers(folder: Path) -> ctypes.CDLL:
     loaded.storm_write.argtypes = [pointer, number, number, number, ctypes.POINTER(ctypes.c_int)]
     for function in (loaded.storm_retired, loaded.storm_touched):
         function.argtypes, function.restype = [pointer], number
+    loaded.storm_stamps.argtypes = [pointer, number, ctypes.c_void_p]
+    loaded.storm_copy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, number]
+    for function in (loaded.storm_stamps, loaded.storm_copy):
+        function.restype = None
     return loaded
 
 
@@ -161,7 +165,9 @@ class Storm:
         retired = [
             order[: self.library.storm_retired(writer)] for order, writer in zip(self.orders, self.writers, strict=True)
         ]
-        return Known(self.memory[: self.tail[1], :WRITERS].copy(), retired, self.declared.copy())
+        stamps = np.empty((self.tail[1], WRITERS), np.uint64)
+        self.library.storm_stamps(self.writers[0], len(stamps), stamps.ctypes.data)
+        return Known(stamps, retired, self.declared.copy())
 
     def seek(self, mirror: Words, known: Known, ranges: Ranges, since: list[int]) -> None:
         """Look for what was known in a mirror of these pages. Raises Lost."""
@@ -320,10 +326,9 @@ class Listener:
             self.absorb(self.tracker.collect())
 
     def copy(self, runs: list[Run]) -> None:
-        base = self.storm.held.address
+        to = self.mirror.ctypes.data - self.storm.held.address
         for run in runs:
-            start, end = (run.start - base) // PAGE, (run.end - base) // PAGE
-            self.mirror[start:end] = self.storm.memory[start:end]
+            self.storm.library.storm_copy(run.start, to + run.start, run.nbytes // 8)
 
     def copy_by_the_library(self, dirty: DirtySet) -> None:
         """What is discarded holds zeroes again, as it did before: who compares must know what was read in between."""

@@ -83,6 +83,22 @@ int storm_write(struct storm_writer *w, uint64_t stores, uint64_t in_play, uint6
 uint64_t storm_retired(const struct storm_writer *w) { return __atomic_load_n(&w->retired, __ATOMIC_ACQUIRE); }
 uint64_t storm_touched(const struct storm_writer *w) { return __atomic_load_n(&w->touched, __ATOMIC_RELAXED); }
 
+/* The stamps of all writers on the first pages of memory. memcpy(), and so numpy, promises no more than bytes: one of a
+ * number that is just being stored may have the old bytes below the new ones, and be larger than either. */
+void storm_stamps(const struct storm_writer *w, uint64_t pages, uint64_t *stamps)
+{
+    for (uint64_t page = 0; page < pages; page++)
+        for (uint64_t i = 0; i < w->writers; i++)
+            *stamps++ = __atomic_load_n(w->memory + page * w->page_words + i, __ATOMIC_RELAXED);
+}
+
+/* Pages to a mirror, for the same reason word by word. */
+void storm_copy(const uint64_t *from, uint64_t *to, uint64_t words)
+{
+    for (uint64_t i = 0; i < words; i++)
+        to[i] = __atomic_load_n(from + i, __ATOMIC_RELAXED);
+}
+
 /* A child that is there for a moment, so that pages are copied on write. Its pid, or -1. */
 int storm_fork(void)
 {

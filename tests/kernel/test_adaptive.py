@@ -6,7 +6,6 @@ Takes 15 s of CI's 20 min.
 
 from __future__ import annotations
 
-import functools
 import pickle
 import random
 import threading
@@ -18,10 +17,9 @@ import numpy.typing as npt
 import pytest
 
 import dirtytrack
-from dirtytrack import DirtySet, Memory, UffdSession
+from dirtytrack import DirtySet, DirtyTracker, Memory, UffdSession
 from tests.oracle import PAGE, address_of
 
-DirtyTracker = functools.partial(dirtytrack.DirtyTracker, adaptive=True)
 PAGES = 2048  # of 8 MiB: 32 blocks of 64 pages
 BLOCK = 64
 SETTLED = 8  # epochs
@@ -61,7 +59,7 @@ def store(memory: Memory, pages: Chosen, value: int) -> None:
     words(memory)[pages] = value
 
 
-def rewrite(memory: Memory, tracker: dirtytrack.DirtyTracker, pages: Chosen, epochs: int) -> DirtySet:
+def rewrite(memory: Memory, tracker: DirtyTracker, pages: Chosen, epochs: int) -> DirtySet:
     """Write the same pages in each of so many epochs; the last set."""
     for epoch in range(epochs):
         store(memory, pages, 1 << 32 | epoch)
@@ -147,7 +145,7 @@ def test_who_is_exact_forbids_it(memory: Memory, session: UffdSession) -> None:
 def test_who_does_not_want_it_does_not_forbid_it(memory: Memory, session: UffdSession) -> None:
     session.register(memory, blind_spots="accepted")
     everything = np.arange(PAGES)
-    with dirtytrack.DirtyTracker(session) as plain:
+    with DirtyTracker(session, adaptive=False) as plain:
         assert not rewrite(memory, plain, everything, SETTLED).assumed
         with DirtyTracker(session) as adaptive:
             rewrite(memory, adaptive, everything, SETTLED)
@@ -268,7 +266,7 @@ def test_no_phase_hides_a_write(seed: int, memory: Memory, session: UffdSession)
     mirrors = [bytearray(memory), bytearray(memory)]
     for tracker in trackers:
         tracker.start()
-    guest: dirtytrack.DirtyTracker | None = None
+    guest: DirtyTracker | None = None
     assumed = 0
     for epoch in range(1, 240):
         if epoch % 12 == 1:
