@@ -1,22 +1,11 @@
 /* SPDX-License-Identifier: MIT
- * What the tests of the core without sessions share: counted checks, numbers at random, pages. */
+ * What the tests of the core without sessions share: numbers at random, pages, counted checks. */
 #ifndef DT_TESTS_CHECKING_H
 #define DT_TESTS_CHECKING_H
 
 #include "internal.h" /* first: it asks for GNU names */
-#include <stdio.h>
+#include "counting.h"
 #include <sys/mman.h>
-
-static unsigned passed, failed;
-#define CHECK(condition)                                                                        \
-    do {                                                                                        \
-        if (condition) {                                                                        \
-            passed++;                                                                           \
-        } else {                                                                                \
-            failed++;                                                                           \
-            fprintf(stderr, "%s:%d: %s: not so: %s\n", __FILE__, __LINE__, __func__, #condition); \
-        }                                                                                       \
-    } while (0)
 
 static uint64_t random_state = 0x9E3779B97F4A7C15u;
 static inline uint64_t random_below(uint64_t n)
@@ -35,12 +24,6 @@ static inline uint8_t *map_pages(uint64_t pages)
     if (p == MAP_FAILED)
         abort();
     return p;
-}
-
-static inline int outcome(void)
-{
-    printf("%u passed, %u failed\n", passed, failed);
-    return failed != 0;
 }
 
 #endif

@@ -3,21 +3,10 @@
  * in test_engine.c, which runs on it too. */
 #define _GNU_SOURCE
 #include "../../dirtytrack/kernel/csrc/digest.h"
+#include "counting.h"
 #include <pthread.h>
-#include <stdio.h>
 #include <sys/mman.h>
 #include <unistd.h>
-
-static int passed, failed;
-#define CHECK(condition)                                                                                                \
-    do {                                                                                                                \
-        if (condition)                                                                                                  \
-            passed++;                                                                                                   \
-        else {                                                                                                          \
-            failed++;                                                                                                   \
-            printf("%s:%d: %s\n", __FILE__, __LINE__, #condition);                                                      \
-        }                                                                                                               \
-    } while (0)
 
 static uint64_t page;
 static uint32_t backend, pinned;
@@ -340,6 +329,5 @@ int main(void)
             test_a_hole_forgets();
             test_memory_that_vanishes_is_no_crash();
         }
-    printf("%d passed, %d failed\n", passed, failed);
-    return failed != 0;
+    return outcome();
 }

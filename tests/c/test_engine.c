@@ -2,10 +2,10 @@
  * The engine without Python: sessions, listeners, and that no written page is lost on any way out. */
 #define _GNU_SOURCE
 #include "../../dirtytrack/kernel/csrc/dirtytrack.h"
+#include "counting.h"
 #include <errno.h>
 #include <pthread.h>
 #include <stdatomic.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -13,17 +13,6 @@
 #include <unistd.h>
 
 enum { PAGE = 4096 };
-static int passed, failed;
-#define CHECK(condition)                                                                                                \
-    do {                                                                                                                \
-        if (condition)                                                                                                  \
-            passed++;                                                                                                   \
-        else {                                                                                                          \
-            failed++;                                                                                                   \
-            printf("%s:%d: %s\n", __FILE__, __LINE__, #condition);                                                      \
-        }                                                                                                               \
-    } while (0)
-
 static char *map(size_t pages)
 {
     char *p = mmap(NULL, pages * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -469,7 +458,7 @@ int main(void)
            (unsigned long long)support.features, (unsigned long long)support.categories, support.sees_stores,
            support.sees_discards, support.sees_untouched);
     if (!support.sees_stores) {
-        printf("this kernel cannot track\n%d passed, %d failed\n", passed, failed);
+        printf("this kernel cannot track\n%u passed, %u failed\n", passed, failed);
         return failed || !(support.scan_errno || support.api_errno || support.pagemap_errno || !support.door);
     }
     for (int round = 0; round < 2; round++) { /* the second with remedy R1, needed by this kernel or not */
@@ -479,6 +468,5 @@ int main(void)
     remedy = DT_REMEDY_NONE;
     printf("without a remedy this kernel reports, of 1024 discarded pages, %llu (small pages) and %llu (huge pages)\n",
            (unsigned long long)discarded_whole(0, 1), (unsigned long long)discarded_whole(1, 1));
-    printf("%d passed, %d failed\n", passed, failed);
-    return failed != 0;
+    return outcome();
 }
