@@ -37,8 +37,11 @@ Words = npt.NDArray[np.uint64]
 Ranges = tuple[tuple[int, int], ...]  # of page numbers, half-open
 
 SANITIZED = os.environ.get("DIRTYTRACK_SANITIZE") == "1"
-COLLECTS = 10 if SANITIZED else 40  # of each listener in each round, at the least; a quarter where all memory is read
+COLLECTS = (
+    10 if SANITIZED else 40 if os.environ.get("DIRTYTRACK_SOAK") == "1" else 24
+)  # of each listener in each round, at the least; a quarter where all memory is read
 WRITERS = 2
+IDLE = 20_000  # visits from one pause of a writer to the next, where it makes any
 HUGE_PAGES = 512  # pages of a page table, and of a huge page
 
 
@@ -54,10 +57,12 @@ class Writer(ctypes.Structure):
 
     _fields_ = [
         *[(name, ctypes.c_uint64) for name in ("memory", "page_words", "index", "writers", "zone_start", "zone_end")],
-        *[(name, ctypes.c_uint64) for name in ("random", "order", "count", "retired", "stores", "discards", "touched")],
+        *[(name, ctypes.c_uint64) for name in ("random", "idle_one_in", "order", "count")],
+        *[(name, ctypes.c_uint64) for name in ("retired", "stores", "discards", "touched")],
     ]
     count: int
     order: int
+    idle_one_in: int
     retired: int
     stores: int
     discards: int
@@ -104,12 +109,15 @@ class Weather:
     """Foreign writes are declared."""
     aliased: bool = False
     """The mapping of the foreign writes is armed too, so that nothing need be declared."""
+    phases: bool = False
+    """In some rounds the pages in play are neighbours, rewritten until they retire; in between, writers do nothing."""
     backend: str = "kernel"
     """Who says what was written."""
 
     def __str__(self) -> str:
         kind = "shared" if self.shared else "transparent" if self.transparent else "private"
         more = {"company": self.company, "remedy R1": self.remedy, "wide": self.wide, "aliased": self.aliased}
+        more |= {"phases": self.phases}
         by = [] if self.backend == "kernel" else [self.backend]
         return " ".join([*by, kind, *(name for name, is_so in more.items() if is_so)])
 
@@ -150,7 +158,9 @@ class Storm:
             pages = np.arange(0, common, 2) if weather.wide else np.r_[0 : self.tail[1], start:end]
             order = np.zeros(len(pages), np.uint32)
             where = self.memory.ctypes.data, self.memory.shape[1], index, WRITERS, start, end
-            self.writers.append(Writer(*where, self.random.getrandbits(64) | 1, order.ctypes.data, len(order)))
+            self.writers.append(
+                Writer(*where, self.random.getrandbits(64) | 1, IDLE * weather.phases, order.ctypes.data, len(order))
+            )
             self.orders.append(order)
             self.pages.append(pages)
         self.session = session_of(weather.backend, weather.remedy | (0 if weather.aliased else NO_ALIAS))
@@ -159,7 +169,7 @@ class Storm:
         self.stop = ctypes.c_int()
         self.over, self.quiet = threading.Event(), threading.Event()
         self.checks: tuple[str, ...] = ("stamps", "retired", "foreign", "rest")
-        self.most_runs = self.collects = self.pages_collected = 0
+        self.most_runs = self.collects = self.pages_collected = self.pages_assumed = 0
 
     def known(self) -> Known:
         retired = [
@@ -198,13 +208,14 @@ class Storm:
 
     def round(self, stores: int) -> None:
         """Writers, listeners and company at once, until each has done its share; then at rest."""
+        dense = self.weather.phases and self.random.random() < 0.7
         for writer, order, pages in zip(self.writers, self.orders, self.pages, strict=True):
             rng = np.random.default_rng(self.random.getrandbits(32))
-            order[:] = rng.permutation(pages)
+            order[:] = np.roll(pages, self.random.randrange(len(pages))) if dense else rng.permutation(pages)
             at = int(np.flatnonzero(order == 0)[0])  # the last page is no page of a zone: storm_write wants that
             order[[at, -1]] = order[[-1, at]]
             writer.retired = 0
-        in_play = len(self.pages[0]) - 1 if self.weather.wide else self.random.choice([64, 1024, 4096])
+        in_play = len(self.pages[0]) - 1 if self.weather.wide else self.random.choice([64, 1024, 4096][dense:])
         self.stop.value = 0
         self.over.clear()
         self.quiet.clear()
@@ -347,6 +358,7 @@ class Listener:
             self.copy(list(dirty))
         self.storm.most_runs = max(self.storm.most_runs, len(dirty))
         self.storm.pages_collected += dirty.page_count
+        self.storm.pages_assumed += dirty.assumed.page_count
 
     def take(self) -> Ranges:
         """Collect in some way; of these pages the mirror is up to date then."""

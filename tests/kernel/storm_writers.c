@@ -6,6 +6,7 @@
 #include <stdint.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 /* The same in storm.py. Writer i of n stores only to words w of a page with w % n == i; word i is its stamp, the
@@ -16,6 +17,7 @@ struct storm_writer {
     uint64_t index, writers;
     uint64_t zone_start, zone_end; /* pages that nobody else writes, and that this writer discards now and then */
     uint64_t random;               /* not 0 */
+    uint64_t idle_one_in;          /* visits after which it does nothing for a while; 0: never */
     uint32_t *order;               /* its pages: the retired ones, then those in play, then those to come */
     uint64_t count;
     uint64_t retired;              /* how many pages in order[] are retired: nothing will be written to them any more */
@@ -66,6 +68,8 @@ int storm_write(struct storm_writer *w, uint64_t stores, uint64_t in_play, uint6
         uint64_t playing = w->count - retired < in_play ? w->count - retired : in_play, pick = retired + draw(w, playing);
         if (visit(w, w->order[pick], discard_one_in))
             return errno;
+        if (w->idle_one_in && !draw(w, w->idle_one_in))
+            nanosleep(&(struct timespec){.tv_nsec = (long)draw(w, 8) << 20}, NULL);
         if (w->stores - began < pace * (retired + 1) || retired + in_play >= w->count)
             continue;
         uint32_t page = w->order[pick];
