@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import re
 import shutil
 import subprocess
@@ -24,8 +25,8 @@ STABLE_ABI = not sysconfig.get_config_var("Py_GIL_DISABLED") and not hasattr(sys
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has an extension")
 
 
-def run(*command: str | Path, cwd: Path) -> str:
-    done = subprocess.run([*map(str, command)], cwd=cwd, capture_output=True, text=True, check=False)
+def run(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> str:
+    done = subprocess.run([*map(str, command)], cwd=cwd, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -47,7 +48,8 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built from the sdist alone, in the clean environment that pip makes for it."""
     top = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", top, sdist, cwd=top)
+    quickly = os.environ | {"CFLAGS": "-O0 -g0"}  # what is looked at is what is in it
+    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", top, sdist, cwd=top, env=quickly)
     (archive,) = top.glob("*.whl")
     return archive
 
