@@ -63,6 +63,12 @@ EAGER = 32  # enum dt_remedy: blocks are small, and assumed at once
 class Missed(AssertionError):
     """A page that was written is not in the set that must have it."""
 
+    seen = 0
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what)
+        Missed.seen += 1
+
 
 class OtherProcess:
     """A process that writes into this one."""

@@ -358,25 +358,60 @@ static int scan_on_budget(dt_listener *l, dt_pass *pass, const dt_range *range, 
     return 0;
 }
 
-static int scan_selection(dt_listener *l, const selection *what, double budget_seconds, bool direct, dt_set *out)
+static dt_pass pass_of(dt_listener *l, const selection *what)
+{
+    return (dt_pass){.session = l->session, .self = l, .only = what->own ? what->own->region : NULL, .everybody = what->own};
+}
+
+static void turn_to(dt_pass *pass, const selection *what, const dt_range *range)
+{
+    pass->range = what->own ? NULL : range;
+    pass->watches = pass->self->overlaps + range->first;
+    pass->watch_count = range->count;
+    pass->present = range->present;
+    pass->adapt = range->adapt;
+    pass->wish = range->wish;
+    pass->find_absent = pass->find_gigantic = pass->find_lost = pass->aliased = false;
+}
+
+/* Of the pages in the set, which waited, not all were looked at in this pass. */
+static int tell_lost(dt_listener *l, const selection *what, dt_set *out)
 {
     dt_session *s = l->session;
+    dt_pass pass = pass_of(l, what);
+    uint64_t lost = s->statistics.pages_lost;
+    for (uint64_t i = 0, r = 0; i < what->range_count; i++) {
+        const dt_range *range = &what->ranges[i];
+        turn_to(&pass, what, range);
+        while (r < out->count && out->runs[r].start < range->end) {
+            uint64_t start = dt_max(out->runs[r].start, range->start), end = dt_min(out->runs[r].end, range->end);
+            int rc = dt_scan_lost(&pass, start, end);
+            if (rc)
+                return dt_fail_with(&out->why, rc, -rc, DT_STEP_MAPS, start, end);
+            if (out->runs[r].end > range->end)
+                break; /* the rest of it is in the next range */
+            r++;
+        }
+    }
+    if (lost == s->statistics.pages_lost)
+        return 0;
+    out->count = 0; /* some may be told elsewhere too, where they are the same memory */
+    int rc = extract(what->watches, what->watch_count, what->overlapping, out);
+    return rc ? dt_fail_with(&out->why, rc, ENOMEM, DT_STEP_MEMORY, 0, 0) : 0;
+}
+
+static int scan_selection(dt_listener *l, const selection *what, double budget_seconds, bool direct, dt_set *out)
+{
     bool limited = budget_seconds >= 0;
     double nanoseconds = (budget_seconds < 1e6 ? budget_seconds : 1e6) * 1e9;
     uint64_t deadline = limited ? dt_now_ns() + (uint64_t)nanoseconds : 0;
     uint64_t cursor = limited ? l->cursor : 0;
-    dt_pass pass = {.session = s, .self = l, .only = what->own ? what->own->region : NULL, .direct = direct ? out : NULL,
-                    .everybody = what->own};
+    dt_pass pass = pass_of(l, what);
+    pass.direct = direct ? out : NULL;
     for (int lap = 0; lap < (limited ? 2 : 1); lap++)
         for (uint64_t i = 0; i < what->range_count; i++) {
             const dt_range *range = &what->ranges[i];
-            pass.range = what->own ? NULL : range;
-            pass.watches = l->overlaps + range->first;
-            pass.watch_count = range->count;
-            pass.present = range->present;
-            pass.adapt = range->adapt;
-            pass.wish = range->wish;
-            pass.find_absent = pass.find_gigantic = pass.find_lost = pass.aliased = false;
+            turn_to(&pass, what, range);
             int rc = limited ? scan_on_budget(l, &pass, range, lap ? 0 : cursor, lap ? cursor : UINT64_MAX, deadline, &out->why)
                              : dt_scan_pass(&pass, range->start, range->end, &out->why);
             if (rc > 0) {
@@ -429,6 +464,8 @@ static int collect_locked(dt_listener *l, dt_region *only, double budget_seconds
         rc = extract(what.watches, what.watch_count, what.overlapping || out->count, out);
         if (rc)
             dt_fail_with(&out->why, rc, ENOMEM, DT_STEP_MEMORY, 0, 0);
+        else if (DT_UNLIKELY(!out->complete))
+            rc = tell_lost(l, &what, out);
     }
     if (!rc && DT_UNLIKELY(assuming) && (rc = find_assumed(&what, false, out)))
         dt_fail_with(&out->why, rc, ENOMEM, DT_STEP_MEMORY, 0, 0);

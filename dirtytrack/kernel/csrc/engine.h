@@ -253,6 +253,7 @@ void dt_unmark(dt_watch *w, uint64_t start, uint64_t end);
 void dt_fold(dt_pass *pass);      /* what went to pass->direct goes to the bits, and so does the rest */
 void dt_look_beneath(dt_pass *pass, uint64_t start, uint64_t end); /* which remedies the memory there needs */
 int dt_scan_pass(dt_pass *pass, uint64_t start, uint64_t end, dt_failure *why);
+int dt_scan_lost(dt_pass *pass, uint64_t start, uint64_t end);    /* remedy R2 by itself */
 int dt_protect(dt_session *s, uint64_t start, uint64_t end);      /* UFFDIO_WRITEPROTECT, in chunks */
 int dt_arm(dt_session *s, dt_region *region, dt_failure *why);    /* at first, or again with a collecting pass */
 int dt_page_written(dt_session *s, uint64_t page);                /* 1, 0 or -errno; arms nothing */

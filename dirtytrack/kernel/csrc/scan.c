@@ -521,6 +521,14 @@ void dt_look_beneath(dt_pass *pass, uint64_t start, uint64_t end)
     pass->aliased |= s->alias_count && dt_aliased(s, start, end);
 }
 
+/* What is delivered is read, and a page that was discarded is there again once it is read, as if nothing had been: so of
+ * pages that this pass did not come to, others are told before. */
+int dt_scan_lost(dt_pass *pass, uint64_t start, uint64_t end)
+{
+    dt_look_beneath(pass, start, end);
+    return pass->find_lost ? find_lost(pass, start, end) : 0;
+}
+
 DT_FLAT int dt_scan_pass(dt_pass *pass, uint64_t start, uint64_t end, dt_failure *why)
 {
     dt_session *s = pass->session;

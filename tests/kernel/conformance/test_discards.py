@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import dirtytrack
+from dirtytrack import DirtyTracker
 from tests import oracle
 from tests.kernel.host import on_disk
 from tests.kernel.kinds import Area, Kind, some
@@ -52,6 +53,25 @@ def test_a_dirty_unit_that_is_discarded_is_reported(kind: Kind, way: Way, watche
     found = area.of_runs(watched.tracker.collect())
     assert found >= {UNIT - 1}
     assert UNIT in found
+
+
+@rows(DISCARDS)
+def test_who_reads_what_waited_hides_no_discard_from_others(kind: Kind, way: Way, watched: Watched) -> None:
+    """A collect whose time is up delivers pages that it did not look at; a discarded one is there again once read."""
+    area, beside = watched.area, dirtytrack.allocate(PAGE)
+    regions = [watched.region, watched.session.register(beside)]
+    with DirtyTracker(watched.session, regions) as hasty:
+        area.store(UNIT)
+        waiting = hasty.collect()
+        assert watched.collect() == {UNIT}
+        if beside.address > area.address:
+            assert not hasty.collect(budget_seconds=0), "the next one begins behind the area"
+        hasty.put_back(waiting)
+        way(area)
+        dirty = hasty.collect(budget_seconds=0)
+        assert not dirty.complete
+        dirty.gather()
+        assert UNIT in watched.collect()
 
 
 @pytest.mark.parametrize("kind", some(*SHARED_FILES), ids=str)
