@@ -135,35 +135,50 @@ static void test_only_the_pages_of_the_set(void)
 
 static void test_ways_agree(void)
 {
-    uint8_t now[DELTA_BLOCK], mirror[DELTA_BLOCK], copy[DELTA_BLOCK];
+    static uint8_t now[DELTA_BLOCK], before[DELTA_BLOCK], mirror[DELTA_BLOCK];
+    static uint8_t copy[DELTA_BLOCK] __attribute__((aligned(64)));
+    unsigned whole = 0;
     for (unsigned way = 0; way < dt_delta_ways(); way++) {
         if (!dt_delta_way_works(way)) {
             printf("way %u to compare: not on this processor\n", way);
             continue;
         }
         dt_delta_use_way((int)way);
-        for (unsigned round = 0; round < 2000; round++) {
+        for (unsigned round = 0; round < 4000; round++) {
             unsigned shift = (unsigned)random_below(DELTA_MOST_SHIFT + 1);
             uint32_t bytes = (uint32_t)(random_below(3) ? 1 + random_below(DELTA_BLOCK) : DELTA_BLOCK);
-            uint64_t rare = 1 + random_below(500), mask[DELTA_WORDS];
-            for (uint32_t i = 0; i < bytes; i++)
-                mirror[i] = (uint8_t)((now[i] = (uint8_t)random_below(256)) ^ (random_below(rare) ? 0 : 1 + random_below(255)));
+            uint64_t rare = 1 + random_below(random_below(2) ? 500 : 2 * DELTA_BLOCK), mask[DELTA_WORDS];
+            bool mostly = random_below(2); /* differs, or not */
+            for (uint32_t i = 0; i < bytes; i++) {
+                bool same = random_below(rare) ? !mostly : mostly;
+                mirror[i] = (uint8_t)((now[i] = (uint8_t)random_below(256)) ^ (same ? 0 : 1 + random_below(255)));
+            }
+            memcpy(before, mirror, bytes);
             memset(copy, 0, sizeof copy);
-            memset(mask, 0, sizeof mask);
-            dt_delta_part part = {.now = now, .mirror = mirror, .next_now = now, .next_mirror = mirror};
-            bool any = dt_delta_snapshot(&part, copy, bytes, shift, mask);
-            CHECK(any == (memcmp(now, mirror, bytes) != 0));
-            CHECK(!any || !memcmp(now, copy, bytes));
-            bool right = true;
+            memset(mask, 0xAA, sizeof mask);
+            dt_delta_part part = {.now = now, .mirror = mirror, .next_now = now, .next_mirror = mirror, .to = copy};
+            part.past = random_below(2);
+            part.update = random_below(2) ? mirror : NULL;
+            enum dt_delta_change change = dt_delta_snapshot(&part, bytes, shift, mask);
+            dt_delta_stream_end();
+            CHECK(!memcmp(now, copy, bytes) && !memcmp(mirror, part.update ? now : before, bytes));
+            memcpy(mirror, before, bytes);
+            CHECK((change == DELTA_SAME) == !memcmp(now, mirror, bytes));
+            if (change == DELTA_SAME)
+                continue;
+            bool right = true, all = true;
             uint32_t n = (bytes + (1u << shift) - 1) >> shift;
             for (uint32_t i = 0; i < (n + 63) / 64 * 64; i++) {
                 uint32_t at = i << shift, end = (uint32_t)dt_min((uint64_t)(i + 1) << shift, bytes);
                 bool differs = i < n && memcmp(now + at, mirror + at, end - at);
                 right = right && (mask[i / 64] >> i % 64 & 1) == differs;
+                all = all && (differs || i >= n);
             }
-            CHECK(right);
+            CHECK(right && (change == DELTA_ALL) == all);
+            whole += all && bytes == DELTA_BLOCK;
         }
     }
+    CHECK(whole > 100);
     dt_delta_use_way(-1);
 }
 
