@@ -102,9 +102,7 @@ def all_changed(settings: Settings, bare: Bare, space: Arena, share: float, gran
     sides = Sides(bare, space, share)
     sides.differ(1)
     address, run = address_of(sides.out), partial(sides.diff, granule)
-    return paired(
-        settings, sides.rehearse, lambda: timed(run, sides.nbytes), lambda: bare.gather(sides.runs, address)
-    )
+    return paired(settings, sides.rehearse, lambda: timed(run, sides.nbytes), lambda: bare.gather(sides.runs, address))
 
 
 def all_updated(settings: Settings, bare: Bare, space: Arena, granule: int) -> Pair:
@@ -164,7 +162,8 @@ def applied(settings: Settings, bare: Bare, space: Arena, share: float) -> Pair:
 
 
 def delta(settings: Settings, bare: Bare) -> Iterator[Row]:
-    """`diff` against memcmp and memcpy of the same pages, with the mirror's update against two; a bf16 training step (where PyTorch is) against zstd."""
+    """`diff` against memcmp and memcpy of the same pages, with the mirror's update against two; a
+    bf16 training step (where PyTorch is) against zstd."""
     for nbytes in settings.sizes(NBYTES):
         with arena(bare, nbytes) as space:
             for share in SHARES:
@@ -173,7 +172,8 @@ def delta(settings: Settings, bare: Bare) -> Iterator[Row]:
                 yield pair.speed_row(f"delta of nothing, {where}", LEAST_COMPARE_SPEED)
                 pair = all_changed(settings, bare, space, share)
                 yield pair.speed_row(f"delta of everything, {where}", LEAST_COPY_SPEED)
-            yield all_in_new_memory(settings, bare, space).told_row("delta of everything in new memory, beside the same")
+            pair = all_in_new_memory(settings, bare, space)
+            yield pair.told_row("delta of everything in new memory, beside memcpy there")
             for step in (PAGE, 512, 64, 16):
                 name = f"delta of 1 granule in {step // GRANULE}, beside memcpy"
                 yield some_changed(settings, bare, space, 1.0, step).told_row(name)

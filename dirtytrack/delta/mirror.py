@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Mirror"]
 
-# Two memories that lie a multiple of this apart are read in turn by a fifth to a third slower (measured, Zen 4: its
-# first-level cache takes the lines of one for those of the other, by a hash of the address's lower bits). Two mappings of
-# such a length, made one after the other, lie so.
+# Two memories that lie a multiple of this apart are slower to read in turn, by a fifth to a third (measured, Zen 4: its
+# first-level cache finds lines by a hash of the address, which is the same for both). Two mappings of such a length,
+# made one after the other, lie so.
 _ALIKE = 1 << 28
 _ASIDE = core.PAGE_BYTES  # which is enough
 
