@@ -162,8 +162,7 @@ def applied(settings: Settings, bare: Bare, space: Arena, share: float) -> Pair:
 
 
 def delta(settings: Settings, bare: Bare) -> Iterator[Row]:
-    """`diff` against memcmp and memcpy of the same pages, with the mirror's update against two; a
-    bf16 training step (where PyTorch is) against zstd."""
+    """`diff` against memcmp and memcpy of the same pages; a bf16 training step (where PyTorch is) against zstd."""
     for nbytes in settings.sizes(NBYTES):
         with arena(bare, nbytes) as space:
             for share in SHARES:
