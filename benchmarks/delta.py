@@ -20,6 +20,7 @@ from dirtytrack.delta import Delta, apply, diff
 
 from .bare import PAGE, Bare, address_of
 from .harness import (
+    GIB,
     MIB,
     Arena,
     Pair,
@@ -39,6 +40,7 @@ NBYTES = 256 * MIB
 SHARES = (0.01, 0.1, 0.5, 1.0)
 LEAST_COMPARE_SPEED, LEAST_COPY_SPEED = 0.9, 0.7
 GRANULE = 8
+ASIDE = PAGE
 
 Run = Callable[[], Delta]
 
@@ -48,7 +50,9 @@ class Sides:
 
     def __init__(self, bare: Bare, space: Arena, share: float) -> None:
         self.memory, nbytes = space.memory, space.memory.nbytes
-        self.mirror, self.out = dirtytrack.allocate(nbytes), dirtytrack.allocate(nbytes + nbytes // 64 + PAGE)
+        self.out = dirtytrack.allocate(nbytes + nbytes // 64 + PAGE)
+        # Where Mirror would have it: memories a multiple of 256 MiB apart are slow to compare, by memcmp too.
+        self.mirror = memoryview(dirtytrack.allocate(nbytes + ASIDE))[ASIDE:]
         for other in (self.mirror, self.out):
             bare.populate(address_of(other), other.nbytes)
         self.bytes = np.frombuffer(self.memory, np.uint8)
@@ -74,8 +78,8 @@ class Sides:
         self.rehearse_others()
         apply(diff(self.page, self.page_mirror, None, GRANULE, out=self.page_out), self.page_mirror)
 
-    def diff(self, **options: Any) -> Delta:
-        return diff(self.memory, self.mirror, self.dirty, GRANULE, out=self.out, **options)
+    def diff(self, granule: int = GRANULE, **options: Any) -> Delta:
+        return diff(self.memory, self.mirror, self.dirty, granule, out=self.out, **options)
 
 
 def timed(run: Callable[[], object], least_bytes: int = 0) -> int:
@@ -94,19 +98,45 @@ def none_changed(settings: Settings, bare: Bare, space: Arena, share: float) -> 
     )
 
 
-def all_changed(settings: Settings, bare: Bare, space: Arena, share: float, *, update: bool = False) -> Pair:
+def all_changed(settings: Settings, bare: Bare, space: Arena, share: float, granule: int = GRANULE) -> Pair:
     sides = Sides(bare, space, share)
     sides.differ(1)
-    before = sides.other.copy() if update else sides.other[:0]
+    address, run = address_of(sides.out), partial(sides.diff, granule)
+    return paired(settings, sides.rehearse, lambda: timed(run, sides.nbytes), lambda: bare.gather(sides.runs, address))
+
+
+def all_updated(settings: Settings, bare: Bare, space: Arena, granule: int) -> Pair:
+    """With the mirror, which is read and written: as many streams as two copies, one of them to the mirror."""
+    sides = Sides(bare, space, 1.0)
+    sides.differ(1)
+    before = sides.other.copy()
 
     def prepare() -> None:
-        if update:
-            sides.other[:] = before
+        sides.other[:] = before
         sides.rehearse()
 
-    address = address_of(sides.out)
-    run = partial(sides.diff, update=update)
-    return paired(settings, prepare, lambda: timed(run, sides.nbytes), lambda: bare.gather(sides.runs, address))
+    run, places = partial(sides.diff, granule, update=True), (address_of(sides.out), address_of(sides.mirror))
+    return paired(
+        settings,
+        prepare,
+        lambda: timed(run, sides.nbytes),
+        lambda: sum(bare.gather(sides.runs, place) for place in places),
+    )
+
+
+def all_in_new_memory(settings: Settings, bare: Bare, space: Arena) -> Pair:
+    """Where `out` is left out, beside a copy that takes memory too."""
+    sides = Sides(bare, space, 1.0)
+    sides.differ(1)
+
+    def copied() -> int:
+        begin = time.perf_counter_ns()
+        memory = dirtytrack.allocate(sides.out.nbytes)
+        bare.gather(sides.runs, address_of(memory))
+        return time.perf_counter_ns() - begin
+
+    run = partial(diff, sides.memory, sides.mirror, sides.dirty, GRANULE)
+    return paired(settings, sides.rehearse, lambda: timed(run, sides.nbytes), copied)
 
 
 def some_changed(settings: Settings, bare: Bare, space: Arena, share: float, step: int) -> Pair:
@@ -141,11 +171,20 @@ def delta(settings: Settings, bare: Bare) -> Iterator[Row]:
                 yield pair.speed_row(f"delta of nothing, {where}", LEAST_COMPARE_SPEED)
                 pair = all_changed(settings, bare, space, share)
                 yield pair.speed_row(f"delta of everything, {where}", LEAST_COPY_SPEED)
-            yield all_changed(settings, bare, space, 1.0, update=True).told_row("delta of everything, and update it")
+            pair = all_in_new_memory(settings, bare, space)
+            yield pair.told_row("delta of everything in new memory, beside memcpy there")
             for step in (PAGE, 512, 64, 16):
                 name = f"delta of 1 granule in {step // GRANULE}, beside memcpy"
                 yield some_changed(settings, bare, space, 1.0, step).told_row(name)
             yield applied(settings, bare, space, 1.0).told_row("apply everything, beside memcpy")
+    for nbytes in settings.sizes(64 * MIB, GIB):
+        with arena(bare, nbytes) as space:
+            for granule in (1, 2, 4, 8):
+                where = f"{show_bytes(nbytes)}, granule {granule}"
+                pair = all_changed(settings, bare, space, 1.0, granule)
+                yield pair.speed_row(f"delta of everything, {where}", LEAST_COPY_SPEED)
+                pair = all_updated(settings, bare, space, granule)
+                yield pair.speed_row(f"delta of everything and update, {where}", LEAST_COPY_SPEED)
     if importlib.util.find_spec("torch") is not None:
         yield from training(settings)
 

@@ -135,35 +135,50 @@ static void test_only_the_pages_of_the_set(void)
 
 static void test_ways_agree(void)
 {
-    uint8_t now[DELTA_BLOCK], mirror[DELTA_BLOCK], copy[DELTA_BLOCK];
+    static uint8_t now[DELTA_BLOCK], before[DELTA_BLOCK], mirror[DELTA_BLOCK];
+    static uint8_t copy[DELTA_BLOCK] __attribute__((aligned(64)));
+    unsigned whole = 0;
     for (unsigned way = 0; way < dt_delta_ways(); way++) {
         if (!dt_delta_way_works(way)) {
             printf("way %u to compare: not on this processor\n", way);
             continue;
         }
         dt_delta_use_way((int)way);
-        for (unsigned round = 0; round < 2000; round++) {
+        for (unsigned round = 0; round < 4000; round++) {
             unsigned shift = (unsigned)random_below(DELTA_MOST_SHIFT + 1);
             uint32_t bytes = (uint32_t)(random_below(3) ? 1 + random_below(DELTA_BLOCK) : DELTA_BLOCK);
-            uint64_t rare = 1 + random_below(500), mask[DELTA_WORDS];
-            for (uint32_t i = 0; i < bytes; i++)
-                mirror[i] = (uint8_t)((now[i] = (uint8_t)random_below(256)) ^ (random_below(rare) ? 0 : 1 + random_below(255)));
+            uint64_t rare = 1 + random_below(random_below(2) ? 500 : 2 * DELTA_BLOCK), mask[DELTA_WORDS];
+            bool mostly = random_below(2); /* differs, or not */
+            for (uint32_t i = 0; i < bytes; i++) {
+                bool same = random_below(rare) ? !mostly : mostly;
+                mirror[i] = (uint8_t)((now[i] = (uint8_t)random_below(256)) ^ (same ? 0 : 1 + random_below(255)));
+            }
+            memcpy(before, mirror, bytes);
             memset(copy, 0, sizeof copy);
-            memset(mask, 0, sizeof mask);
-            dt_delta_part part = {.now = now, .mirror = mirror, .next_now = now, .next_mirror = mirror};
-            bool any = dt_delta_snapshot(&part, copy, bytes, shift, mask);
-            CHECK(any == (memcmp(now, mirror, bytes) != 0));
-            CHECK(!any || !memcmp(now, copy, bytes));
-            bool right = true;
+            memset(mask, 0xAA, sizeof mask);
+            dt_delta_part part = {.now = now, .mirror = mirror, .next_now = now, .next_mirror = mirror, .to = copy};
+            part.past = random_below(2);
+            part.update = random_below(2) ? mirror : NULL;
+            enum dt_delta_change change = dt_delta_snapshot(&part, bytes, shift, mask);
+            dt_delta_stream_end();
+            CHECK(!memcmp(now, copy, bytes) && !memcmp(mirror, part.update ? now : before, bytes));
+            memcpy(mirror, before, bytes);
+            CHECK((change == DELTA_SAME) == !memcmp(now, mirror, bytes));
+            if (change == DELTA_SAME)
+                continue;
+            bool right = true, all = true;
             uint32_t n = (bytes + (1u << shift) - 1) >> shift;
             for (uint32_t i = 0; i < (n + 63) / 64 * 64; i++) {
                 uint32_t at = i << shift, end = (uint32_t)dt_min((uint64_t)(i + 1) << shift, bytes);
                 bool differs = i < n && memcmp(now + at, mirror + at, end - at);
                 right = right && (mask[i / 64] >> i % 64 & 1) == differs;
+                all = all && (differs || i >= n);
             }
-            CHECK(right);
+            CHECK(right && (change == DELTA_ALL) == all);
+            whole += all && bytes == DELTA_BLOCK;
         }
     }
+    CHECK(whole > 100);
     dt_delta_use_way(-1);
 }
 
@@ -199,12 +214,19 @@ static void test_hostile_bytes(void)
             for (uint64_t i = 0; i < m.nbytes; i++)
                 m.now[i] = (uint8_t)(m.mirror[i] ^ 0x80);
         }
-        uint64_t length = encode(&m, NULL, 0);
+        dt_run runs[3]; /* so that it has gaps */
+        for (uint64_t k = 0, at = dt_down(m.extent.address, 4096); k < 3; k++, at = runs[k - 1].end + 4096)
+            runs[k] = (dt_run){at, at + 4096 * (1 + random_below(6))};
+        dt_set set = {.runs = runs, .count = 3};
+        uint64_t length = encode(&m, round % 4 == 1 ? &set : NULL, 0);
         uint64_t cut = random_below(3) ? length : random_below(length + 1);
         uint8_t *hostile = malloc(cut ? cut : 1); /* of that very length */
         memcpy(hostile, m.out, cut);
         for (uint64_t k = random_below(4); k && cut; k--)
-            hostile[random_below(2) ? random_below(cut) : random_below(dt_min(cut, 40))] = /* where it says most */ (uint8_t)random_below(256);
+        { /* at either end it says most */
+            uint64_t edge = random_below(dt_min(cut, 40)), at[] = {random_below(cut), edge, cut - 1 - edge};
+            hostile[at[random_below(3)]] = (uint8_t)random_below(256);
+        }
         dt_extent target = {.address = (uintptr_t)m.mirror, .nbytes = m.nbytes};
         dt_delta_info info;
         dt_failure why = {0};
@@ -310,11 +332,58 @@ static void test_streams(void)
     dt_delta_stream_bytes = before;
 }
 
+/* Pages here and there that changed as a whole: one streak after the other, whose runs do not fit into one list. */
+static void test_streaks_over_gaps(void)
+{
+    enum { PAGES = 5000 };
+    uint64_t before = dt_delta_stream_bytes;
+    uint8_t *now = NULL, *mirror = calloc(PAGES, 4096), *other = calloc(PAGES, 4096);
+    CHECK(!posix_memalign((void **)&now, 4096, PAGES * 4096));
+    memset(now, 5, PAGES * 4096);
+    for (unsigned round = 0; round < 6; round++) {
+        dt_delta_stream_bytes = round % 2 ? 0 : before;
+        dt_run *runs = malloc(PAGES * sizeof *runs);
+        dt_set set = {.runs = runs};
+        uint64_t pages = 0, length = 0, most = round < 4 ? 2 : 300; /* how far apart, and how many together */
+        for (uint64_t at = random_below(most); at < PAGES;) {
+            uint64_t end = dt_min(at + 1 + random_below(most), PAGES);
+            runs[set.count++] = (dt_run){(uintptr_t)now + at * 4096, (uintptr_t)now + end * 4096};
+            pages += end - at;
+            at = end + 1 + random_below(most);
+        }
+        memset(mirror, 0, PAGES * 4096);
+        memset(other, 0, PAGES * 4096);
+        dt_extent extent = {.address = (uintptr_t)now, .nbytes = PAGES * 4096, .mirror = mirror};
+        uint64_t room = dt_delta_room(&set, &extent, 8);
+        uint8_t *out = malloc(room);
+        CHECK(dt_diff(&set, &extent, 8, 1, out, room, &length, NULL) == 0);
+        CHECK(length <= pages * 4096 + pages * 4 + 69 * (1 + set.count / 500) + 100); /* hardly more than the bytes */
+        dt_extent target = {.address = (uintptr_t)other, .nbytes = PAGES * 4096};
+        CHECK(dt_delta_apply(out, length, &target, NULL) == 0 && !memcmp(mirror, other, PAGES * 4096));
+        uint64_t next = 0;
+        bool right = true;
+        for (uint64_t i = 0; i < PAGES; i++) {
+            uint64_t address = (uintptr_t)now + i * 4096;
+            next += next < set.count && runs[next].end <= address;
+            bool dirty = next < set.count && runs[next].start <= address;
+            right = right && other[i * 4096] == 5 * dirty && other[i * 4096 + 4095] == 5 * dirty;
+        }
+        CHECK(right);
+        free(out);
+        free(runs);
+    }
+    free(now);
+    free(mirror);
+    free(other);
+    dt_delta_stream_bytes = before;
+}
+
 int main(void)
 {
     test_ways_agree();
     test_round_trips();
     test_streams();
+    test_streaks_over_gaps();
     test_only_the_pages_of_the_set();
     test_composing();
     test_hostile_bytes();

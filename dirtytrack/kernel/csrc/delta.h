@@ -21,7 +21,7 @@ enum dt_delta_mode {
     DELTA_BITMAP = 2,
     DELTA_ONES = 3,
     DELTA_ZEROS = 4,
-    DELTA_STREAK = 5 /* many blocks that changed as a whole, their bytes in one piece behind some padding */
+    DELTA_STREAK = 5 /* many blocks that changed as a whole: their bytes in one piece, behind it which blocks they are */
 };
 #define DELTA_STREAK_HEAD 5u /* bytes: how many blocks, how much padding */
 #define DELTA_MOST_PADDING 63u
@@ -55,16 +55,18 @@ static inline uint32_t dt_delta_granules(const dt_delta_grid *g, uint64_t bytes)
 typedef struct dt_delta_part {
     const uint8_t *now, *mirror;
     const uint8_t *next_now, *next_mirror; /* what will be compared next, which is fetched meanwhile; or these again */
-    uint8_t *stream; /* NULL, or where whole lines of 64 bytes go past the caches instead of to the copy; aligned so */
-    uint8_t *update; /* with stream: NULL, or the mirror again, which gets them too. What did not differ stays as it is */
+    uint8_t *to;     /* where its bytes are copied to; as long */
+    uint8_t *update; /* NULL, or the mirror again, which gets them too. What did not differ stays as it is */
+    bool past;       /* past the caches where that can be; then `to` is aligned to 64 bytes */
 } dt_delta_part;
 
-/* Sets the bits of the granules that differ and copies `bytes` of part.now, each read once: true; or false where none
- * does, and then there may be no copy. Bits from there on up to the next word are zero. `mask` has DELTA_WORDS words. */
-bool dt_delta_snapshot(const dt_delta_part *part, uint8_t *copy, uint32_t bytes, unsigned shift, uint64_t *mask);
-bool dt_delta_streams(void);             /* whether the way that is used knows part.stream */
+enum dt_delta_change { DELTA_SAME, DELTA_SOME, DELTA_ALL };
+
+/* Sets the bits of the granules that differ and copies `bytes` of part.now, each read once; tells how many of them do.
+ * Bits from there on up to the next word are zero. `mask` has DELTA_WORDS words. */
+enum dt_delta_change dt_delta_snapshot(const dt_delta_part *part, uint32_t bytes, unsigned shift, uint64_t *mask);
 extern uint64_t dt_delta_stream_bytes; /* from how much on it is worth it; tests change it */
-void dt_delta_stream_end(void);          /* what was streamed is seen after this */
+void dt_delta_stream_end(void);        /* what went past the caches is seen after this */
 /* The ways to do that, the best first: which of them this processor has, and which one is used (-1: the best). */
 unsigned dt_delta_ways(void);
 int dt_delta_way_works(unsigned way);
@@ -99,6 +101,7 @@ static inline bool dt_delta_mask_run(const uint64_t *mask, uint32_t n, uint32_t 
 
 /* ---- the encoding (delta_code.c) ---- */
 
+uint8_t *dt_delta_put_number(uint8_t *at, uint64_t n); /* these return the end */
 uint8_t *dt_delta_put_opening(uint8_t *out, uint64_t gap, enum dt_delta_mode mode);
 void dt_delta_put_header(uint8_t *out, const dt_delta_grid *g);
 /* Writes the block that lies `gap` blocks after the last one: its mask of n granules, at least one of them set, and
@@ -121,7 +124,9 @@ typedef struct dt_delta_reader {
     const uint8_t *begin, *at, *end;
     uint64_t next;      /* the first block that may come */
     uint64_t blocks;    /* of the memory */
-    uint64_t streak;    /* blocks of a streak that are still to come */
+    uint64_t streak;    /* blocks of a streak that are still to come, of these `run` before the next gap; */
+    uint64_t run;
+    const uint8_t *data, *list; /* their bytes, and what says which blocks they are */
 } dt_delta_reader;
 
 /* 0, or DT_MALFORMED with the position in `why`. Trusts nothing. */

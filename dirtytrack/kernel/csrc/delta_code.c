@@ -7,7 +7,7 @@
 
 /* ---- numbers, seven bits a byte, low ones first ---- */
 
-static uint8_t *put_number(uint8_t *at, uint64_t n)
+uint8_t *dt_delta_put_number(uint8_t *at, uint64_t n)
 {
     for (; n >= 0x80; n >>= 7)
         *at++ = (uint8_t)(n | 0x80);
@@ -103,10 +103,10 @@ static const uint8_t *get_list(const uint8_t *at, const uint8_t *end, uint64_t *
 
 static uint8_t *put_runs(uint8_t *at, const uint64_t *mask, uint32_t n, uint32_t runs)
 {
-    at = put_number(at, runs);
+    at = dt_delta_put_number(at, runs);
     for (uint32_t from = 0, to = 0, before = 0; dt_delta_mask_run(mask, n, &from, &to); before = to) {
-        at = put_number(at, from - before);
-        at = put_number(at, to - from);
+        at = dt_delta_put_number(at, from - before);
+        at = dt_delta_put_number(at, to - from);
     }
     return at;
 }
@@ -165,7 +165,7 @@ static enum dt_delta_mode shortest(const uint64_t *mask, uint32_t n, census c)
 
 uint8_t *dt_delta_put_opening(uint8_t *out, uint64_t gap, enum dt_delta_mode mode)
 {
-    return put_number(out, gap << 3 | mode);
+    return dt_delta_put_number(out, gap << 3 | mode);
 }
 
 uint8_t *dt_delta_put_block(uint8_t *out, uint64_t gap, const uint64_t *mask, uint32_t n, const uint8_t *copy,
@@ -238,47 +238,64 @@ int dt_delta_open(dt_delta_reader *r, const uint8_t *delta, uint64_t length, dt_
     return 0;
 }
 
-/* What stands before the bytes of a streak: where they begin, or NULL. */
-static const uint8_t *get_streak(dt_delta_reader *r, const uint8_t *at, uint64_t block)
+/* What stands before the bytes of a streak, from `at` on. */
+static bool open_streak(dt_delta_reader *r, const uint8_t *at)
 {
     uint32_t count;
     if (r->end - at < (ptrdiff_t)DELTA_STREAK_HEAD)
-        return NULL;
+        return false;
     memcpy(&count, at, 4);
     uint32_t padding = at[4];
     at += DELTA_STREAK_HEAD;
-    if (!count || padding > DELTA_MOST_PADDING || (uint64_t)(r->end - at) < padding)
-        return NULL;
+    if (!count || padding > DELTA_MOST_PADDING || (uint64_t)(r->end - at) < padding + (uint64_t)count * DELTA_BLOCK)
+        return false;
     for (; padding; padding--)
         if (*at++)
-            return NULL;
-    uint64_t last = block + count - 1; /* which is below 2^51 + 2^32 */
-    if (last >= r->blocks || dt_delta_block_end(&r->grid, block) - dt_delta_block_start(&r->grid, block) != DELTA_BLOCK ||
-        dt_delta_block_end(&r->grid, last) - dt_delta_block_start(&r->grid, last) != DELTA_BLOCK)
-        return NULL;
-    r->streak = count - 1;
-    return at;
+            return false;
+    r->data = at;
+    r->list = at + (uint64_t)count * DELTA_BLOCK;
+    r->streak = count;
+    return (r->list = get_number(r->list, r->end, &r->run)) && r->run && r->run <= count;
+}
+
+/* The next block of a streak, which begins `gap` blocks after the last one where it is the streak's first. */
+static bool next_of_streak(dt_delta_reader *r, dt_delta_block *b, uint64_t gap)
+{
+    if (!r->run && (!(r->list = get_number(r->list, r->end, &gap)) || !gap ||
+                    !(r->list = get_number(r->list, r->end, &r->run)) || !r->run || r->run > r->streak))
+        return false;
+    if (gap >= r->blocks - r->next) /* next is at most blocks */
+        return false;
+    uint64_t block = r->next + gap;
+    b->start = dt_delta_block_start(&r->grid, block);
+    if (dt_delta_block_end(&r->grid, block) - b->start != DELTA_BLOCK)
+        return false;
+    b->bytes = b->changed_bytes = DELTA_BLOCK;
+    b->granules = DELTA_BLOCK >> r->grid.shift;
+    memset(b->mask, 0, (b->granules + 63) / 64 * sizeof *b->mask);
+    dt_delta_mask_set(b->mask, 0, b->granules);
+    b->data = r->data;
+    r->data += DELTA_BLOCK;
+    r->next = block + 1;
+    r->run--;
+    if (!--r->streak)
+        r->at = r->list;
+    return true;
 }
 
 int dt_delta_next(dt_delta_reader *r, dt_delta_block *b, dt_failure *why)
 {
-    uint64_t opening = DELTA_FULL;
-    const uint8_t *at = r->at;
+    uint64_t opening;
     if (r->streak)
-        r->streak--;
-    else if (r->at == r->end)
+        return next_of_streak(r, b, 0) ? 1 : malformed(r, why);
+    if (r->at == r->end)
         return 0;
-    else
-        at = get_number(r->at, r->end, &opening);
+    const uint8_t *at = get_number(r->at, r->end, &opening);
     if (!at || opening >> 3 >= r->blocks - r->next) /* next is at most blocks */
         return malformed(r, why);
+    if ((opening & 7) == DELTA_STREAK)
+        return open_streak(r, at) && next_of_streak(r, b, opening >> 3) ? 1 : malformed(r, why);
     uint64_t block = r->next + (opening >> 3);
-    if ((opening & 7) == DELTA_STREAK) {
-        at = get_streak(r, at, block);
-        opening = DELTA_FULL;
-        if (!at)
-            return malformed(r, why);
-    }
     b->start = dt_delta_block_start(&r->grid, block);
     b->bytes = (uint32_t)(dt_delta_block_end(&r->grid, block) - b->start);
     uint32_t n = b->granules = dt_delta_granules(&r->grid, b->bytes);

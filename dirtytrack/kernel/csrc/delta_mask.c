@@ -3,51 +3,68 @@
  *
  * The memory may be written while it is read. What is copied is what was compared: each byte is loaded once.
  *
- * Two streams are read and one or two are written, out of memory and into it. What will be compared next is fetched into
- * the second-level cache meanwhile, which has room for more fetches at once than the first; and where a lot is encoded,
- * its bytes are written past the caches, line by line between the loads (measured, Zen 4: behind them, block by block, it
- * takes half as long again). */
+ * Two streams are read and one or two are written, out of memory and into it. What lies half a block ahead is fetched into
+ * the second-level cache meanwhile, which has room for more fetches at once than the first (measured, Zen 4: a whole block
+ * ahead is slower by a tenth, into the first-level cache by half); and where a lot is encoded, its bytes are written past
+ * the caches, line by line between the loads (behind them, block by block, it takes half as long again). Whether all
+ * granules of a block differ, or none, is gathered in registers: the mask is read again only where some do. */
 #include "delta.h"
 
-enum { LINE = 64 };
+enum { LINE = 64, AHEAD = 32 };
+
+/* Of the words that eight lines have each; a rest is not in it. */
+typedef struct sum { uint64_t any, all; } sum;
 
 /* Compares and copies `lines` lines. Of each line 64 >> shift bits go to `bits`, in whole words: they are loaded again at
  * once, and a load of what several stores made waits for all stores before. shift is 0 to 3. */
-typedef void snapshot_lines(dt_delta_part part, uint8_t *copy, uint32_t lines, unsigned shift, uint64_t *bits);
+typedef sum snapshot_lines(dt_delta_part part, uint32_t lines, unsigned shift, uint64_t *bits);
 
 #define INLINE static inline __attribute__((always_inline))
 
 /* X(0) to X(7): compilers unroll by themselves at some levels only. */
 #define EIGHT(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
 
-/* The bits of eight lines, as words. */
-INLINE void put_eight(const uint64_t *found, unsigned shift, uint64_t *bits)
+/* Adds the bits of line i of eight to the word that they are in, and puts that where it is whole. */
+INLINE void put(uint64_t found, unsigned i, unsigned shift, uint64_t *word, uint64_t *bits, sum *s)
 {
-#define PUT(i)                                                                   \
-    if ((i & ((1u << shift) - 1)) == 0)                                          \
-        bits[i >> shift] = found[i];                                             \
-    else                                                                         \
-        bits[i >> shift] |= found[i] << (i & ((1u << shift) - 1)) * (64u >> shift);
-    EIGHT(PUT)
-#undef PUT
+    unsigned last = (1u << shift) - 1;
+    *word = (i & last ? *word : 0) | found << (i & last) * (64u >> shift);
+    if ((i & last) != last)
+        return;
+    bits[i >> shift] = *word;
+    s->any |= *word;
+    s->all &= *word;
 }
 
-/* The body of such a function: eight(part, copy, line, shift, stream, bits) takes eight lines, one(part, copy, line,
- * shift) gives the bits of a line that is left over. */
-#define LINES(eight, one, shift, stream)                                                            \
+/* The part from a line on. */
+INLINE dt_delta_part from_line(dt_delta_part p, size_t line)
+{
+    p.next_now = (line < AHEAD ? p.now + AHEAD * LINE : p.next_now - AHEAD * LINE) + line * LINE;
+    p.next_mirror = (line < AHEAD ? p.mirror + AHEAD * LINE : p.next_mirror - AHEAD * LINE) + line * LINE;
+    p.now += line * LINE;
+    p.mirror += line * LINE;
+    p.to += line * LINE;
+    p.update = p.update ? p.update + line * LINE : NULL;
+    return p;
+}
+
+/* The body of such a function: eight(part, shift, past, bits, sum) takes eight lines, one(part, shift) gives the bits of a
+ * line that is left over. */
+#define LINES(eight, one, shift, past)                                                              \
     do {                                                                                            \
-        uint32_t line = 0;                                                                          \
+        size_t line = 0;                                                                            \
         for (; line + 8 <= lines; line += 8)                                                        \
-            eight(p, copy, line, shift, stream, bits + (line >> (shift)));                          \
+            eight(from_line(p, line), shift, past, bits + (line >> (shift)), &s);                   \
         for (; line < lines; line++) {                                                              \
-            uint32_t within = line & ((1u << (shift)) - 1);                                         \
-            uint64_t found = one(p, copy, line, shift) << within * (64u >> (shift));                \
+            size_t within = line & ((1u << (shift)) - 1);                                           \
+            uint64_t found = one(from_line(p, line), shift) << within * (64u >> (shift));           \
             bits[line >> (shift)] = within ? bits[line >> (shift)] | found : found;                 \
         }                                                                                           \
     } while (0)
-/* One loop for each granule, with streaming and without. */
+/* One loop for each granule, past the caches and not. */
 #define BY_SHIFT(eight, one)                       \
-    switch (shift * 2 + (p.stream != NULL)) {      \
+    sum s = {0, ~UINT64_C(0)};                     \
+    switch (shift * 2 + p.past) {                  \
     case 0: LINES(eight, one, 0, false); break;    \
     case 1: LINES(eight, one, 0, true); break;     \
     case 2: LINES(eight, one, 1, false); break;    \
@@ -56,7 +73,8 @@ INLINE void put_eight(const uint64_t *found, unsigned shift, uint64_t *bits)
     case 5: LINES(eight, one, 2, true); break;     \
     case 6: LINES(eight, one, 3, false); break;    \
     default: LINES(eight, one, 3, true);           \
-    }
+    }                                              \
+    return s;
 
 /* ---- by words, anywhere ---- */
 
@@ -81,27 +99,28 @@ static inline uint64_t lanes(uint64_t x, unsigned shift)
     }
 }
 
-INLINE uint64_t words_one(dt_delta_part p, uint8_t *copy, uint32_t line, unsigned shift)
+INLINE uint64_t words_one(dt_delta_part p, unsigned shift)
 {
     uint64_t found = 0;
     for (unsigned i = 0; i < 8; i++) {
-        uint64_t word = ((const volatile any_word *)(p.now + line * LINE))[i]; /* volatile: once */
-        found |= lanes(word ^ ((const any_word *)(p.mirror + line * LINE))[i], shift) << i * (8 >> shift);
-        ((any_word *)(copy + line * LINE))[i] = word;
+        uint64_t word = ((const volatile any_word *)p.now)[i]; /* volatile: once */
+        found |= lanes(word ^ ((const any_word *)p.mirror)[i], shift) << i * (8 >> shift);
+        ((any_word *)p.to)[i] = word;
+        if (p.update)
+            ((any_word *)p.update)[i] = word;
     }
     return found;
 }
 
-INLINE void words_eight(dt_delta_part p, uint8_t *copy, uint32_t line, unsigned shift, bool stream, uint64_t *bits)
+INLINE void words_eight(dt_delta_part p, unsigned shift, bool past, uint64_t *bits, sum *s)
 {
-    uint64_t found[8];
-    (void)stream; /* dt_delta_streams */
+    uint64_t word = 0;
+    (void)past; /* there is no such store */
     for (unsigned i = 0; i < 8; i++)
-        found[i] = words_one(p, copy, line + i, shift);
-    put_eight(found, shift, bits);
+        put(words_one(from_line(p, i), shift), i, shift, &word, bits, s);
 }
 
-static void by_words(dt_delta_part p, uint8_t *copy, uint32_t lines, unsigned shift, uint64_t *bits)
+static sum by_words(dt_delta_part p, uint32_t lines, unsigned shift, uint64_t *bits)
 {
     BY_SHIFT(words_eight, words_one)
 }
@@ -111,11 +130,9 @@ static void by_words(dt_delta_part p, uint8_t *copy, uint32_t lines, unsigned sh
 
 /* The compiler may not load it again. */
 #define ONCE(vector) __asm__("" : "+v"(vector))
-#define FETCH(part, line)                                                            \
-    do {                                                                             \
-        _mm_prefetch((const char *)(part).next_now + (line) * LINE, _MM_HINT_T1);    \
-        _mm_prefetch((const char *)(part).next_mirror + (line) * LINE, _MM_HINT_T1); \
-    } while (0)
+#define FETCH(p, i)                                                       \
+    _mm_prefetch((const char *)(p).next_now + (i) * LINE, _MM_HINT_T1);   \
+    _mm_prefetch((const char *)(p).next_mirror + (i) * LINE, _MM_HINT_T1)
 #define AVX2 __attribute__((target("avx2")))
 #define AVX512 __attribute__((target("avx512f,avx512bw")))
 
@@ -141,20 +158,9 @@ AVX2 INLINE uint64_t avx2_differ(__m256i low, __m256i high, const uint8_t *mirro
     return (uint8_t)~(b << 4 | a);
 }
 
-AVX2 INLINE uint64_t avx2_one(dt_delta_part p, uint8_t *copy, uint32_t line, unsigned shift)
+AVX2 INLINE void avx2_put(uint8_t *to, __m256i low, __m256i high, bool past)
 {
-    __m256i low = _mm256_loadu_si256((const __m256i *)(p.now + line * LINE));
-    __m256i high = _mm256_loadu_si256((const __m256i *)(p.now + line * LINE + 32));
-    ONCE(low);
-    ONCE(high);
-    _mm256_storeu_si256((__m256i *)(copy + line * LINE), low);
-    _mm256_storeu_si256((__m256i *)(copy + line * LINE + 32), high);
-    return avx2_differ(low, high, p.mirror + line * LINE, shift);
-}
-
-AVX2 INLINE void avx2_put(uint8_t *to, __m256i low, __m256i high, bool stream)
-{
-    if (stream) {
+    if (past) {
         _mm256_stream_si256((__m256i *)to, low);
         _mm256_stream_si256((__m256i *)(to + 32), high);
     } else {
@@ -163,34 +169,47 @@ AVX2 INLINE void avx2_put(uint8_t *to, __m256i low, __m256i high, bool stream)
     }
 }
 
-/* All loads before all stores: a load waits for a store before it whose address ends in the same 12 bits, and memory, mirror
- * and delta mostly begin near the beginnings of pages. */
-AVX2 INLINE void avx2_eight(dt_delta_part p, uint8_t *copy, uint32_t line, unsigned shift, bool stream, uint64_t *bits)
+AVX2 INLINE uint64_t avx2_one(dt_delta_part p, unsigned shift)
 {
-    uint8_t *to = stream ? p.stream : copy;
-    uint64_t found[8];
-    for (uint32_t half = 0; half < 8; half += 4) { /* as many as there are registers for */
-        __m256i low[4], high[4];
-#define LOAD(i)                                                                            \
-    FETCH(p, line + half + i);                                                             \
-    low[i] = _mm256_loadu_si256((const __m256i *)(p.now + (line + half + i) * LINE));      \
-    high[i] = _mm256_loadu_si256((const __m256i *)(p.now + (line + half + i) * LINE + 32)); \
-    ONCE(low[i]);                                                                          \
-    ONCE(high[i]);                                                                         \
-    found[half + i] = avx2_differ(low[i], high[i], p.mirror + (line + half + i) * LINE, shift);
-#define STORE(i)                                                          \
-    avx2_put(to + (line + half + i) * LINE, low[i], high[i], stream);     \
-    if (stream && p.update)                                               \
-        avx2_put(p.update + (line + half + i) * LINE, low[i], high[i], false);
-        LOAD(0) LOAD(1) LOAD(2) LOAD(3)
-        STORE(0) STORE(1) STORE(2) STORE(3)
-#undef LOAD
-#undef STORE
-    }
-    put_eight(found, shift, bits);
+    __m256i low = _mm256_loadu_si256((const __m256i *)p.now);
+    __m256i high = _mm256_loadu_si256((const __m256i *)(p.now + 32));
+    ONCE(low);
+    ONCE(high);
+    uint64_t found = avx2_differ(low, high, p.mirror, shift);
+    avx2_put(p.to, low, high, false);
+    if (p.update)
+        avx2_put(p.update, low, high, false);
+    return found;
 }
 
-AVX2 static void by_avx2(dt_delta_part p, uint8_t *copy, uint32_t lines, unsigned shift, uint64_t *bits)
+/* All loads before all stores: a load waits for a store before it whose address ends in the same 12 bits, and memory, mirror
+ * and delta mostly begin near the beginnings of pages. */
+AVX2 INLINE void avx2_eight(dt_delta_part p, unsigned shift, bool past, uint64_t *bits, sum *s)
+{
+    uint64_t word = 0;
+    for (unsigned half = 0; half < 8; half += 4) { /* as many as there are registers for */
+        __m256i low[4], high[4];
+#define LOAD(i)                                                                    \
+    FETCH(p, half + i);                                                            \
+    low[i] = _mm256_loadu_si256((const __m256i *)(p.now + (half + i) * LINE));       \
+    high[i] = _mm256_loadu_si256((const __m256i *)(p.now + (half + i) * LINE + 32)); \
+    ONCE(low[i]);                                                                  \
+    ONCE(high[i]);                                                                 \
+    put(avx2_differ(low[i], high[i], p.mirror + (half + i) * LINE, shift), half + i, shift, &word, bits, s);
+#define STORE(i) avx2_put(p.to + (half + i) * LINE, low[i], high[i], past);
+#define UPDATE(i) avx2_put(p.update + (half + i) * LINE, low[i], high[i], false);
+        LOAD(0) LOAD(1) LOAD(2) LOAD(3)
+        STORE(0) STORE(1) STORE(2) STORE(3)
+        if (p.update) {
+            UPDATE(0) UPDATE(1) UPDATE(2) UPDATE(3)
+        }
+#undef LOAD
+#undef STORE
+#undef UPDATE
+    }
+}
+
+AVX2 static sum by_avx2(dt_delta_part p, uint32_t lines, unsigned shift, uint64_t *bits)
 {
     BY_SHIFT(avx2_eight, avx2_one)
 }
@@ -208,39 +227,43 @@ AVX512 INLINE uint64_t avx512_differ(__m512i a, const uint8_t *mirror, unsigned 
     return found & ~UINT64_C(0) >> (64 - (64 >> shift));
 }
 
-AVX512 INLINE uint64_t avx512_one(dt_delta_part p, uint8_t *copy, uint32_t line, unsigned shift)
+AVX512 INLINE uint64_t avx512_one(dt_delta_part p, unsigned shift)
 {
-    __m512i a = _mm512_loadu_si512(p.now + line * LINE);
+    __m512i a = _mm512_loadu_si512(p.now);
     ONCE(a);
-    _mm512_storeu_si512(copy + line * LINE, a);
-    return avx512_differ(a, p.mirror + line * LINE, shift);
+    uint64_t found = avx512_differ(a, p.mirror, shift);
+    _mm512_storeu_si512(p.to, a);
+    if (p.update)
+        _mm512_storeu_si512(p.update, a);
+    return found;
 }
 
-AVX512 INLINE void avx512_eight(dt_delta_part p, uint8_t *copy, uint32_t line, unsigned shift, bool stream,
-                                uint64_t *bits)
+AVX512 INLINE void avx512_eight(dt_delta_part p, unsigned shift, bool past, uint64_t *bits, sum *s)
 {
-    uint64_t found[8];
+    uint64_t word = 0;
     __m512i now[8];
-#define LOAD(i)                                              \
-    FETCH(p, line + i);                                      \
-    now[i] = _mm512_loadu_si512(p.now + (line + i) * LINE);  \
-    ONCE(now[i]);                                            \
-    found[i] = avx512_differ(now[i], p.mirror + (line + i) * LINE, shift);
-#define STORE(i)                                                        \
-    if (stream)                                                         \
-        _mm512_stream_si512((void *)(p.stream + (line + i) * LINE), now[i]); \
-    else                                                                \
-        _mm512_storeu_si512(copy + (line + i) * LINE, now[i]);          \
-    if (stream && p.update)                                             \
-        _mm512_storeu_si512(p.update + (line + i) * LINE, now[i]);
+#define LOAD(i)                                        \
+    FETCH(p, i);                                       \
+    now[i] = _mm512_loadu_si512(p.now + (i) * LINE);   \
+    ONCE(now[i]);                                      \
+    put(avx512_differ(now[i], p.mirror + (i) * LINE, shift), i, shift, &word, bits, s);
+#define STORE(i)                                                  \
+    if (past)                                                     \
+        _mm512_stream_si512((void *)(p.to + (i) * LINE), now[i]); \
+    else                                                          \
+        _mm512_storeu_si512(p.to + (i) * LINE, now[i]);
+#define UPDATE(i) _mm512_storeu_si512(p.update + (i) * LINE, now[i]);
     EIGHT(LOAD)
     EIGHT(STORE)
+    if (p.update) {
+        EIGHT(UPDATE)
+    }
 #undef LOAD
 #undef STORE
-    put_eight(found, shift, bits);
+#undef UPDATE
 }
 
-AVX512 static void by_avx512(dt_delta_part p, uint8_t *copy, uint32_t lines, unsigned shift, uint64_t *bits)
+AVX512 static sum by_avx512(dt_delta_part p, uint32_t lines, unsigned shift, uint64_t *bits)
 {
     BY_SHIFT(avx512_eight, avx512_one)
 }
@@ -297,37 +320,47 @@ static void halve(uint64_t *mask, uint32_t words)
     }
 }
 
-bool dt_delta_snapshot(const dt_delta_part *part, uint8_t *copy, uint32_t bytes, unsigned shift, uint64_t *mask)
+static bool is_full(const uint64_t *mask, uint32_t n)
+{
+    uint64_t all = ~UINT64_C(0);
+    for (uint32_t i = 0; i < n / 64; i++)
+        all &= mask[i];
+    return !~all && (n % 64 == 0 || mask[n / 64] == ((uint64_t)1 << n % 64) - 1);
+}
+
+enum dt_delta_change dt_delta_snapshot(const dt_delta_part *part, uint32_t bytes, unsigned shift, uint64_t *mask)
 {
     unsigned least = shift < 3 ? shift : 3, width = 64 >> least;
     uint32_t lines = bytes / LINE, rest = bytes % LINE, words = (lines + (rest != 0) + (1u << least) - 1) >> least;
-    best()(*part, copy, lines, least, mask);
+    sum s = best()(*part, lines, least, mask);
     if (rest) {
         uint8_t ours[LINE] = {0}, theirs[LINE] = {0}, unused[LINE];
         uint64_t found = 0, before = lines & ((1u << least) - 1) ? mask[words - 1] : 0;
         memcpy(ours, part->now + lines * LINE, rest);
         memcpy(theirs, part->mirror + lines * LINE, rest);
-        memcpy(copy + lines * LINE, ours, rest);
-        by_words((dt_delta_part){.now = ours, .mirror = theirs}, unused, 1, least, &found);
+        memcpy(part->to + lines * LINE, ours, rest);
+        if (part->update)
+            memcpy(part->update + lines * LINE, ours, rest);
+        by_words((dt_delta_part){.now = ours, .mirror = theirs, .to = unused}, 1, least, &found);
         mask[words - 1] = before | found << (lines & ((1u << least) - 1)) * width;
     }
-    uint64_t any = 0;
-    for (uint32_t i = 0; i < words; i++)
-        any |= mask[i];
-    if (!any)
-        return false;
+    bool odd = bytes % (8 * LINE);
+    for (uint32_t i = 0; odd && i < words; i++)
+        s.any |= mask[i];
+    if (!s.any)
+        return DELTA_SAME;
     for (unsigned i = least; i < shift; i++) {
         halve(mask, words);
         if (words & 1)
             mask[words / 2] &= UINT64_C(0xFFFFFFFF);
         words = (words + 1) / 2;
     }
-    return true;
+    if (!odd && !~s.all)
+        return DELTA_ALL;
+    return (odd || shift > least) && is_full(mask, (bytes + (1u << shift) - 1) >> shift) ? DELTA_ALL : DELTA_SOME;
 }
 
 uint64_t dt_delta_stream_bytes = (uint64_t)16 << 20;
-
-bool dt_delta_streams(void) { return best() != by_words; }
 
 void dt_delta_stream_end(void)
 {
