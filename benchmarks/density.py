@@ -56,6 +56,7 @@ class Patterns:
             "contiguous": self.contiguous,
             "skewed head": self.skewed,
             "skewed scattered": lambda n: self._places[self.skewed(n)],
+            "steady scattered": lambda n: self._places[:n],
         }
 
     def uniform(self, n: int) -> Pages:
@@ -258,7 +259,9 @@ def policy(settings: Settings, bare: Bare) -> Iterator[Row]:
     for nbytes in settings.sizes(64 * MIB, GIB):
         with arena(bare, nbytes, exact=False) as adaptive, arena(bare, nbytes) as exact:
             for share in (0.001, 0.01, 0.1):
-                pages, pair = scattered(nbytes // PAGE, share), Pair([], [])
+                pair = Pair([], [])
+                pages = scattered(nbytes // PAGE, share)
+                others = array("Q", (page ^ 1 for page in pages))  # or they would be assumed, one by one
                 sides = [(adaptive, pair.ours), (exact, pair.bare)]
                 for space, _ in sides:
                     collected(bare, space, pages)
@@ -267,6 +270,7 @@ def policy(settings: Settings, bare: Bare) -> Iterator[Row]:
                         for space, samples in sides:
                             samples.append(collected(bare, space, pages))
                         sides.reverse()
+                        pages, others = others, pages
                 yield pair.cost_row(f"policy {show_bytes(nbytes)}, {share:.4g} dirty", MOST_POLICY, 0)
 
 

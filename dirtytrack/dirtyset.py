@@ -95,8 +95,9 @@ class DirtySet:
 
     @property
     def assumed(self) -> DirtySet:
-        """The part that was reported without having been watched: blocks that are rewritten so densely that the faults
-        would cost more. Empty unless a tracker of this memory is adaptive, and none of them exact."""
+        """The part that was reported without having been watched: blocks that are rewritten so densely, and pages that
+        are rewritten in so many epochs, that the faults would cost more. Empty unless a tracker of this memory is
+        adaptive, and none of them exact."""
         part = self._like(sets.assumed(self._set))
         sets.assume(part._set, self._set)
         return part

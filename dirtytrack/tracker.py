@@ -55,8 +55,8 @@ class DirtyTracker:
         session: whose memory.
         regions: which regions; left out, those that the session has when `start` is called.
         audit: the share of clean pages, 0 to 1, whose hashes are kept to find a change that nobody reported.
-        adaptive: let blocks that are densely rewritten, epoch after epoch, go unwatched for a while, where the faults
-            cost more than the pages that are then reported without need: see `DirtySet.assumed`.
+        adaptive: let pages that are rewritten epoch after epoch go unwatched for a while, in whole blocks where they
+            lie densely, if the faults cost more than what is then reported without need: see `DirtySet.assumed`.
         exact: forbid that, whatever other trackers of the same memory want.
         page_cost_seconds: what one page in a set costs you, for ``adaptive`` to weigh; left out, a copy of it. The
             dearest of all trackers of the memory counts.

@@ -95,7 +95,8 @@ class Statistics(NamedTuple):
     """Those of them that were written, by what samples of them said: each would have cost its writer a fault."""
     overhead_ns: int
     """What adaptive tracking cost beside ``collect_ns``, by what things cost on this machine: the faults, and a copy
-    of each assumed page that was not written. Counted from when that was measured: when memory was densely written."""
+    of each assumed page that was not written. Counted from when that was measured: when many pages were written again
+    and again."""
     predicted_ns: int
     """The same, as it was predicted one pass before."""
     pages_told: int

@@ -77,14 +77,16 @@ class Machine(RuleBasedStateMachine):
         self.world.write(data.draw(spans(self.world.nbytes, 6 * PAGE)), way)
 
     @precondition(lambda self: self.remedy & EAGER and self.world.listeners)
-    @rule(number=numbers, data=st.data(), epochs=st.integers(1, 3))
-    def write_densely(self, number: int, data: st.DataObject, epochs: int) -> None:
-        """The same pages in each epoch: they are assumed from the second on."""
+    @rule(number=numbers, data=st.data(), epochs=st.integers(1, 3), apart=st.sampled_from((1, 1, 3)))
+    def write_again(self, number: int, data: st.DataObject, epochs: int, apart: int) -> None:
+        """The same pages in each epoch: they are assumed from the second on, or the third where they lie apart."""
         span = data.draw(spans(self.world.nbytes, 40 * PAGE))
-        for _ in range(epochs):
-            self.world.write(span, Way.STORE)
-            self.world.collect(self.a_listener(number))
-        self.world.write(span, Way.STORE)
+        parts = [span] if apart == 1 else [Span(page * PAGE + 7, page * PAGE + 9) for page in span.pages[::apart]]
+        for epoch in range(epochs + 1):
+            for part in parts:
+                self.world.write(part, Way.STORE)
+            if epoch < epochs:
+                self.world.collect(self.a_listener(number))
 
     @rule(data=st.data())
     def write_here_and_there(self, data: st.DataObject) -> None:

@@ -111,21 +111,13 @@ static int plan(dt_listener *l)
 
 /* ---- from bits to runs ------------------------------------------------------------------------------------------------ */
 
-/* Not the builtin: without the instruction, which x86-64 need not have, that is a call of a function with a table. */
-static inline uint64_t count_bits(uint64_t x)
-{
-    x -= x >> 1 & 0x5555555555555555u;
-    x = (x & 0x3333333333333333u) + (x >> 2 & 0x3333333333333333u);
-    return ((x + (x >> 4)) & 0x0f0f0f0f0f0f0f0fu) * 0x0101010101010101u >> 56;
-}
-
-static uint64_t count_runs(const dt_watch *w)
+static uint64_t count_runs(const uint64_t *words, uint64_t count)
 {
     uint64_t runs = 0, carry = 0;
-    for (uint64_t i = 0; w->pending && i < w->words; i++) {
-        uint64_t bits = w->bits[i];
+    for (uint64_t i = 0; i < count; i++) {
+        uint64_t bits = words[i];
         if (bits)
-            runs += count_bits(bits & ~(bits << 1 | carry));
+            runs += dt_count_bits(bits & ~(bits << 1 | carry));
         carry = bits >> 63;
     }
     return runs;
@@ -133,16 +125,14 @@ static uint64_t count_runs(const dt_watch *w)
 
 /* Where runs start and where they end are found apart: two short loops a word, without a branch on each run's length. A
  * run that goes on from what `out` ends with is joined to it. */
-static void emit_runs(const dt_watch *w, dt_set *out)
+static void emit_runs(uint64_t start, const uint64_t *words, uint64_t count, dt_set *out)
 {
-    if (!w->pending)
-        return;
     unsigned shift = dt_page_shift();
     dt_run *runs = out->runs;
-    uint64_t carry = out->count && runs[out->count - 1].end == w->start && w->bits[0] & 1;
-    uint64_t starts = out->count, ends = out->count - carry, base = w->start;
-    for (uint64_t i = 0; i < w->words; i++, base += (uint64_t)64 << shift) {
-        uint64_t bits = w->bits[i], before = bits << 1 | carry;
+    uint64_t carry = out->count && runs[out->count - 1].end == start && words[0] & 1;
+    uint64_t starts = out->count, ends = out->count - carry, base = start;
+    for (uint64_t i = 0; i < count; i++, base += (uint64_t)64 << shift) {
+        uint64_t bits = words[i], before = bits << 1 | carry;
         if (!(bits | carry))
             continue;
         for (uint64_t up = bits & ~before; up; up &= up - 1)
@@ -156,22 +146,28 @@ static void emit_runs(const dt_watch *w, dt_set *out)
     out->count = ends;
 }
 
+static void emit_pending(const dt_watch *w, dt_set *out)
+{
+    if (w->pending)
+        emit_runs(w->start, w->bits, w->words, out);
+}
+
 /* Everything pending in these watches, appended to `out`; clears nothing. */
 static int extract(dt_watch *const *watches, uint64_t n, bool overlapping, dt_set *out)
 {
     uint64_t runs = out->count;
     for (uint64_t i = 0; i < n; i++)
-        runs += count_runs(watches[i]);
+        runs += watches[i]->pending ? count_runs(watches[i]->bits, watches[i]->words) : 0;
     if (dt_set_reserve(out, runs))
         return -ENOMEM;
     if (!overlapping) {
         for (uint64_t i = 0; i < n; i++)
-            emit_runs(watches[i], out);
+            emit_pending(watches[i], out);
         return 0;
     }
     for (uint64_t i = 0; i < n; i++) { /* each by itself, without coalescing with what another put there */
         dt_set own = {.runs = out->runs + out->count};
-        emit_runs(watches[i], &own);
+        emit_pending(watches[i], &own);
         out->count += own.count;
     }
     dt_set_sort(out);
@@ -261,27 +257,17 @@ static int select_watches(dt_listener *l, dt_region *only, selection *out, dt_fa
     return 0;
 }
 
-static int add_assumed(dt_set *to, uint64_t start, uint64_t end)
-{
-    int rc = dt_set_reserve(to, to->count + 1);
-    if (!rc)
-        to->runs[to->count++] = (dt_run){start, end};
-    return rc;
-}
-
 static int add_assumed_of(dt_set *to, const dt_watch *w)
 {
-    uint64_t bytes = w->region->session->block_bytes, base = w->start / bytes, count = w->assumed_words * 64;
-    int rc = 0;
-    for (uint64_t i = 0; w->assuming && i < count && !rc; i++) {
-        if (!(i & 63) && !w->assumed[i >> 6]) {
-            i += 63;
-            continue;
-        }
-        if (w->assumed[i >> 6] >> (i & 63) & 1)
-            rc = add_assumed(to, dt_max(w->start, (base + i) * bytes), dt_min(w->end, (base + i + 1) * bytes));
-    }
-    return rc;
+    if (!w->assuming)
+        return 0;
+    int rc = dt_set_reserve(to, to->count + count_runs(w->assumed, w->words));
+    if (rc)
+        return rc;
+    dt_set own = {.runs = to->runs + to->count}; /* by itself: it may overlap what is there */
+    emit_runs(w->start, w->assumed, w->words, &own);
+    to->count += own.count;
+    return 0;
 }
 
 /* What is assumed at this moment. */
@@ -290,9 +276,9 @@ static int add_assumed_now(dt_set *to, const dt_range *range)
     int rc = 0;
     if (!dt_adapt_any(range->adapt))
         return 0;
-    for (uint64_t at = range->start, next; at < range->end && !rc; at = next)
-        if (dt_adapt_next(range->adapt, at, range->end, &next))
-            rc = add_assumed(to, at, next);
+    for (uint64_t at = range->start, from, next; !rc && dt_adapt_next(range->adapt, at, range->end, &from, &next); at = next)
+        if (!(rc = dt_set_reserve(to, to->count + 1)))
+            to->runs[to->count++] = (dt_run){from, next};
     return rc;
 }
 

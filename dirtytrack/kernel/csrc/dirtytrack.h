@@ -245,7 +245,8 @@ enum dt_remedy {
     DT_REMEDY_NO_LOST = 4,   /* for tests: never R2, though the kind of memory needs it */
     DT_REMEDY_NO_ALIAS = 8,  /* for tests: other mappings of the same memory are left alone */
     DT_REMEDY_NONE = 14,
-    DT_REMEDY_EAGER = 32,    /* for tests: blocks are of 8 pages, and assumed as soon as 2 of them were written */
+    DT_REMEDY_EAGER = 32,    /* for tests: blocks are of 8 pages; of two, one is assumed as soon as 2 of them
+                                were written, and the other by single pages, which were found twice */
     DT_REMEDY_UNTOLD = 64,   /* for tests: what is assumed is told to nobody */
     DT_REMEDY_FROM_RIGHT = 16 /* for tests: unregister as kernels up to Linux 6.16 need it */
 };
@@ -343,8 +344,8 @@ int dt_start(dt_listener *listener, dt_region *const *regions, uint64_t n, dt_fa
 int dt_add(dt_listener *listener, dt_region *region, dt_failure *why);   /* wholly dirty in the next collect */
 int dt_remove(dt_listener *listener, dt_region *region, dt_set *final_set);
 int dt_stop(dt_listener *listener, dt_set *final_set);
-/* Before dt_start. adaptive: blocks that are densely rewritten may be left unarmed, and are told whole; exact: no block
- * that it watches may be, whoever wants it. page_ns: what a page that is told costs this listener; 0: a copy of it. */
+/* Before dt_start. adaptive: blocks that are densely rewritten may be left unarmed, and are told whole, and single pages
+ * that are, and are told; exact: nothing that it watches may be, whoever wants it. page_ns: what a page that is told costs this listener; 0: a copy of it. */
 int dt_listener_wish(dt_listener *listener, int adaptive, int exact, uint64_t page_ns);
 /* Collects `region`, or all of the listener's regions where it is NULL. budget_seconds < 0: no budget. */
 int dt_collect(dt_listener *listener, dt_region *region, double budget_seconds, dt_set *out);

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT
- * The session's own structures, shared by session.c, region.c, scan.c, peek.c, content.c, alias.c, events.c, heal.c,
- * listener.c, collect.c, audit.c, compare.c and plate.c.
+ * The session's own structures, shared by session.c, region.c, scan.c, arm.c, peek.c, content.c, alias.c, events.c, heal.c,
+ * listener.c, collect.c, adapt.c, costs.c, audit.c, compare.c and plate.c.
  *
  * Who owns what. A session lives while a handle to it, to one of its regions or to one of its listeners lives, or a set
  * that one of its listeners delivered. Everything below is guarded by session->lock, but for the three queues, which
@@ -58,8 +58,9 @@ struct dt_watch {
     uint64_t told;                /* the gone_version that the listener knows of */
     bool pending;                 /* false: no bit is set */
     bool assuming;                /* false: no bit is set in `assumed` */
-    uint64_t words, assumed_words;
-    uint64_t *assumed;            /* behind `bits`: one bit a block, of those told whole since the last collect */
+    uint64_t words;
+    uint64_t *assumed;            /* behind `bits`: one bit a page, of those told without being watched since the last
+                                   * collect. No memory until there are some: it is zeroed, and never touched. */
     uint64_t bits[];
 };
 
@@ -255,23 +256,35 @@ void dt_look_beneath(dt_pass *pass, uint64_t start, uint64_t end); /* which reme
 int dt_scan_pass(dt_pass *pass, uint64_t start, uint64_t end, dt_failure *why);
 int dt_scan_lost(dt_pass *pass, uint64_t start, uint64_t end);    /* remedy R2 by itself */
 int dt_protect(dt_session *s, uint64_t start, uint64_t end);      /* UFFDIO_WRITEPROTECT, in chunks */
-int dt_arm(dt_session *s, dt_region *region, dt_failure *why);    /* at first, or again with a collecting pass */
 int dt_page_written(dt_session *s, uint64_t page);                /* 1, 0 or -errno; arms nothing */
 int dt_page_armable(dt_session *s, uint64_t page);                /* 1: somebody registered its mapping for WP_ASYNC */
 
 /* Of what was told to everybody in this very pass: how much is written, and where `arm`, armed again. 0 or -errno. */
 int dt_scan_apart(dt_session *s, uint64_t start, uint64_t end, bool arm, uint64_t *written_pages);
-void dt_assume(dt_watch *w, uint64_t start, uint64_t end); /* its blocks there were told without having been watched */
+void dt_assume(dt_watch *w, uint64_t start, uint64_t end); /* that was told without having been watched */
+
+/* arm.c */
+int dt_arm(dt_session *s, dt_region *region, dt_failure *why); /* at first, or again with a collecting pass */
+
+/* costs.c: ns a page, but for `call`: a scan of its own that finds and arms one page. */
+typedef struct dt_costs { uint64_t fault, arm, call, copy, copy_apart; } dt_costs;
+extern dt_costs dt_cost;                                    /* once these are known */
+bool dt_costs_known(dt_session *s);                         /* measures them; false: they cannot be, or somebody does */
 
 /* adapt.c */
 dt_adapt *dt_adapt_new(const dt_session *s, uint64_t start, uint64_t end); /* NULL: too small, or no memory: all of it stays exact */
-bool dt_adapt_any(const dt_adapt *a);                       /* whether some block is assumed */
+bool dt_adapt_any(const dt_adapt *a);                       /* whether some page is assumed */
 void dt_adapt_forget(dt_adapt *a);                          /* all of it was armed */
-/* What is at `at` is assumed, or not, until *to, at most `end`. */
-bool dt_adapt_next(const dt_adapt *a, uint64_t at, uint64_t end, uint64_t *to);
+/* How to pass over what is at `at`, until *to, at most `end`. MIXED: single pages of it are assumed. */
+enum dt_way { DT_WAY_EXACT, DT_WAY_ASSUMED, DT_WAY_MIXED };
+enum dt_way dt_adapt_way(const dt_adapt *a, uint64_t at, uint64_t end, uint64_t *to);
+/* The next run of [at, end) that is assumed; false: there is none, and both are `end`. */
+bool dt_adapt_next(const dt_adapt *a, uint64_t at, uint64_t end, uint64_t *from, uint64_t *to);
 void dt_adapt_found(dt_adapt *a, const struct k_page_region *found, uint64_t n);
 /* [start, end) is assumed, and was told: those whose turn it is are sampled, or armed. -errno of a scan. */
 int dt_adapt_ask(dt_session *s, dt_adapt *a, uint64_t start, uint64_t end);
+/* [start, end) is mixed: blocks whose turn it is are not assumed any more, and this pass is to arm all of them. */
+void dt_adapt_turn(dt_adapt *a, uint64_t start, uint64_t end);
 /* At the end of a pass over [start, end): which blocks are left unarmed from now on. */
 void dt_adapt_decide(dt_session *s, dt_adapt *a, uint64_t start, uint64_t end, const dt_wish *wish);
 

@@ -47,6 +47,14 @@ static inline uint64_t dt_up(uint64_t x, uint64_t unit) { return (x + unit - 1) 
 static inline uint64_t dt_max(uint64_t a, uint64_t b) { return a > b ? a : b; }
 static inline uint64_t dt_min(uint64_t a, uint64_t b) { return a < b ? a : b; }
 
+/* Not the builtin: without the instruction, which x86-64 need not have, that is a call of a function with a table. */
+static inline uint64_t dt_count_bits(uint64_t x)
+{
+    x -= x >> 1 & 0x5555555555555555u;
+    x = (x & 0x3333333333333333u) + (x >> 2 & 0x3333333333333333u);
+    return ((x + (x >> 4)) & 0x0f0f0f0f0f0f0f0fu) * 0x0101010101010101u >> 56;
+}
+
 /* ---- sets (set.c) ---- */
 typedef struct dt_watch dt_watch;
 

@@ -17,8 +17,7 @@ int dt_fail_region(dt_failure *why, int code, const dt_region *region)
 dt_watch *dt_make_watch(dt_listener *l, dt_region *region, unsigned bits)
 {
     uint64_t pages = (region->end - region->start) >> dt_page_shift(), words = (pages + 63) / 64;
-    uint64_t block_bytes = region->session->block_bytes, blocks = (region->end - 1) / block_bytes - region->start / block_bytes + 1;
-    dt_watch *w = dt_alloc(sizeof *w + bits * words * 8 + (blocks + 63) / 64 * 8);
+    dt_watch *w = dt_alloc(sizeof *w + (bits + (l ? 1 : 0)) * words * 8);
     if (!w)
         return NULL;
     w->listener = l;
@@ -28,7 +27,6 @@ dt_watch *dt_make_watch(dt_listener *l, dt_region *region, unsigned bits)
     w->told = region->gone_version;
     w->words = words;
     w->assumed = w->bits + bits * words;
-    w->assumed_words = (blocks + 63) / 64;
     return w;
 }
 
@@ -39,7 +37,7 @@ void dt_forget(dt_watch *w)
     if (w->pending)
         memset(w->bits, 0, w->words * 8);
     if (w->assuming)
-        memset(w->assumed, 0, w->assumed_words * 8);
+        memset(w->assumed, 0, w->words * 8);
     w->pending = w->assuming = false;
 }
 

@@ -29,20 +29,34 @@ static inline bool bits_of(const dt_watch *w, uint64_t start, uint64_t end, uint
     return true;
 }
 
+static void set_bits(uint64_t *bits, uint64_t first, uint64_t last)
+{
+    uint64_t i = first >> 6, j = last >> 6;
+    if (i == j) {
+        bits[i] |= mask_from(first) & mask_to(last);
+        return;
+    }
+    bits[i] |= mask_from(first);
+    memset(bits + i + 1, 0xff, (j - i - 1) * 8);
+    bits[j] |= mask_to(last);
+}
+
 void dt_mark(dt_watch *w, uint64_t start, uint64_t end)
 {
     uint64_t first, last;
     if (!bits_of(w, start, end, &first, &last))
         return;
     w->pending = true;
-    uint64_t i = first >> 6, j = last >> 6;
-    if (i == j) {
-        w->bits[i] |= mask_from(first) & mask_to(last);
+    set_bits(w->bits, first, last);
+}
+
+void dt_assume(dt_watch *w, uint64_t start, uint64_t end)
+{
+    uint64_t first, last;
+    if (!bits_of(w, start, end, &first, &last))
         return;
-    }
-    w->bits[i] |= mask_from(first);
-    memset(w->bits + i + 1, 0xff, (j - i - 1) * 8);
-    w->bits[j] |= mask_to(last);
+    w->assuming = true;
+    set_bits(w->assumed, first, last);
 }
 
 void dt_unmark(dt_watch *w, uint64_t start, uint64_t end)
@@ -64,18 +78,6 @@ void dt_mark_all(dt_watch *const *watches, uint64_t n, uint64_t start, uint64_t 
 {
     for (uint64_t i = 0; i < n; i++)
         dt_mark(watches[i], start, end);
-}
-
-void dt_assume(dt_watch *w, uint64_t start, uint64_t end)
-{
-    start = dt_max(start, w->start);
-    end = dt_min(end, w->end);
-    if (start >= end)
-        return;
-    uint64_t bytes = w->region->session->block_bytes, base = w->start / bytes;
-    w->assuming = true;
-    for (uint64_t i = start / bytes; i <= (end - 1) / bytes; i++)
-        w->assumed[(i - base) >> 6] |= (uint64_t)1 << ((i - base) & 63);
 }
 
 /* ---- telling everybody ------------------------------------------------------------------------------------------ */
@@ -340,16 +342,18 @@ static uint64_t append(dt_set *direct, const struct k_page_region *found, uint64
     return bytes >> dt_page_shift();
 }
 
+/* The remedies that come before the arming scan of [start, end). */
+static int find_before(dt_pass *pass, uint64_t start, uint64_t end)
+{
+    int rc = pass->find_absent ? find_absent(pass, start, end) : 0;
+    return !rc && pass->find_gigantic ? find_gigantic(pass, start, end) : rc;
+}
+
 /* One span of at most DT_CHUNK_BYTES. 0, -EPERM (some mapping in it is not registered; what was found is told), or
  * another -errno with nothing lost. */
-static int scan_chunk(dt_pass *pass, uint64_t start, uint64_t end)
+static int find_and_arm(dt_pass *pass, uint64_t start, uint64_t end)
 {
     dt_session *s = pass->session;
-    int rc = pass->find_absent ? find_absent(pass, start, end) : 0;
-    if (!rc && pass->find_gigantic)
-        rc = find_gigantic(pass, start, end);
-    if (rc)
-        return rc;
     uint64_t used = 0;
     for (uint64_t at = start; at < end;) {
         long n = scan_ioctl(s, at, end, pass->present ? &DT_ARM_POPULATED : &DT_ARM_WRITTEN);
@@ -382,32 +386,109 @@ static int scan_chunk(dt_pass *pass, uint64_t start, uint64_t end)
     return 0;
 }
 
-/* What is left unarmed is told whole, before any of it is armed. */
-static int tell_assumed(dt_pass *pass, uint64_t start, uint64_t end)
+static int scan_chunk(dt_pass *pass, uint64_t start, uint64_t end)
+{
+    int rc = find_before(pass, start, end);
+    return rc ? rc : find_and_arm(pass, start, end);
+}
+
+/* What is left unarmed is told without being asked for. */
+static void tell_unarmed(dt_pass *pass, uint64_t start, uint64_t end)
+{
+    const struct k_page_region all = {.start = start, .end = end};
+    if (pass->session->remedy & DT_REMEDY_UNTOLD)
+        return;
+    if (pass->direct && dt_set_reserve(pass->direct, pass->direct->count + 1))
+        dt_fold(pass);
+    tell(pass, &all, 1);
+    append(pass->direct, &all, 1);
+}
+
+static void assume(dt_pass *pass, uint64_t start, uint64_t end)
 {
     uint64_t count;
     dt_watch *const *watches = told(pass, &count);
-    const struct k_page_region all = {.start = start, .end = end};
-    if (pass->direct && dt_set_reserve(pass->direct, pass->direct->count + 1))
-        dt_fold(pass);
-    if (!(pass->session->remedy & DT_REMEDY_UNTOLD)) {
-        tell(pass, &all, 1);
-        append(pass->direct, &all, 1);
-    }
     for (uint64_t i = 0; i < count; i++)
         if (watches[i]->listener)
             dt_assume(watches[i], start, end);
     pass->session->statistics.pages_assumed += (end - start) >> dt_page_shift();
+}
+
+/* All of it, before any of it is armed. */
+static int tell_assumed(dt_pass *pass, uint64_t start, uint64_t end)
+{
+    tell_unarmed(pass, start, end);
+    assume(pass, start, end);
     return dt_adapt_ask(pass->session, pass->adapt, start, end);
+}
+
+/* Where single pages are assumed, one question that arms nothing says between which of them there is something to arm. */
+typedef struct between {
+    dt_pass *pass;
+    uint64_t at;                  /* what lies before it was told, and armed unless it is assumed */
+    uint64_t first, last;         /* found behind it, and not yet armed: no page in it is assumed */
+    uint64_t from, to;            /* the first run behind them that is assumed */
+    uint64_t end;
+    int rc;
+} between;
+
+/* In the order of addresses, as the set has them. */
+static void arm_found(between *b)
+{
+    uint64_t from, to;
+    for (; dt_adapt_next(b->pass->adapt, b->at, b->first, &from, &to); b->at = to)
+        tell_unarmed(b->pass, from, to);
+    if (b->first < b->last && !b->rc)
+        b->rc = find_and_arm(b->pass, b->first, b->last);
+    b->at = b->last;
+}
+
+static void found_between(void *context, uint64_t start, uint64_t end)
+{
+    between *b = context;
+    while (start < end) {
+        if (b->to <= start)
+            dt_adapt_next(b->pass->adapt, start, b->end, &b->from, &b->to);
+        uint64_t stop = start < b->from ? dt_min(end, b->from) : dt_min(end, b->to);
+        if (start < b->from) {
+            uint64_t from, to;
+            if (b->first == b->last || dt_adapt_next(b->pass->adapt, b->last, start, &from, &to)) {
+                arm_found(b);
+                b->first = start;
+            }
+            b->last = stop;
+        }
+        start = stop;
+    }
+}
+
+static int scan_between(dt_pass *pass, uint64_t start, uint64_t end)
+{
+    between b = {.pass = pass, .at = start, .first = start, .last = start, .from = start, .to = start, .end = end};
+    uint64_t from, to;
+    int rc = find_before(pass, start, end);
+    for (uint64_t at = start; !rc && dt_adapt_next(pass->adapt, at, end, &from, &to); at = to)
+        assume(pass, from, to);
+    dt_adapt_turn(pass->adapt, start, end);
+    if (!rc)
+        rc = dt_query(pass->session, start, end, &DT_WRITTEN, found_between, &b);
+    if (!rc) {
+        arm_found(&b);
+        b.first = b.last = end;
+        arm_found(&b);
+    }
+    return rc ? rc : b.rc;
 }
 
 static int scan_span(dt_pass *pass, uint64_t start, uint64_t end)
 {
+    static int (*const ways[])(dt_pass *, uint64_t, uint64_t) = {
+        [DT_WAY_EXACT] = scan_chunk, [DT_WAY_ASSUMED] = tell_assumed, [DT_WAY_MIXED] = scan_between};
     int rc = 0;
     if (DT_LIKELY(!dt_adapt_any(pass->adapt)))
         return scan_chunk(pass, start, end);
     for (uint64_t at = start, to; at < end && !rc; at = to)
-        rc = dt_adapt_next(pass->adapt, at, end, &to) ? tell_assumed(pass, at, to) : scan_chunk(pass, at, to);
+        rc = ways[dt_adapt_way(pass->adapt, at, end, &to)](pass, at, to);
     return rc;
 }
 
@@ -555,73 +636,5 @@ DT_FLAT int dt_scan_pass(dt_pass *pass, uint64_t start, uint64_t end, dt_failure
         dt_fold(pass);
         dt_fail_with(why, rc, -rc, DT_STEP_MAPS, start, end);
     }
-    return rc;
-}
-
-static bool others_hold(const dt_session *s, const dt_region *region, uint64_t start, uint64_t end)
-{
-    for (uint64_t i = 0; i < s->region_count; i++) {
-        const dt_region *other = s->regions[i];
-        if (dt_counts_armed(other, region) && other->start < end && start < other->end)
-            return true;
-    }
-    return false;
-}
-
-static bool others_wait(const dt_session *s, const dt_region *region, uint64_t start, uint64_t end)
-{
-    bool wait = others_hold(s, region, start, end);
-    uint64_t next = 0;
-    dt_run elsewhere;
-    while (!wait && dt_alias_next(s, start, end, &next, &elsewhere))
-        wait = others_hold(s, region, elsewhere.start, elsewhere.end);
-    return wait;
-}
-
-static int arm_all(dt_session *s, dt_region *region, dt_failure *why)
-{
-    /* What another armed region holds has listeners who wait for its bits: there only a collecting scan may arm. */
-    uint64_t at = region->start, from, to;
-    int rc = 0;
-    while (!rc && dt_next_uncovered(s, dt_counts_armed, region, &at, region->end, &from, &to)) {
-        if (others_wait(s, region, from, to)) /* for the same pages at another address */
-            continue;
-        rc = dt_protect(s, from, to);
-        if (rc == -ENOENT) { /* replaced since it was registered, maybe in part */
-            rc = dt_heal(s, region->start, region->end);
-            if (!rc)
-                rc = dt_protect(s, from, to);
-        }
-        if (rc)
-            dt_fail_with(why, rc, -rc, s->compare ? dt_compare_step(rc) : DT_STEP_PROTECT, from, to);
-    }
-    return rc;
-}
-
-int dt_arm(dt_session *s, dt_region *region, dt_failure *why)
-{
-    int rc = dt_look_for_strangers(s);
-    if (!rc && (region->gone_bytes || !dt_mapped(region->start, region->end)))
-        rc = dt_heal(s, region->start, region->end);
-    if (rc)
-        return dt_fail_with(why, rc, -rc, DT_STEP_MAPS, region->start, region->end);
-    if (region->gone_bytes) {
-        if (why)
-            why->region = region->id;
-        return dt_fail_with(why, DT_GONE, 0, DT_STEP_PROTECT, region->gone_start, region->gone_end);
-    }
-    bool first = !region->armed;
-    if (first && (rc = dt_content_before_arming(s, region, region->start, region->end)))
-        return dt_fail_with(why, rc, -rc, DT_STEP_MAPS, region->start, region->end);
-    if (first && !region->present && (rc = arm_all(s, region, why)))
-        return rc;
-    dt_adapt_forget(region->adapt);
-    if (!first || region->present || others_wait(s, region, region->start, region->end)) {
-        dt_pass pass = {.session = s, .everybody = true, .present = region->present, .find_absent = first};
-        rc = dt_scan_pass(&pass, region->start, region->end, why);
-    }
-    if (!rc && first && ((rc = dt_content_after_arming(s, region, region->start, region->end)) || (rc = dt_alias_arm(s, region))))
-        dt_fail_with(why, rc, -rc, DT_STEP_PROTECT, region->start, region->end);
-    region->armed |= !rc;
     return rc;
 }

@@ -1,0 +1,88 @@
+/* SPDX-License-Identifier: MIT
+ * What tracking costs on this machine, for adapt.c to weigh: measured once, where there is something to win. */
+#include "engine.h"
+#include <sys/mman.h>
+
+dt_costs dt_cost; /* fault stays 0 where it cannot be measured */
+static _Atomic int measuring; /* 0: not yet, 1: somebody does, 2: done, as far as it went */
+
+#define FAULTS 128u
+#define APART 16u           /* pages from one that is written to the next */
+#define COPIES 256u
+#define TRIES 3
+
+/* What a program wrote in an epoch is in no cache of ours when it is copied. */
+static void push_out(const uint8_t *memory, uint64_t bytes)
+{
+#ifdef __x86_64__
+    for (uint64_t i = 0; i < bytes; i += 64)
+        __builtin_ia32_clflush(memory + i);
+#else
+    (void)memory, (void)bytes;
+#endif
+}
+
+static uint64_t a_page_since(uint64_t begun, uint64_t pages) { return dt_max((dt_now_ns() - begun) / pages, 1); }
+
+/* Pages of our own: those to be written lie apart, behind a piece without gaps. */
+static void measure(dt_session *s, uint8_t *memory, uint64_t step)
+{
+    uint64_t page = dt_page_bytes();
+    uint8_t *apart = memory + 2 * COPIES * page;
+    uint64_t start = (uintptr_t)apart, end = start + FAULTS * step;
+    uint64_t fault = UINT64_MAX, arm = UINT64_MAX, call = UINT64_MAX, copy = UINT64_MAX, copy_apart = UINT64_MAX;
+    int rc = dt_uffd_register(s, start, end);
+    for (int i = 0; !rc && i <= TRIES; i++) {
+        uint64_t begun = dt_now_ns(), found;
+        for (uint64_t k = 0; k < FAULTS; k++)
+            *(volatile uint8_t *)(apart + k * step) = 1;
+        if (i) /* armed by then */
+            fault = dt_min(fault, a_page_since(begun, FAULTS));
+        begun = dt_now_ns();
+        rc = dt_scan_apart(s, start, end, true, &found);
+        arm = dt_min(arm, a_page_since(begun, FAULTS));
+        for (uint64_t k = 0; k < FAULTS; k++)
+            *(volatile uint8_t *)(apart + k * step) = 1;
+        begun = dt_now_ns();
+        for (uint64_t k = 0; k < FAULTS && !rc; k++)
+            rc = dt_scan_apart(s, start + k * step, start + k * step + page, true, &found);
+        call = dt_min(call, a_page_since(begun, FAULTS));
+        push_out(memory, 2 * COPIES * page);
+        begun = dt_now_ns();
+        memcpy(memory + COPIES * page, memory, COPIES * page);
+        if (i) /* populated by then */
+            copy = dt_min(copy, a_page_since(begun, COPIES));
+        push_out(memory + COPIES * page, COPIES * page);
+        for (uint64_t k = 0; k < FAULTS; k++)
+            push_out(apart + k * step, page);
+        begun = dt_now_ns();
+        for (uint64_t k = 0; k < FAULTS; k++)
+            memcpy(memory + (COPIES + k * (COPIES / FAULTS)) * page, apart + k * step, page);
+        copy_apart = dt_min(copy_apart, a_page_since(begun, FAULTS));
+    }
+    dt_uffd_unregister(s, start, end);
+    dt_cost.arm = arm;
+    dt_cost.call = call;
+    dt_cost.copy = copy;
+    dt_cost.copy_apart = dt_max(copy_apart, copy);
+    if (!rc)
+        dt_cost.fault = fault;
+}
+
+/* Once in a process, in some 3 ms: called where there are pages enough that are written again and again, whose faults cost as much. */
+bool dt_costs_known(dt_session *s)
+{
+    int before = 0;
+    if (!atomic_compare_exchange_strong(&measuring, &before, 1))
+        return before == 2 && dt_cost.fault;
+    uint64_t page = dt_page_bytes(), step = APART * page, bytes = 2 * COPIES * page + FAULTS * step;
+    uint8_t *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory != MAP_FAILED) {
+        madvise(memory, bytes, MADV_NOHUGEPAGE);
+        memset(memory, 1, COPIES * page);
+        measure(s, memory, step);
+        munmap(memory, bytes);
+    }
+    atomic_store(&measuring, 2);
+    return dt_cost.fault;
+}
