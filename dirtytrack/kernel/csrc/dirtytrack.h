@@ -136,6 +136,8 @@ void dt_set_bitmap(const dt_set *set, uint64_t start, uint64_t end, uint8_t *out
  * returns how many there are. `stride` > 0. */
 uint64_t dt_set_rows(const dt_set *set, uint64_t address, uint64_t stride, uint64_t row_bytes, uint64_t rows,
                      uint64_t *out, uint64_t room);
+/* How many of its pages are in each of n spans; -EINVAL unless these are page-aligned, sorted and disjoint. */
+int dt_set_counts(const dt_set *set, const dt_run *spans, uint64_t n, uint64_t *out);
 
 /* ---- bytes of a set ----------------------------------------------------------------------------------------- */
 
