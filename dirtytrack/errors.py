@@ -10,6 +10,7 @@
     ├── KernelRefused        OSError             an answer of the kernel that nothing above explains
     ├── InvalidMemory        ValueError          read-only, not contiguous, empty, not mappable, unknown here
     ├── InvalidDelta         ValueError          bytes that are no delta, or a damaged one
+    ├── InvalidRecording     ValueError          a file that is no recording, a damaged one, or nothing in it matches
     ├── NotRegistered        ValueError          the memory is not registered, or is no longer
     ├── RangeBusy            OSError             another userfaultfd has the memory
     ├── RegionGone           OSError             a mapping went away beneath its region
@@ -41,6 +42,7 @@ __all__ = [
     "GuardPageWarning",
     "InvalidDelta",
     "InvalidMemory",
+    "InvalidRecording",
     "KernelRefused",
     "LimitReached",
     "MissedWrite",
@@ -130,6 +132,10 @@ class InvalidMemory(DirtyTrackError, ValueError):
 
 class InvalidDelta(DirtyTrackError, ValueError):
     """These bytes are no delta, a damaged one, or one of another version; nothing was written."""
+
+
+class InvalidRecording(DirtyTrackError, ValueError):
+    """The file is no recording, one of another version, or damaged; or it has nothing of what was asked for."""
 
 
 class NotRegistered(DirtyTrackError, ValueError):

@@ -22,6 +22,7 @@ BUILT_IN = {
     "AlreadyStarted": RuntimeError,
     "InvalidDelta": ValueError,
     "InvalidMemory": ValueError,
+    "InvalidRecording": ValueError,
     "KernelRefused": OSError,
     "LimitReached": OSError,
     "MissedWrite": RuntimeError,
