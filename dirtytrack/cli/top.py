@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: MIT
+"""`dirtytrack top`: what processes write, live."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from .keys import Keys
+from .strip import can_write
+from .watching import Watched, descendants, process_id, seconds
+
+if TYPE_CHECKING:
+    from rich.live import Live
+
+    from .top_screen import Line, View
+
+__all__ = ["add_arguments", "run"]
+
+_LOOK_SECONDS = 0.25  # how soon a terminal of another size is noticed
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what `dirtytrack top` takes."""
+    parser.add_argument("pids", nargs="+", type=process_id, metavar="PID", help="a process to watch")
+    parser.add_argument("--tree", action="store_true", help="and all that come from them, new ones too")
+    parser.add_argument("--every", type=seconds, default=1.0, metavar="SECONDS", help="length of an epoch (1)")
+    parser.add_argument("--seconds", type=seconds, help="end after so long")
+    parser.add_argument("--mappings", action="store_true", help="begin with the mappings of the first process")
+    parser.epilog = (
+        "Each process is stopped once, for about a millisecond, when it is attached. DIRTY/S is what the last epoch "
+        "wrote; 1 S, 10 S and 60 S are what was written at least once in these times (+: watched for less so far)."
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Watch until `q`, until time is up, or until the terminal goes.
+
+    Returns:
+        0; 1 where no process could be attached; 2 where there is no terminal.
+    """
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        print("dirtytrack top: needs a terminal; `dirtytrack scan PID --watch --json` does not", file=sys.stderr)
+        return 2
+    from rich.console import Console
+    from rich.live import Live
+
+    from .top_screen import View
+
+    watched = {pid: Watched(pid) for pid in (descendants(args.pids) if args.tree else dict.fromkeys(args.pids))}
+    try:
+        for one in watched.values():
+            one.attach()
+        if not any(one.watched for one in watched.values()):
+            for one in watched.values():
+                print(f"dirtytrack top: {one.pid}: {one.problem}", file=sys.stderr)
+            return 1
+        view = View(args.every, plain=not can_write(sys.stdout, "▁↑…"))
+        if args.mappings:
+            view.mappings_of = next(pid for pid, one in watched.items() if one.watched)
+        console = Console(highlight=False)
+        with Keys() as keys, Live(console=console, screen=True, auto_refresh=False, transient=True) as live:
+            _loop(args, watched, view, keys, live)
+    finally:
+        for one in watched.values():
+            one.detach()
+    return 0
+
+
+def _loop(args: argparse.Namespace, watched: dict[int, Watched], view: View, keys: Keys, live: Live) -> None:
+    """Sample when it is time, obey keys at once, and draw what changed."""
+    begun = time.monotonic()
+    due, drawn = begun + args.every, None
+    view.update(_lines(watched))
+    while not view.done:
+        now = time.monotonic()
+        if args.seconds is not None and now - begun >= args.seconds:
+            return
+        if now >= due:
+            if args.tree:
+                _attach_new(args.pids, watched)
+            for one in watched.values():
+                one.sample()
+            view.update(_lines(watched))
+            due, drawn = max(due + args.every, time.monotonic()), None  # late is late: no epoch is made up for
+        size = live.console.size
+        if size != drawn:
+            live.update(view.render(size.width, size.height), refresh=True)
+            drawn = size
+        pressed = keys.pressed(min(_LOOK_SECONDS, due - time.monotonic()))
+        if pressed is None:
+            return
+        for key in pressed:
+            view.press(key)
+            drawn = None
+
+
+def _lines(watched: dict[int, Watched]) -> list[Line]:
+    from .top_screen import Line
+
+    return [Line(one.pid, one.name, one.rates, one.problem, one.gone) for one in watched.values()]
+
+
+def _attach_new(pids: Sequence[int], watched: dict[int, Watched]) -> None:
+    for pid in descendants(pids):
+        if pid not in watched:
+            watched[pid] = Watched(pid)
+            watched[pid].attach()

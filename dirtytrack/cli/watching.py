@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: MIT
+"""Processes that a command watches: attached one by one, each with what became of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+from .. import process
+from ..errors import DirtyTrackError, TargetGone
+from ..observe.rates import Rates, Watch
+
+if TYPE_CHECKING:
+    from ..process import ProcessTracker
+
+__all__ = ["Watched", "descendants", "process_id", "seconds"]
+
+
+class Watched:
+    """A process that is watched, was, or could not be.
+
+    Attributes:
+        pid: its number.
+        name: its command, in short.
+        rates: what it wrote as of the last `sample`, or None before the first.
+        problem: why it is not watched (any more), or "".
+        gone: whether that is because it ended.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.name = _name_of(pid)
+        self.rates: Rates | None = None
+        self.problem = ""
+        self.gone = False
+        self._tracker: ProcessTracker | None = None
+        self._watch: Watch | None = None
+
+    @property
+    def watched(self) -> bool:
+        """Whether it still is."""
+        return self._watch is not None
+
+    def attach(self) -> None:
+        """Begin. What goes wrong is told by ``problem``."""
+        try:
+            self._tracker = process.attach(self.pid)
+            self._watch = Watch(self._tracker)
+        except DirtyTrackError as error:
+            self._end(error)
+
+    def sample(self) -> None:
+        """End an epoch, where it is watched."""
+        if self._watch is None:
+            return
+        try:
+            self.rates = self._watch.sample()
+        except DirtyTrackError as error:
+            self._end(error)
+
+    def detach(self) -> None:
+        """Let go of it."""
+        tracker, self._tracker, self._watch = self._tracker, None, None
+        if tracker is not None:
+            with suppress(TargetGone):
+                tracker.detach()
+
+    def _end(self, error: DirtyTrackError) -> None:
+        self.gone = isinstance(error, TargetGone)
+        self.problem = str(error)
+        with suppress(DirtyTrackError):
+            self.detach()
+
+
+def _name_of(pid: int) -> str:
+    """The program's name and arguments, as far as they may be read."""
+    try:
+        found = psutil.Process(pid)
+        words = found.cmdline()
+        return " ".join([Path(words[0]).name, *words[1:]]) if words else found.name()
+    except (psutil.Error, OSError):
+        return ""
+
+
+def descendants(pids: Iterable[int]) -> list[int]:
+    """These processes and all that come from them and still run, each once, parents first."""
+    found = dict.fromkeys(pids)
+    for pid in list(found):
+        with suppress(psutil.Error):
+            found.update(dict.fromkeys(child.pid for child in psutil.Process(pid).children(recursive=True)))
+    return list(found)
+
+
+def process_id(text: str) -> int:
+    """A process's number, as argparse wants it.
+
+    Raises:
+        ValueError: it is none.
+    """
+    pid = int(text)
+    if pid <= 0:
+        raise ValueError(text)
+    return pid
+
+
+def seconds(text: str) -> float:
+    """A length of time, as argparse wants it.
+
+    Raises:
+        ValueError: it is none, or too short or too long to wait for.
+    """
+    value = float(text)
+    if not 0.01 <= value <= 86400:
+        raise ValueError(text)
+    return value
