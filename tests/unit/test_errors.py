@@ -31,6 +31,7 @@ BUILT_IN = {
     "RangeBusy": OSError,
     "RegionGone": OSError,
     "SessionClosed": RuntimeError,
+    "TargetBusy": OSError,
     "TargetGone": ProcessLookupError,
     "UnsupportedKernel": NotImplementedError,
     "UsedAfterFork": RuntimeError,
