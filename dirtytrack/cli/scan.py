@@ -7,14 +7,18 @@ import argparse
 import json
 import sys
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from .. import process
 from ..errors import TargetGone
 from ..observe.figures import amount, named
 from ..observe.rates import Rates, Watch
 from .strip import Screen
-from .watching import process_id, seconds
+from .watching import Choice, process_id, seconds
+
+if TYPE_CHECKING:
+    from ..process import Mapping
 
 __all__ = ["add_arguments", "run"]
 
@@ -33,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="epoch after epoch of that length, until Ctrl-C",
     )
+    Choice.add_arguments(parser)
     parser.add_argument("--all", action="store_true", help="also the mappings in which nothing was written")
     parser.add_argument("--json", action="store_true", help="one JSON document an epoch, each in a line")
     parser.epilog = (
@@ -52,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     """
     screen = Screen(quiet=args.json)
     every = args.seconds if not args.watch else args.watch
-    with process.attach(args.pid) as tracker:
+    with process.attach(args.pid, include=args.include, exclude=args.exclude) as tracker:
         watch = Watch(tracker, ())
         due = time.monotonic()
         for number in range(1 if args.watch is None else sys.maxsize):
@@ -69,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
             if args.json:
                 print(json.dumps(_document(args.pid, tracker.attach_stall, rates, everything=args.all)), flush=True)
             else:
-                _tell(screen, args.pid, rates, everything=args.all)
+                _tell(screen, args.pid, rates, tracker.mappings, everything=args.all)
     return 0
 
 
@@ -79,7 +84,7 @@ def _wait(until: float, screen: Screen, pid: int) -> None:
         time.sleep(min(left, 0.5))
 
 
-def _tell(screen: Screen, pid: int, rates: Rates, *, everything: bool) -> None:
+def _tell(screen: Screen, pid: int, rates: Rates, mappings: Sequence[Mapping], *, everything: bool) -> None:
     written = sorted(rates.mappings, key=lambda row: (-row.dirty_bytes, row.mapping.start))
     shown = [row for row in written if row.dirty_bytes or everything]
     places = sum(bool(row.dirty_bytes) for row in written)
@@ -100,6 +105,10 @@ def _tell(screen: Screen, pid: int, rates: Rates, *, everything: bool) -> None:
             amount(row.mapping.nbytes),
         )
         screen.line(_ROW.format(*cells, f"{row.mapping.start:x}", name))
+    left_out = [each for each in mappings if each.state == "excluded" and "w" in each.permissions]
+    if left_out:
+        names = ", ".join(sorted({named(each.name, each.permissions) for each in left_out}))
+        screen.line(f"not watched, since not chosen: {len(left_out)} writable mappings ({names}); see --include", "2")
 
 
 def _document(pid: int, attach_stall: float, rates: Rates, *, everything: bool) -> dict[str, Any]:

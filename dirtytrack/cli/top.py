@@ -6,12 +6,12 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ..errors import UnsupportedKernel
 from .keys import Keys
 from .strip import can_write
-from .watching import Watched, descendants, process_id, seconds
+from .watching import Choice, Watched, descendants, process_id, seconds
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "run"]
 
+_GONE_SECONDS = 60  # how long a child that ended is still shown
 _LOOK_SECONDS = 0.25  # how soon a terminal of another size is noticed
 
 
@@ -27,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what `dirtytrack top` takes."""
     parser.add_argument("pids", nargs="+", type=process_id, metavar="PID", help="a process to watch")
     parser.add_argument("--tree", action="store_true", help="and all that come from them, new ones too")
+    Choice.add_arguments(parser)
     parser.add_argument("--every", type=seconds, default=1.0, metavar="SECONDS", help="length of an epoch (1)")
     parser.add_argument("--seconds", type=seconds, help="end after so long")
     parser.add_argument("--mappings", action="store_true", help="begin with the mappings of the first process")
@@ -41,16 +43,25 @@ def run(args: argparse.Namespace) -> int:
 
     Returns:
         0; 1 where no process could be attached; 2 where there is no terminal.
+
+    Raises:
+        UnsupportedKernel: the package that draws the screen is missing.
     """
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         print("dirtytrack top: needs a terminal; `dirtytrack scan PID --watch --json` does not", file=sys.stderr)
         return 2
-    from rich.console import Console
-    from rich.live import Live
-
+    try:
+        from rich.console import Console
+        from rich.live import Live
+    except ImportError as error:
+        raise UnsupportedKernel(
+            "the screen is drawn by the package rich, which is not installed: pip install dirtytrack[observe]",
+            feature="rich",
+        ) from error
     from .top_screen import View
 
-    watched = {pid: Watched(pid) for pid in (descendants(args.pids) if args.tree else dict.fromkeys(args.pids))}
+    pids = descendants(args.pids) if args.tree else args.pids
+    watched = {pid: Watched(pid, Choice.of(args)) for pid in pids}
     try:
         for one in watched.values():
             one.attach()
@@ -81,7 +92,7 @@ def _loop(args: argparse.Namespace, watched: dict[int, Watched], view: View, key
             return
         if now >= due:
             if args.tree:
-                _attach_new(args.pids, watched)
+                _attach_new(args, watched)
             for one in watched.values():
                 one.sample()
             view.update(_lines(watched))
@@ -104,8 +115,13 @@ def _lines(watched: dict[int, Watched]) -> list[Line]:
     return [Line(one.pid, one.name, one.rates, one.problem, one.gone) for one in watched.values()]
 
 
-def _attach_new(pids: Sequence[int], watched: dict[int, Watched]) -> None:
-    for pid in descendants(pids):
+def _attach_new(args: argparse.Namespace, watched: dict[int, Watched]) -> None:
+    """Take in what came from the processes meanwhile, and forget what came and went."""
+    now = time.monotonic()
+    for pid in [pid for pid, one in watched.items() if one.gone and now - one.ended_at > _GONE_SECONDS]:
+        if pid not in args.pids:
+            del watched[pid]
+    for pid in descendants(args.pids):
         if pid not in watched:
-            watched[pid] = Watched(pid)
+            watched[pid] = Watched(pid, Choice.of(args))
             watched[pid].attach()

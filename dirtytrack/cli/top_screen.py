@@ -73,9 +73,9 @@ def _part(part: float) -> str:
 
 
 def _process_name(line: Line, view: View) -> str:
-    if line.gone:
-        return f"{line.name or '?'}  [gone]"
-    return f"{line.name or '?'}  [{line.problem}]" if line.problem else line.name
+    if line.gone and line.rates is not None:
+        return f"[gone] {line.name}"
+    return f"{line.name.partition(' ')[0]} [{line.problem}]".lstrip() if line.problem else line.name
 
 
 _NO_RATES = ""
@@ -276,7 +276,7 @@ class View:
             name = line.name if line is not None else ""
             parts = [f"mappings of {self.mappings_of} {name}".rstrip(), *parts[1:]]
             if line is not None and line.problem:
-                parts.append("[gone]" if line.gone else "[not watched]")
+                parts.insert(0, "[gone]" if line.gone else "[not watched]")
         if self.frozen:
             title.append("  FROZEN", style="bold yellow")
         title.append("  " + "  ".join(parts), style="not bold")

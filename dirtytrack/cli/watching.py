@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import argparse
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
 
@@ -17,7 +19,33 @@ from ..observe.rates import Rates, Watch
 if TYPE_CHECKING:
     from ..process import ProcessTracker
 
-__all__ = ["Watched", "descendants", "process_id", "seconds"]
+__all__ = ["Choice", "Watched", "descendants", "process_id", "seconds"]
+
+_LEAST_SECONDS, _MOST_SECONDS = 0.01, 86400
+
+
+class Choice(NamedTuple):
+    """Which mappings are watched, as `process.attach` takes it."""
+
+    include: list[str] | None
+    exclude: list[str] | None
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Declare the options of this."""
+        parser.add_argument(
+            "--include",
+            action="append",
+            metavar="NAME",
+            help="only mappings of this name (* and ? as in a shell, [anon] for none), also of files and shared "
+            "memory; may be repeated. Left out: all private anonymous memory",
+        )
+        parser.add_argument("--exclude", action="append", metavar="NAME", help="not mappings of this name")
+
+    @staticmethod
+    def of(args: argparse.Namespace) -> Choice:
+        """What was chosen."""
+        return Choice(args.include, args.exclude)
 
 
 class Watched:
@@ -29,14 +57,17 @@ class Watched:
         rates: what it wrote as of the last `sample`, or None before the first.
         problem: why it is not watched (any more), or "".
         gone: whether that is because it ended.
+        ended_at: when it was found out, by `time.monotonic`.
     """
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, choice: Choice) -> None:
         self.pid = pid
+        self._choice = choice
         self.name = _name_of(pid)
         self.rates: Rates | None = None
         self.problem = ""
         self.gone = False
+        self.ended_at = 0.0
         self._tracker: ProcessTracker | None = None
         self._watch: Watch | None = None
 
@@ -48,7 +79,7 @@ class Watched:
     def attach(self) -> None:
         """Begin. What goes wrong is told by ``problem``."""
         try:
-            self._tracker = process.attach(self.pid)
+            self._tracker = process.attach(self.pid, include=self._choice.include, exclude=self._choice.exclude)
             self._watch = Watch(self._tracker)
         except DirtyTrackError as error:
             self._end(error)
@@ -70,6 +101,7 @@ class Watched:
                 tracker.detach()
 
     def _end(self, error: DirtyTrackError) -> None:
+        self.ended_at = time.monotonic()
         self.gone = isinstance(error, TargetGone)
         self.problem = str(error)
         with suppress(DirtyTrackError):
@@ -96,24 +128,22 @@ def descendants(pids: Iterable[int]) -> list[int]:
 
 
 def process_id(text: str) -> int:
-    """A process's number, as argparse wants it.
-
-    Raises:
-        ValueError: it is none.
-    """
-    pid = int(text)
-    if pid <= 0:
-        raise ValueError(text)
+    """A process's number, as argparse wants it."""
+    try:
+        pid = int(text)
+    except ValueError:
+        pid = 0
+    if not 0 < pid < 1 << 31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not the number of a process")
     return pid
 
 
 def seconds(text: str) -> float:
-    """A length of time, as argparse wants it.
-
-    Raises:
-        ValueError: it is none, or too short or too long to wait for.
-    """
-    value = float(text)
-    if not 0.01 <= value <= 86400:
-        raise ValueError(text)
+    """A length of time, as argparse wants it."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not _LEAST_SECONDS <= value <= _MOST_SECONDS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from {_LEAST_SECONDS} to {_MOST_SECONDS}")
     return value

@@ -239,7 +239,8 @@ def _counted(epoch: Epoch, spans: NDArray[np.uint64]) -> Counts:
     below = np.interp(
         spans.astype(np.float64), edges.astype(np.float64), np.repeat(np.concatenate(([0], upto)), 2)[1:-1]
     )
-    return np.ceil(below[:, 1] - below[:, 0] - 1e-6).astype(np.uint32)
+    counts: Counts = np.ceil(below[:, 1] - below[:, 0] - 1e-6).astype(np.uint32)
+    return counts
 
 
 def _places(recording: Recording, stretches: Sequence[Stretch]) -> tuple[Place, ...]:

@@ -29,9 +29,9 @@ PAGES = st.integers(0, 999) | st.integers(5_000_000, 5_000_049)
 EPOCHS = st.lists(st.frozensets(PAGES, max_size=30), min_size=1, max_size=9).filter(any)
 
 
-def recorded(epochs: list[frozenset[int]], **options: int) -> Recording:
+def recorded(epochs: list[frozenset[int]]) -> Recording:
     with tempfile.TemporaryDirectory() as folder:
-        return make_recording(Path(folder, "r.dtr"), epochs, [TABLE], **options)
+        return make_recording(Path(folder, "r.dtr"), epochs, [TABLE])
 
 
 def row_of(heat: HeatMap, page: int) -> int:
