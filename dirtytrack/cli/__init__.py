@@ -16,6 +16,9 @@ __all__ = ["main"]
 
 COMMANDS = {
     "doctor": "say what tracking needs, whether it is there, and what mends it",
+    "record": "record which pages a program writes, epoch by epoch, into a file",
+    "report": "say what a recording has: rates, mappings, hot pages, the written working set",
+    "plan": "say what checkpoints and live migration of a recorded program would cost",
     "demo": "index the standard library in tracked memory, epoch by epoch, and compare the cost",
 }
 """By name of the module, which has add_arguments(parser) and run(args) -> exit status."""

@@ -11,7 +11,43 @@
 It takes NumPy, which the extra ``observe`` brings. ``import dirtytrack`` does not import this.
 """
 
+from .blocks import DirtiedBuffer, dirtied
+from .metrics import Metrics
+from .plan import Checkpoint, Checkpoints, Precopy, Round, checkpoints, precopy
+from .recorder import Observed, Recorder, RecorderStatistics
 from .recording import Epoch, Recording
+from .selecting import MappingShare, by_mapping, exact_tail, only
+from .source import Source, TrackerSource, source_of
+from .workingset import HotRange, HotSet, Rate, Trace, WorkingSet, rates
 from .writer import RecordingWriter
 
-__all__ = ["Epoch", "Recording", "RecordingWriter"]
+__all__ = [
+    "Checkpoint",
+    "Checkpoints",
+    "DirtiedBuffer",
+    "Epoch",
+    "HotRange",
+    "HotSet",
+    "MappingShare",
+    "Metrics",
+    "Observed",
+    "Precopy",
+    "Rate",
+    "Recorder",
+    "RecorderStatistics",
+    "Recording",
+    "RecordingWriter",
+    "Round",
+    "Source",
+    "Trace",
+    "TrackerSource",
+    "WorkingSet",
+    "by_mapping",
+    "checkpoints",
+    "dirtied",
+    "exact_tail",
+    "only",
+    "precopy",
+    "rates",
+    "source_of",
+]
