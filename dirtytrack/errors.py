@@ -15,6 +15,7 @@
     ├── RangeBusy            OSError             another userfaultfd has the memory
     ├── RegionGone           OSError             a mapping went away beneath its region
     ├── TargetGone           ProcessLookupError  the process ended, or replaced itself by exec
+    ├── TargetBusy           OSError             it does not stop, or a debugger has it
     ├── SessionClosed        RuntimeError        the session is closed
     ├── NotStarted           RuntimeError        the tracker is not running
     ├── AlreadyStarted       RuntimeError        the tracker is running
@@ -52,6 +53,7 @@ __all__ = [
     "RangeBusy",
     "RegionGone",
     "SessionClosed",
+    "TargetBusy",
     "TargetGone",
     "UnsupportedKernel",
     "UsedAfterFork",
@@ -152,6 +154,10 @@ class RegionGone(DirtyTrackError, OSError):
 
 class TargetGone(DirtyTrackError, ProcessLookupError):
     """The process ``pid`` ended, or replaced itself by exec."""
+
+
+class TargetBusy(DirtyTrackError, OSError):
+    """The process ``pid`` did not stop in time, or another tracer has it."""
 
 
 class SessionClosed(DirtyTrackError, RuntimeError):

@@ -1,2 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Other processes: attach to a running one, and see what it writes."""
+"""Other processes: which pages a running program writes, though it knows nothing of us.
+
+    with dirtytrack.process.attach(pid) as tracker:
+        dirty = tracker.collect()
+        data = tracker.read(dirty)
+"""
+
+from .attaching import attach
+from .mappings import Mapping
+from .tracker import ProcessStatistics, ProcessTracker
+
+__all__ = ["Mapping", "ProcessStatistics", "ProcessTracker", "attach"]

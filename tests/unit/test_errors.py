@@ -32,6 +32,7 @@ BUILT_IN = {
     "RangeBusy": OSError,
     "RegionGone": OSError,
     "SessionClosed": RuntimeError,
+    "TargetBusy": OSError,
     "TargetGone": ProcessLookupError,
     "UnsupportedKernel": NotImplementedError,
     "UsedAfterFork": RuntimeError,

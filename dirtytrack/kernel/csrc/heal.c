@@ -11,8 +11,10 @@ static void unmark_all(dt_session *s, uint64_t start, uint64_t end)
 
 /* msync(MS_ASYNC) writes nothing since Linux 2.6.19; it says ENOMEM where part of the range is not mapped, at the cost
  * of one system call. A scan would pass over such a hole in silence. */
-bool dt_mapped(uint64_t start, uint64_t end)
+bool dt_mapped(const dt_session *s, uint64_t start, uint64_t end)
 {
+    if (s && s->space)
+        return dt_target_mapped(s, start, end);
     return msync((void *)start, end - start, MS_ASYNC) == 0 || errno != ENOMEM;
 }
 
@@ -98,7 +100,7 @@ bool dt_next_own(const dt_session *s, uint64_t *at, uint64_t end, uint64_t *from
 int dt_look_for_strangers(dt_session *s)
 {
     uint64_t registrations = atomic_load(&dt_registrations), thefts = atomic_load(&dt_thefts);
-    if (DT_LIKELY(registrations == s->registrations && thefts == s->thefts && !s->foreign_count) || s->suspended || s->compare)
+    if (DT_LIKELY(registrations == s->registrations && thefts == s->thefts && !s->foreign_count) || s->suspended || s->compare || s->space)
         return 0;
     for (uint64_t i = 0; i < s->region_count; i++) {
         int rc = s->regions[i]->registered ? dt_heal(s, s->regions[i]->start, s->regions[i]->end) : 0;
@@ -163,7 +165,7 @@ int dt_heal(dt_session *s, uint64_t start, uint64_t end)
         s->regions[i]->seen_start = s->regions[i]->seen_end = s->regions[i]->seen_bytes = 0;
     for (uint64_t at = start; at < end;) {
         dt_mapping m;
-        int rc = s->compare ? dt_compare_mapping(at, end, &m) : dt_mapping_at(at, &m);
+        int rc = s->compare ? dt_compare_mapping(at, end, &m) : dt_mapping_of(s->space, at, &m);
         if (rc && rc != -ENOENT)
             return rc;
         uint64_t next = rc ? end : dt_min(end, m.start);
