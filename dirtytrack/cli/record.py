@@ -4,19 +4,25 @@
 from __future__ import annotations
 
 import argparse
+import os
+import select
 import shlex
 import signal
 import subprocess
 import sys
-from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+import time
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING
 
 import psutil
 
+from ..errors import DirtyTrackError, TargetGone
 from . import quantities
 
 if TYPE_CHECKING:
-    from ..observe import Metrics, Observed, Recorder
+    from collections.abc import Callable
+
+    from ..observe import Metrics, Observed, Recorder, RecorderStatistics
     from ..process import ProcessTracker
 
 __all__ = ["add_arguments", "run"]
@@ -57,8 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Record until the program ends, the time is over, or somebody says so."""
-    from ..observe import Metrics, Recorder
-    from ..process import attach
+    from ..observe import Metrics
 
     words = args.words[1:] if args.words[:1] == ["--"] else args.words
     if (args.pid is None) == (not words):
@@ -70,26 +75,16 @@ def run(args: argparse.Namespace) -> int:
         except OSError as error:
             print(f"dirtytrack: {words[0]} cannot be started: {error.strerror}", file=sys.stderr)
             return 127 if isinstance(error, FileNotFoundError) else 126  # as a shell does
-    pid = args.pid if child is None else child.pid
     with ExitStack() as stack:
         if child is not None:
             stack.callback(_end, child)
-        tracker = stack.enter_context(attach(pid, include=args.include, exclude=args.exclude))
+        target = _Target(args.pid if child is None else child.pid, child, args)
+        target.attach(stack)
         metrics = None if args.metrics is None else stack.enter_context(Metrics(*args.metrics))
-        recorder = Recorder(
-            tracker,
-            args.output,
-            every=args.every,
-            size_budget=args.size_budget,
-            append=args.append,
-            command=_command_of(pid, words),
-            told=None if metrics is None else _teller(metrics, pid),
-        )
         if metrics is not None:
             print(f"metrics: http://{args.metrics[0]}:{metrics.port}/metrics", file=sys.stderr)
-        _record(recorder, child, args.seconds)
-        print(_summary(args.output, recorder, tracker), file=sys.stderr)
-        tracker.detach()
+        target.record(stack, metrics)
+        print(target.summary(), file=sys.stderr)
         if child is None:
             return 0
         status = child.wait()
@@ -114,16 +109,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
         child.wait()
 
 
-def _command_of(pid: int, words: list[str]) -> str:
-    if words:
-        return shlex.join(words)
-    try:
-        return shlex.join(psutil.Process(pid).cmdline())
-    except psutil.Error:
-        return ""
-
-
-def _teller(metrics: Metrics, pid: int) -> Any:
+def _teller(metrics: Metrics, pid: int) -> Callable[[Observed], None]:
     def tell(epoch: Observed) -> None:
         metrics.observe(
             epoch.dirty.runs,
@@ -148,48 +134,120 @@ def _enough(number: int, frame: object) -> None:
     raise _Enough
 
 
-def _record(recorder: Recorder, child: subprocess.Popen[bytes] | None, seconds: float | None) -> None:
-    """Until the target has gone, the time is over, or a signal says so."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+class _Target:
+    """The program that is recorded: attached to, and again when it has replaced itself by exec."""
+
+    def __init__(self, pid: int, child: subprocess.Popen[bytes] | None, args: argparse.Namespace) -> None:
+        self._pid, self._child, self._args = pid, child, args
+        self._until = None if args.seconds is None else time.monotonic() + args.seconds
+        self._tracker: ProcessTracker | None = None
+        self._recorder: Recorder | None = None
+        self._did: list[RecorderStatistics] = []
+        self._stalls: list[float] = []
+        self._same = -1
+
+    def attach(self, stack: ExitStack) -> None:
+        """Attach to it; what has begun as another process under the same number is refused."""
+        from ..process import attach
+
+        if self._same < 0:
+            with suppress(OSError):  # what is wrong with the number, attach() says better
+                self._same = os.pidfd_open(self._pid)
+                stack.callback(os.close, self._same)
+        tracker = attach(self._pid, include=self._args.include, exclude=self._args.exclude)
+        self._tracker = stack.enter_context(tracker)
+        self._stalls.append(tracker.attach_stall)
+
+    def _runs(self) -> bool:
+        """Whether the very process is still there: a pidfd is readable once it has ended (pidfd_open(2))."""
+        return self._same >= 0 and not select.select([self._same], [], [], 0)[0]
+
+    def record(self, stack: ExitStack, metrics: Metrics | None) -> None:
+        """Until it has ended, the time is over, or a signal says so."""
+        from ..observe import Recorder
+
+        while True:
+            assert self._tracker is not None
+            self._recorder = Recorder(
+                self._tracker,
+                self._args.output,
+                every=self._args.every,
+                size_budget=self._args.size_budget,
+                append=self._args.append or bool(self._did),
+                command=self._command(),
+                told=None if metrics is None else _teller(metrics, self._pid),
+            )
+            enough = self._record(self._recorder)
+            self._did.append(self._recorder.statistics())
+            self._tracker.detach()
+            if enough or self._recorder.gone is None or not self._runs():
+                return
+            try:
+                self.attach(stack)
+            except DirtyTrackError as error:
+                if not isinstance(error, TargetGone):
+                    print(f"dirtytrack: it replaced itself, and is recorded no longer: {error}", file=sys.stderr)
+                return
+
+    def _record(self, recorder: Recorder) -> bool:
+        """With one tracker; whether it is enough."""
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        child, enough = self._child, False
         try:
-            if child is None:
-                signal.signal(signal.SIGINT, _enough)
-                signal.signal(signal.SIGTERM, _enough)
-            else:
-                signal.signal(signal.SIGINT, lambda *_: None)  # the terminal sends it to the child as well
-                signal.signal(signal.SIGTERM, lambda *_: child.terminate())
-            recorder.start()
-            if child is not None:
-                child.send_signal(signal.SIGCONT)
-            recorder.wait(seconds)
-        except _Enough:
-            pass
-        for number in before:
-            signal.signal(number, signal.SIG_IGN)
-        recorder.stop()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+            try:
+                if child is None:
+                    signal.signal(signal.SIGINT, _enough)
+                    signal.signal(signal.SIGTERM, _enough)
+                else:
+                    signal.signal(signal.SIGINT, lambda *_: None)  # the terminal sends it to the child as well
+                    signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+                recorder.start()
+                if child is not None and not self._did:
+                    child.send_signal(signal.SIGCONT)
+                left = None if self._until is None else max(self._until - time.monotonic(), 0.0)
+                enough = not recorder.wait(left)
+            except _Enough:
+                enough = True
+            for number in before:
+                signal.signal(number, signal.SIG_IGN)
+            recorder.stop()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        return enough
 
+    def _command(self) -> str:
+        try:
+            return shlex.join(psutil.Process(self._pid).cmdline())
+        except psutil.Error:
+            return ""
 
-def _summary(path: str, recorder: Recorder, tracker: ProcessTracker) -> str:
-    from ..observe.units import show_bytes, show_seconds
+    def summary(self) -> str:
+        """What was recorded, and what it cost."""
+        from ..observe.units import show_bytes, show_seconds
 
-    did = recorder.statistics()
-    ended = f"; {recorder.gone}" if recorder.gone is not None else ""
-    late = f", {did.late} of them late" if did.late else ""
-    cost = (
-        f"recording took {show_seconds(did.cpu_seconds)} of processor time, {did.cpu_share:.2%} of one processor; "
-        f"process {tracker.pid} stood still for {show_seconds(tracker.attach_stall)} to be attached to"
-    )
-    if recorder.first_write_seconds and did.seconds:
-        slowed = recorder.first_write_seconds * did.pages
-        cost += (
-            f", and lost about {show_seconds(slowed)} ({slowed / did.seconds:.2%} of the time) to first writes, at "
-            f"{show_seconds(recorder.first_write_seconds)} each"
+        assert self._recorder is not None
+        epochs, late, pages = (
+            sum(each) for each in zip(*((did.epochs, did.late, did.pages) for did in self._did), strict=True)
         )
-    return (
-        f"{path}: {did.epochs} epochs{late} in {show_seconds(did.seconds)}, {did.pages} pages written, "
-        f"{show_bytes(did.nbytes)}{ended}\n{cost}"
-    )
+        seconds, cpu = (sum(each) for each in zip(*((did.seconds, did.cpu_seconds) for did in self._did), strict=True))
+        gone = self._recorder.gone
+        lines = [
+            f"{self._args.output}: {epochs} epochs" + (f", {late} of them late," if late else "") + " in "
+            f"{show_seconds(seconds)}, {pages} pages written, {show_bytes(self._did[-1].nbytes)}"
+        ]
+        if len(self._did) > 1:
+            lines.append(f"it replaced itself by exec and was attached to again: {len(self._did)} sessions, with gaps")
+        if gone is not None:
+            lines.append(str(gone).partition(". ")[0])
+        if seconds:
+            lines.append(
+                f"recording took {show_seconds(cpu)} of processor time, {cpu / seconds:.2%} of one processor; process "
+                f"{self._pid} stood still for {show_seconds(max(self._stalls))} to be attached to"
+            )
+            first = self._recorder.first_write_seconds
+            lines.append(
+                f"first writes to a page cost it about {show_seconds(first * pages)}, {first * pages / seconds:.2%} of "
+                f"the time, at {show_seconds(first)} each (measured here)"
+            )
+        return "\n".join(lines)

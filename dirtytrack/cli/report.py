@@ -165,4 +165,4 @@ def _print(found: dict[str, Any]) -> None:
 
 
 def _end_of(found: dict[str, Any]) -> str:
-    return found["ended"] or "its recorder runs still, or was killed"
+    return found["ended"].partition(". ")[0] or "its recorder runs still, or was killed"

@@ -126,11 +126,12 @@ class MappingShare(NamedTuple):
     share: float
     """Of all pages, as counted for ``pages``."""
     untracked: str
-    """Why part of it counts as wholly dirty, or is left out; empty where all of it is tracked."""
+    """Why part of it counts as wholly dirty in each epoch; empty where all of it is tracked."""
 
 
 def by_mapping(epochs: Sequence[Epoch]) -> list[MappingShare]:
-    """What was written by name of the mapping, most pages first. What lies in no known mapping is ``[gone]``."""
+    """What was written by name of the mapping, most pages first; without those that were not to be tracked. What lies
+    in none of them is ``[gone]``."""
     sums = dict[str, int]()
     unions = dict[str, Written]()
     sizes, counts, reasons = dict[str, int](), dict[str, int](), dict[str, str]()
@@ -140,11 +141,13 @@ def by_mapping(epochs: Sequence[Epoch]) -> list[MappingShare]:
         if epoch.mappings is not last:
             last, groups = epoch.mappings, {}
             for mapping in last:
+                if mapping.state == "excluded":
+                    continue
                 groups.setdefault(name_of(mapping), []).append(mapping)
             for name, members in groups.items():
                 sizes[name] = sum(mapping.nbytes for mapping in members)
                 counts[name] = max(counts.get(name, 0), len(members))
-                why = next((mapping.reason for mapping in members if mapping.state != "tracked"), "")
+                why = next((mapping.reason for mapping in members if mapping.state == "untracked"), "")
                 reasons[name] = why or reasons.get(name, "")
         shift = epoch.page_bytes.bit_length() - 1 + epoch.written.unit_log2
         known = 0
