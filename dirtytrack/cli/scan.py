@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .. import process
 from ..errors import TargetGone
 from ..observe.figures import amount, named
-from ..observe.rates import Rates, Watch
+from ..observe.live import Rates, Watch
 from .strip import Screen
 from .watching import Choice, process_id, seconds
 
@@ -28,14 +28,16 @@ _ROW = "{:>10}  {:>12}  {:>7}  {:>10}  {:>14}  {}"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what `dirtytrack scan` takes."""
     parser.add_argument("pid", type=process_id, metavar="PID", help="the process")
-    parser.add_argument("--seconds", type=seconds, default=1.0, help="length of the epoch (1)")
+    parser.add_argument(
+        "--every", "--seconds", type=seconds, default=1.0, metavar="TIME", help="length of an epoch (1s), as in 100ms"
+    )
     parser.add_argument(
         "--watch",
         type=seconds,
         nargs="?",
         const=0.0,
-        metavar="SECONDS",
-        help="epoch after epoch of that length, until Ctrl-C",
+        metavar="TIME",
+        help="epoch after epoch (of that length), until Ctrl-C or the end of the process",
     )
     Choice.add_arguments(parser)
     parser.add_argument("--all", action="store_true", help="also the mappings in which nothing was written")
@@ -56,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         PermissionDenied, UnsupportedKernel, TargetGone, and what else `process.attach` raises.
     """
     screen = Screen(quiet=args.json)
-    every = args.seconds if not args.watch else args.watch
+    every = args.watch or args.every
     with process.attach(args.pid, include=args.include, exclude=args.exclude) as tracker:
         watch = Watch(tracker, ())
         due = time.monotonic()
@@ -95,7 +97,7 @@ def _tell(screen: Screen, pid: int, rates: Rates, mappings: Sequence[Mapping], *
     )
     screen.line(_ROW.format("written", "a second", "of it", "size", "address", "mapping"), "2")
     for row in shown:
-        name = named(row.mapping.name, row.mapping.permissions)
+        name = named(row.mapping.name)
         if row.mapping.state == "untracked":
             name += f"  (not tracked, so wholly written: {row.mapping.reason})"
         cells = (
@@ -107,7 +109,7 @@ def _tell(screen: Screen, pid: int, rates: Rates, mappings: Sequence[Mapping], *
         screen.line(_ROW.format(*cells, f"{row.mapping.start:x}", name))
     left_out = [each for each in mappings if each.state == "excluded" and "w" in each.permissions]
     if left_out:
-        names = ", ".join(sorted({named(each.name, each.permissions) for each in left_out}))
+        names = ", ".join(sorted({named(each.name) for each in left_out}))
         screen.line(f"not watched, since not chosen: {len(left_out)} writable mappings ({names}); see --include", "2")
 
 

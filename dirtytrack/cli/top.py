@@ -6,9 +6,11 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from ..errors import UnsupportedKernel
+from . import quantities
 from .keys import Keys
 from .strip import can_write
 from .watching import Choice, Watched, descendants, process_id, seconds
@@ -16,6 +18,7 @@ from .watching import Choice, Watched, descendants, process_id, seconds
 if TYPE_CHECKING:
     from rich.live import Live
 
+    from ..observe import Metrics
     from .top_screen import Line, View
 
 __all__ = ["add_arguments", "run"]
@@ -29,8 +32,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pids", nargs="+", type=process_id, metavar="PID", help="a process to watch")
     parser.add_argument("--tree", action="store_true", help="and all that come from them, new ones too")
     Choice.add_arguments(parser)
-    parser.add_argument("--every", type=seconds, default=1.0, metavar="SECONDS", help="length of an epoch (1)")
-    parser.add_argument("--seconds", type=seconds, help="end after so long")
+    parser.add_argument("--every", type=seconds, default=1.0, metavar="TIME", help="length of an epoch (1s)")
+    parser.add_argument("--for", "--seconds", type=seconds, metavar="TIME", dest="seconds", help="end after so long")
+    parser.add_argument(
+        "--metrics",
+        type=quantities.address,
+        metavar="[HOST]:PORT",
+        help="serve them to Prometheus; on the loopback if no host is named",
+    )
     parser.add_argument("--mappings", action="store_true", help="begin with the mappings of the first process")
     parser.epilog = (
         "Each process is stopped once, for about a millisecond, when it is attached. DIRTY/S is what the last epoch "
@@ -73,15 +82,33 @@ def run(args: argparse.Namespace) -> int:
         if args.mappings:
             view.mappings_of = next(pid for pid, one in watched.items() if one.watched)
         console = Console(highlight=False)
-        with Keys() as keys, Live(console=console, screen=True, auto_refresh=False, transient=True) as live:
-            _loop(args, watched, view, keys, live)
+        with ExitStack() as stack:
+            metrics = None if args.metrics is None else stack.enter_context(_metrics(args, view))
+            keys = stack.enter_context(Keys())
+            live = stack.enter_context(Live(console=console, screen=True, auto_refresh=False, transient=True))
+            _loop(args, watched, view, keys, live, metrics)
     finally:
         for one in watched.values():
             one.detach()
     return 0
 
 
-def _loop(args: argparse.Namespace, watched: dict[int, Watched], view: View, keys: Keys, live: Live) -> None:
+def _metrics(args: argparse.Namespace, view: View) -> Metrics:
+    from ..observe import Metrics
+
+    made = Metrics(*args.metrics)
+    view.remark = f"metrics: http://{args.metrics[0]}:{made.port}/metrics"
+    return made
+
+
+def _loop(
+    args: argparse.Namespace,
+    watched: dict[int, Watched],
+    view: View,
+    keys: Keys,
+    live: Live,
+    metrics: Metrics | None,
+) -> None:
     """Sample when it is time, obey keys at once, and draw what changed."""
     begun = time.monotonic()
     due, drawn = begun + args.every, None
@@ -94,7 +121,7 @@ def _loop(args: argparse.Namespace, watched: dict[int, Watched], view: View, key
             if args.tree:
                 _attach_new(args, watched)
             for one in watched.values():
-                one.sample()
+                one.sample(metrics)
             view.update(_lines(watched))
             due, drawn = max(due + args.every, time.monotonic()), None  # late is late: no epoch is made up for
         size = live.console.size

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..observe.figures import amount, named, sparkline
-from ..observe.rates import MappingRate, Rates
+from ..observe.live import MappingRate, Rates
 
 __all__ = ["Line", "View"]
 
@@ -113,7 +113,7 @@ def _mapping_window(i: int) -> tuple[Callable[[MappingRate, View], str], Callabl
 
 
 def _mapping_name(row: MappingRate, view: View) -> str:
-    name = named(row.mapping.name, row.mapping.permissions)
+    name = named(row.mapping.name)
     return f"{name}  [untracked: {row.mapping.reason}]" if row.mapping.state == "untracked" else name
 
 
@@ -183,6 +183,8 @@ class View:
     done: bool = False
     mappings_of: int | None = None
     """The process whose mappings are shown; None where processes are."""
+    remark: str = ""
+    """What else stands in the title."""
     page_rows: int = 10
     _lines: tuple[Line, ...] = ()
     _newest: tuple[Line, ...] = ()
@@ -279,7 +281,7 @@ class View:
                 parts.insert(0, "[gone]" if line.gone else "[not watched]")
         if self.frozen:
             title.append("  FROZEN", style="bold yellow")
-        title.append("  " + "  ".join(parts), style="not bold")
+        title.append("  " + "  ".join(filter(None, [*parts, self.remark])), style="not bold")
         return title
 
 

@@ -14,9 +14,12 @@ import psutil
 
 from .. import process
 from ..errors import DirtyTrackError, TargetGone
-from ..observe.rates import Rates, Watch
+from ..kernel.core import PAGE_BYTES
+from ..observe.live import Rates, Watch
+from . import quantities
 
 if TYPE_CHECKING:
+    from ..observe import Metrics
     from ..process import ProcessTracker
 
 __all__ = ["Choice", "Watched", "descendants", "process_id", "seconds"]
@@ -84,12 +87,21 @@ class Watched:
         except DirtyTrackError as error:
             self._end(error)
 
-    def sample(self) -> None:
-        """End an epoch, where it is watched."""
+    def sample(self, metrics: Metrics | None = None) -> None:
+        """End an epoch, where it is watched, and tell the metrics of it."""
         if self._watch is None:
             return
         try:
-            self.rates = self._watch.sample()
+            self.rates = rates = self._watch.sample()
+            if metrics is not None:
+                metrics.observe(
+                    self._watch.dirty.runs,
+                    self._watch.source.mappings,
+                    pid=self.pid,
+                    seconds=rates.seconds,
+                    collect_seconds=rates.collect_seconds,
+                    page_bytes=PAGE_BYTES,
+                )
         except DirtyTrackError as error:
             self._end(error)
 
@@ -139,11 +151,11 @@ def process_id(text: str) -> int:
 
 
 def seconds(text: str) -> float:
-    """A length of time, as argparse wants it."""
+    """A length of time, as argparse wants it: seconds, or a number with a unit."""
     try:
         value = float(text)
     except ValueError:
-        value = 0.0
+        value = quantities.seconds(text)
     if not _LEAST_SECONDS <= value <= _MOST_SECONDS:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from {_LEAST_SECONDS} to {_MOST_SECONDS}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time from {_LEAST_SECONDS} to {_MOST_SECONDS} seconds")
     return value

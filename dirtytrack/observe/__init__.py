@@ -17,16 +17,63 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .blocks import DirtiedBuffer, dirtied
+    from .metrics import Metrics
+    from .plan import Checkpoint, Checkpoints, Precopy, Round, checkpoints, precopy
+    from .recorder import Observed, Recorder, RecorderStatistics
     from .recording import Epoch, Recording
+    from .selecting import MappingShare, by_mapping, exact_tail, only
+    from .source import Source, TrackerSource, source_of
+    from .workingset import HotRange, HotSet, Rate, Trace, WorkingSet, rates
     from .writer import RecordingWriter
 
-__all__ = ["Epoch", "Recording", "RecordingWriter"]
+__all__ = [
+    "Checkpoint",
+    "Checkpoints",
+    "DirtiedBuffer",
+    "Epoch",
+    "HotRange",
+    "HotSet",
+    "MappingShare",
+    "Metrics",
+    "Observed",
+    "Precopy",
+    "Rate",
+    "Recorder",
+    "RecorderStatistics",
+    "Recording",
+    "RecordingWriter",
+    "Round",
+    "Source",
+    "Trace",
+    "TrackerSource",
+    "WorkingSet",
+    "by_mapping",
+    "checkpoints",
+    "dirtied",
+    "exact_tail",
+    "only",
+    "precopy",
+    "rates",
+    "source_of",
+]
 
-_HOMES = {"Epoch": "recording", "Recording": "recording", "RecordingWriter": "writer"}
+_NAMES = {
+    "blocks": ("DirtiedBuffer", "dirtied"),
+    "metrics": ("Metrics",),
+    "plan": ("Checkpoint", "Checkpoints", "Precopy", "Round", "checkpoints", "precopy"),
+    "recorder": ("Observed", "Recorder", "RecorderStatistics"),
+    "recording": ("Epoch", "Recording"),
+    "selecting": ("MappingShare", "by_mapping", "exact_tail", "only"),
+    "source": ("Source", "TrackerSource", "source_of"),
+    "workingset": ("HotRange", "HotSet", "Rate", "Trace", "WorkingSet", "rates"),
+    "writer": ("RecordingWriter",),
+}
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    """Modules are loaded with the first of their names: those that tell rates (`dirtytrack scan`) need no NumPy."""
+    """A module is loaded with the first of its names that is used: `dirtytrack scan` and `top` need no NumPy."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

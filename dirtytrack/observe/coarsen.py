@@ -157,7 +157,7 @@ def _both(a: Table, b: Table, epoch: EpochRecord, page_log2: int) -> Table:
     gone = [mapping for mapping in a if mapping not in known]
     if not gone:
         return b
-    ends = np.array([mapping.end for mapping in b], np.uint64)
+    ends = np.maximum.accumulate(np.array([mapping.end for mapping in b], np.uint64))
     starts = [mapping.start for mapping in b] + [1 << 64]
     unit_bytes = 1 << page_log2 + epoch.written.unit_log2
     first = epoch.written.starts * unit_bytes

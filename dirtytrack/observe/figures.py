@@ -34,6 +34,6 @@ def sparkline(values: Sequence[float], width: int, *, plain: bool = False) -> st
     return "".join(drawn).rjust(width)
 
 
-def named(name: str, permissions: str = "rw-p") -> str:
-    """A mapping's name, or what it is where the kernel has none."""
-    return name or ("[anonymous shared]" if permissions.endswith("s") else "[anonymous]")
+def named(name: str) -> str:
+    """A mapping's name; memory without one goes by what `process.attach` calls it."""
+    return name or "[anon]"

@@ -36,7 +36,6 @@ class Place(NamedTuple):
     start: int
     end: int
     name: str
-    permissions: str
 
 
 class Stretch(NamedTuple):
@@ -250,7 +249,7 @@ def _places(recording: Recording, stretches: Sequence[Stretch]) -> tuple[Place, 
     for number, epoch in enumerate(recording):
         if epoch.mappings is not table:
             table = epoch.mappings
-            seen.update((Place(each.start, each.end, each.name, each.permissions), number) for each in table)
+            seen.update((Place(each.start, each.end, each.name), number) for each in table)
     inside = [place for place in seen if any(s.start < place.end and place.start < s.end for s in stretches)]
     return tuple(_layered(inside, seen))
 
@@ -271,7 +270,7 @@ def _layered(places: Iterable[Place], age: dict[Place, int]) -> list[Place]:
         if not open_now:
             continue
         top = open_now[0][2]
-        if out and out[-1].end == start and out[-1][2:] == top[2:] and (top.name or out[-1].start >= top.start):
+        if out and out[-1].end == start and out[-1].name == top.name and (top.name or out[-1].start >= top.start):
             out[-1] = out[-1]._replace(end=end)
         else:
             out.append(top._replace(start=start, end=end))

@@ -36,7 +36,7 @@ def heat_page(heat: HeatMap, *, title: str) -> str:
         "rowBytes": heat.row_bytes,
         "rows": heat.rows,
         "stretches": [list(stretch) for stretch in heat.stretches],
-        "places": [[place.start, place.end, named(place.name, place.permissions)] for place in heat.places],
+        "places": [[place.start, place.end, named(place.name)] for place in heat.places],
         "columns": [list(column) for column in heat.columns],
         "palette": PALETTE,
         "colours": {"background": BACKGROUND, "ink": INK, "fold": FOLD, "nothing": NOTHING},

@@ -61,7 +61,7 @@ def heat_png(heat: HeatMap, path: str | os.PathLike[str], *, title: str, width: 
             if at < free:
                 continue
             free = at + _LABEL_APART
-            name = named(place.name, place.permissions)
+            name = named(place.name)
             address = f"{max(place.start, stretch.start):x} "
             while font.getlength(address + name) > _LEFT - 16:
                 name = "…" + name.lstrip("…")[1:]

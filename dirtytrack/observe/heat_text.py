@@ -66,7 +66,7 @@ def _label(heat: HeatMap, stretch: Stretch, row: int, until: int) -> str:
     start = stretch.start + (row - stretch.first) * heat.row_bytes
     end = min(stretch.end, stretch.start + (until - stretch.first) * heat.row_bytes)
     found = heat.names(start, end)
-    names = list(dict.fromkeys(named(place.name, place.permissions) for place in found))
+    names = list(dict.fromkeys(named(place.name) for place in found))
     return ", ".join(names[:2]) + (f" +{len(names) - 2}" if len(names) > 2 else "")
 
 

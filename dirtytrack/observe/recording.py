@@ -16,7 +16,6 @@ from .records import END, EPOCH, FIRST, MAPPINGS, SESSION, End, EpochRecord, Hea
 if TYPE_CHECKING:
     from ..process.mappings import Mapping
     from .records import Place, Table
-    from .written import Written
 
 __all__ = ["Epoch", "Recording"]
 
@@ -34,6 +33,8 @@ class Epoch:
         resident_pages: how many pages a full copy would have had at its end; 0 where it is not known.
         mappings: of the process at its end, by address; where several epochs were put together, also those that had
             been written and were gone by then.
+        page_bytes: of a page.
+        record, written: the same as arrays, for analyses.
 
     Thread safety: everything may be called from any thread.
     """
@@ -45,7 +46,7 @@ class Epoch:
         self.resident_pages = found.resident_pages
         self.page_bytes = page_bytes
         self.mappings = mappings
-        self.written: Written = found.written
+        self.record, self.written = found, found.written
 
     @property
     def seconds(self) -> float:

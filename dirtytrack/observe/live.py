@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..dirtyset import DirtySet
 from ..kernel.core import PAGE_BYTES
 from .windows import LENGTHS_SECONDS, Window
 
@@ -79,6 +80,11 @@ class Watch:
         source: what is collected from; nobody else should.
         lengths_seconds: the windows.
         clock: seconds, running forward.
+
+    Attributes:
+        source: as given.
+        windows: a `Window` for each of the lengths.
+        dirty: what the last sample collected.
     """
 
     def __init__(
@@ -92,6 +98,7 @@ class Watch:
         self.windows = tuple(Window(seconds) for seconds in lengths_seconds)
         self._clock = clock
         self._begun = clock()
+        self.dirty = DirtySet()
         self._history = deque[float](maxlen=HISTORY)
         self._histories: dict[tuple[int, str], deque[float]] = {}
 
@@ -103,7 +110,7 @@ class Watch:
         """
         epoch = self.source.epoch
         before = self._clock()
-        dirty = self.source.collect()
+        self.dirty = dirty = self.source.collect()
         begun, ended = self._begun, self._clock()
         self._begun = ended
         seconds = max(ended - begun, 1e-9)
