@@ -114,7 +114,7 @@ def _mapping_window(i: int) -> tuple[Callable[[MappingRate, View], str], Callabl
 
 def _mapping_name(row: MappingRate, view: View) -> str:
     name = named(row.mapping.name)
-    return f"{name}  [untracked: {row.mapping.reason}]" if row.mapping.state == "untracked" else name
+    return f"{name} [untracked: {row.mapping.reason}]" if row.mapping.state == "untracked" else name
 
 
 _MAPPINGS: tuple[_Column[MappingRate], ...] = (
@@ -269,7 +269,7 @@ class View:
 
     def _title(self) -> Text:
         total = sum(line.bytes_per_second for line in self._lines)
-        title = Text("dirtytrack top", style="bold", no_wrap=True, overflow="ellipsis")
+        title = Text("dirtytrack top", style="bold", no_wrap=True, overflow="crop" if self.plain else "ellipsis")
         title.append(f"  {amount(total)}/s", style="bold")
         watched = sum(not line.problem for line in self._lines)
         parts = [f"{watched} of {len(self._lines)} processes watched", f"every {self.every_seconds:g} s"]
