@@ -15,6 +15,7 @@ C_TESTS := $(wildcard tests/c/*.c)
 C_TEST_HEADERS := $(wildcard tests/c/*.h)
 C_FLAGS := -std=gnu11 -g -Wall -Wextra -Werror -fvisibility=hidden -pthread -I$(CSRC)
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+BROWSERS := chromium-headless-shell chromium google-chrome chrome chromium-browser
 PACKAGES := make gcc libc6-dev python3 python3-venv python3-dev
 
 export PIP_ROOT_USER_ACTION := ignore
@@ -90,6 +91,10 @@ bench-docs: $(VENV)/.test ## measure everything, then rewrite the numbers, table
 	$(BIN)/python docs/draw_epochs.py docs/benchmarks.json docs/epochs.svg
 	$(BIN)/python docs/draw_density.py docs/benchmarks.json docs/density.svg
 
+.PHONY: draw-observe
+draw-observe: $(VENV)/.test ## run a small program, and draw it for docs/top.md and docs/heatmap.md
+	$(BIN)/python docs/draw_observe.py docs/top.svg docs/heatmap.png
+
 # ---- testing --------------------------------------------------------------------------------------------------------
 
 .PHONY: test
@@ -103,6 +108,15 @@ c-test: $(C_TESTS:tests/c/%.c=build/c/%.ran) ## the C core with its own tests, w
 test-torch: $(VENV)/.test ## pages and tests on PyTorch, which it installs: large, so neither make test nor CI does
 	$(PIP) install "$(TORCH)"
 	$(BIN)/python -m pytest tests/unit/test_docs.py tests/kernel/test_delta_torch.py -m torch $(ARGS)
+
+.PHONY: check-browser
+check-browser: ## say whether there is a browser for test-browser, and the command that installs one
+	@for browser in $(BROWSERS); do ! command -v $$browser >/dev/null || exit 0; done; \
+	echo "No browser. On Debian, as root: apt-get install --no-install-recommends chromium-headless-shell" >&2; exit 1
+
+.PHONY: test-browser
+test-browser: check-browser $(VENV)/.test ## the page of a heat map in Chromium, which must be there (CI installs it)
+	$(BIN)/python -m pytest tests/unit/test_heat_page.py $(ARGS)
 
 .PHONY: soak
 soak: $(VENV)/.test ## the long storms: minutes to an hour

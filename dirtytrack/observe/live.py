@@ -125,13 +125,12 @@ class Watch:
             written.append(pages.page_span_bytes)
             windows_counts.append(pages.page_counts(spans).tolist())
         self._history.append(dirty.page_span_bytes / seconds)
-        histories = {(mapping.start, mapping.name): deque[float](maxlen=HISTORY) for mapping in mappings}
-        histories.update((key, kept) for key, kept in self._histories.items() if key in histories)
-        self._histories = histories
+        kept, self._histories = self._histories, {}
         rows = []
         for i, mapping in enumerate(mappings):
             rate = counts[i] * PAGE_BYTES / seconds
-            history = histories[mapping.start, mapping.name]
+            key = (mapping.start, mapping.name)
+            history = self._histories[key] = kept.get(key, deque(maxlen=HISTORY))
             history.append(rate)
             windows_bytes = tuple(each[i] * PAGE_BYTES for each in windows_counts)
             rows.append(MappingRate(mapping, counts[i] * PAGE_BYTES, rate, windows_bytes, tuple(history)))

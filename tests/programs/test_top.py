@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
@@ -108,12 +109,19 @@ def test_a_tree_is_followed_and_who_cannot_be_watched_is_told() -> None:
         steady.writes(0, 64)
         first = steady.forks()
         nobody = 2**22 + 5
-        command = [DIRTYTRACK, "top", str(steady.pid), str(nobody), "--tree", "--every", "0.2"]
+        command = [DIRTYTRACK, "top", str(steady.pid), str(nobody), "--tree", "--every", "0.2", "--metrics", ":0"]
         with Terminal(command, columns=160) as terminal:
             lines = terminal.until(lambda lines: amounts(line_of(lines, str(first))), "the child")
             assert "no process" in line_of(lines, str(nobody))
             second = steady.forks()
             terminal.until(lambda lines: amounts(line_of(lines, str(second))), "a child that is new")
+            metrics = re.search(r"http://\S+", terminal.lines()[0])
+            assert metrics
+            with urlopen(metrics[0]) as answer:
+                served = answer.read().decode()
+            for pid in (steady.pid, first):
+                number = re.search(rf'dirtytrack_dirty_bytes_per_second{{pid="{pid}"}} (\S+)', served)
+                assert number and float(number[1]) >= 64 * PAGE / 2
             steady.ends()  # and the children end with it
             terminal.until(lambda lines: "0 of 4 processes" in lines[0], "that all have gone")
             terminal.program.send_signal(2)

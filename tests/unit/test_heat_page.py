@@ -16,10 +16,10 @@ import pytest
 from dirtytrack.cli import main
 from dirtytrack.kernel.core import PAGE_BYTES as PAGE
 from dirtytrack.observe.heat_colours import BACKGROUND, LEVELS, NOTHING, PALETTE
+from tests.unit.browsing import BROWSERS
 from tests.unit.recordings import BASE, EPOCH_SECONDS, make_recording, mapping
 
 HEAP, FAR = mapping(0, 100, "[heap]"), mapping(5_000_000, 5_000_050, "/lib/</script><b>.so")
-BROWSERS = ("chromium-headless-shell", "chromium", "chrome", "google-chrome", "chromium-browser")
 WIDTH, HEIGHT = 1000, 700
 # What a person does, and what is then on the page, as JSON in its title.
 PROBE = """
