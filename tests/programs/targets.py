@@ -69,7 +69,7 @@ def running(*command: object) -> Iterator[Program]:
         yield program
     except BaseException:
         program.process.kill()
-        program.process.wait()
+        program.process.communicate()
         raise
     assert program.close() == 0
 
@@ -87,7 +87,7 @@ def protected(pid: int) -> int:
             if line.split()[1][1] != "w":
                 continue
             try:
-                pagemap.scan(
+                found = pagemap.scan(
                     start,
                     start + 4096,
                     category_mask=PageCategory.WPALLOWED,
@@ -96,7 +96,7 @@ def protected(pid: int) -> int:
                 )
             except NotRegistered:
                 continue
-            total += end - start
+            total += end - start if found else 0  # nothing is found where the mapping went away meanwhile
     return total
 
 
