@@ -90,6 +90,11 @@ bench-docs: $(VENV)/.test ## measure everything, then rewrite the numbers, table
 	$(BIN)/python docs/draw_epochs.py docs/benchmarks.json docs/epochs.svg
 	$(BIN)/python docs/draw_density.py docs/benchmarks.json docs/density.svg
 
+.PHONY: bench-observe
+bench-observe: $(VENV)/.test ## measure what recording costs redis (apt-get install redis-server redis-tools), for docs/observe.md
+	$(BIN)/python -m benchmarks.observe --write docs/observing.json
+	$(BIN)/python docs/draw_observing.py docs/observing.json docs/observe.md
+
 # ---- testing --------------------------------------------------------------------------------------------------------
 
 .PHONY: test
