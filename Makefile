@@ -95,6 +95,11 @@ bench-docs: $(VENV)/.test ## measure everything, then rewrite the numbers, table
 draw-observe: $(VENV)/.test ## run a small program, and draw it for docs/top.md and docs/heatmap.md
 	$(BIN)/python docs/draw_observe.py docs/top.svg docs/heatmap.png
 
+.PHONY: bench-observe
+bench-observe: $(VENV)/.test ## measure what recording costs redis (apt-get install redis-server redis-tools), for docs/observe.md
+	$(BIN)/python -m benchmarks.observe --write docs/observing.json
+	$(BIN)/python docs/draw_observing.py docs/observing.json docs/observe.md
+
 # ---- testing --------------------------------------------------------------------------------------------------------
 
 .PHONY: test

@@ -51,11 +51,13 @@ class DirtiedBuffer(NamedTuple):
 class dirtied(ContextDecorator):  # noqa: N801 - it is read as a word: with dirtied(...), @dirtied(...)
     """Print what a block, or each call of a function, wrote: by buffer, and by the rows that the written pages touch.
 
+    It is told by pages: a small buffer shares its pages with whatever else lies there, and is told as written with it.
+
     ``with observe.dirtied({"weights": w, "state": s}): step()``; or ``@observe.dirtied({"weights": w})``.
 
     Args:
         buffers: as `track` takes them.
-        file: where it is printed; left out, standard output. None does not print: see ``buffers``.
+        file: where it is printed; left out, standard output; None: nowhere.
 
     Attributes:
         dirty: the DirtySet, once the block is left.

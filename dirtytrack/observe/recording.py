@@ -105,7 +105,7 @@ class Recording(Sequence[Epoch]):
 
     A file may be read while it is being written, and while it is rewritten to keep within its budget: what is read is
     what was there when it was opened. A record at the end that was cut off, since the recorder was killed or the disk
-    full, is left out, and `torn_nbytes` tells how much that was.
+    full, is left out, and ``torn_nbytes`` tells how much that was.
 
     Attributes:
         path: of the file.

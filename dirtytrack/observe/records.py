@@ -292,6 +292,8 @@ class EpochRecord:
 
 def changes(before: Sequence[Mapping], after: Sequence[Mapping]) -> bytes:
     """The record that makes one table of mappings of another; nothing where they are the same."""
+    if before is after:
+        return b""
     known, wanted = set(before), set(after)
     gone = [i for i, mapping in enumerate(before) if mapping not in wanted]
     new = [mapping for mapping in after if mapping not in known]

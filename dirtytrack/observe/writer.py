@@ -54,7 +54,7 @@ class RecordingWriter:
 
     Raises:
         InvalidRecording: ``append``, and what is there is no recording, or one of pages of another size; or the path is
-            no regular file, or in no folder; or the budget is less than `LEAST_BUDGET_BYTES`; or another writer has
+            no regular file, or in no folder; or the budget is less than 16 KiB; or another writer has
             the file.
         PermissionDenied, LimitReached, KernelRefused: the file cannot be made or written.
 
