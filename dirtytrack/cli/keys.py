@@ -78,6 +78,9 @@ class Keys:
     def __enter__(self) -> Self:
         self._before = termios.tcgetattr(self._fd)
         tty.setcbreak(self._fd)
+        settings = termios.tcgetattr(self._fd)
+        settings[6][termios.VSUSP] = b"\0"  # Ctrl-Z would leave the screen as it is to the shell
+        termios.tcsetattr(self._fd, termios.TCSANOW, settings)
         return self
 
     def __exit__(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from contextlib import ExitStack
@@ -71,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
     pids = descendants(args.pids) if args.tree else args.pids
     watched = {pid: Watched(pid, Choice.of(args)) for pid in pids}
+    before = {number: signal.signal(number, _ended) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         for one in watched.values():
             one.attach()
@@ -90,7 +92,14 @@ def run(args: argparse.Namespace) -> int:
     finally:
         for one in watched.values():
             one.detach()
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return 0
+
+
+def _ended(number: int, frame: object) -> None:
+    """On a signal that ends us, the terminal is put back first."""
+    raise SystemExit(128 + number)
 
 
 def _metrics(args: argparse.Namespace, view: View) -> Metrics:

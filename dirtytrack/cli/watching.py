@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -131,12 +132,19 @@ def _name_of(pid: int) -> str:
 
 
 def descendants(pids: Iterable[int]) -> list[int]:
-    """These processes and all that come from them and still run, each once, parents first."""
-    found = dict.fromkeys(pids)
-    for pid in list(found):
-        with suppress(psutil.Error):
-            found.update(dict.fromkeys(child.pid for child in psutil.Process(pid).children(recursive=True)))
-    return list(found)
+    """These processes and all that come from them and still run, each once; but not this one and what comes from it."""
+    named = list(dict.fromkeys(pids))
+    found = dict.fromkeys(child for pid in named for child in _children(pid))
+    for ours in (os.getpid(), *_children(os.getpid())):
+        found.pop(ours, None)
+    return list(dict.fromkeys([*named, *found]))
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [child.pid for child in psutil.Process(pid).children(recursive=True)]
+    except psutil.Error:
+        return []
 
 
 def process_id(text: str) -> int:

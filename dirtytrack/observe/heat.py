@@ -27,7 +27,7 @@ __all__ = ["Column", "HeatMap", "Place", "Stretch", "heat_map"]
 
 _MOST_STRETCHES = 64
 _FOLD_SHARE = 64  # a gap is folded that is more than this part of what is shown
-_UNITE_SETS = 64
+_UNITE_RUNS = 1 << 22  # 64 MiB of them
 
 
 class Place(NamedTuple):
@@ -152,14 +152,14 @@ def heat_map(recording: Recording, *, rows: int, columns: int) -> HeatMap:
             f"{recording.path} is a recording of pages of {recording.page_bytes} bytes; here they have {PAGE_BYTES}, "
             "which is too coarse to count them: draw it where pages are as small"
         )
-    written = _written(recording)
+    written, seen = _looked_through(recording)
     if not written:
         raise InvalidRecording(
             f"{recording.path} has {len(recording)} epochs in which nothing was written: there is no heat map of that"
         )
     pieces = _fold(np.asarray(written.runs))
     row_bytes, stretches = _rows(pieces, rows, recording.page_bytes)
-    places = _places(recording, stretches)
+    places = _places(seen, stretches)
     empty = HeatMap(stretches, places, (), row_bytes, recording.page_bytes, np.zeros((0, 0), np.uint32))
     spans = np.ascontiguousarray(empty.spans())
     made: list[Column] = []
@@ -186,14 +186,21 @@ def heat_map(recording: Recording, *, rows: int, columns: int) -> HeatMap:
     return HeatMap(stretches, places, tuple(made), row_bytes, recording.page_bytes, np.stack(counts))
 
 
-def _written(recording: Recording) -> DirtySet:
-    """All pages that some epoch wrote."""
+def _looked_through(recording: Recording) -> tuple[DirtySet, dict[Place, int]]:
+    """All pages that some epoch wrote, and each mapping with the number of the last table that has it."""
     parts: list[DirtySet] = []
-    for epoch in recording:
+    waiting = 0
+    seen: dict[Place, int] = {}
+    table: tuple[Mapping, ...] | None = None
+    for number, epoch in enumerate(recording):
         parts.append(DirtySet.from_runs(epoch.runs))
-        if len(parts) == _UNITE_SETS:
-            parts = [DirtySet.union(parts)]
-    return DirtySet.union(parts)
+        waiting += len(parts[-1])
+        if waiting > _UNITE_RUNS:
+            parts, waiting = [DirtySet.union(parts)], 0
+        if epoch.mappings is not table:
+            table = epoch.mappings
+            seen.update((Place(each.start, each.end, each.name), number) for each in table)
+    return DirtySet.union(parts), seen
 
 
 def _fold(runs: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -242,14 +249,8 @@ def _counted(epoch: Epoch, spans: NDArray[np.uint64]) -> Counts:
     return counts
 
 
-def _places(recording: Recording, stretches: Sequence[Stretch]) -> tuple[Place, ...]:
-    """The mappings of all epochs, cut where one took another's place, in what is shown."""
-    seen: dict[Place, int] = {}
-    table: tuple[Mapping, ...] | None = None
-    for number, epoch in enumerate(recording):
-        if epoch.mappings is not table:
-            table = epoch.mappings
-            seen.update((Place(each.start, each.end, each.name), number) for each in table)
+def _places(seen: dict[Place, int], stretches: Sequence[Stretch]) -> tuple[Place, ...]:
+    """The mappings in what is shown, cut where one took another's place."""
     inside = [place for place in seen if any(s.start < place.end and place.start < s.end for s in stretches)]
     return tuple(_layered(inside, seen))
 

@@ -65,6 +65,10 @@ class Terminal:
         """What is on the screen."""
         return [line.rstrip() for line in self._screen.display]
 
+    def colours(self) -> set[str]:
+        """Of what is on the screen, as pyte calls them."""
+        return {cell.fg for row in self._screen.buffer.values() for cell in row.values() if cell.data != " "}
+
     def _read(self, seconds: float) -> bool:
         ready, _, _ = select.select([self._ours], [], [], seconds)
         if ready:

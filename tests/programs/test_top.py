@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from dirtytrack.cli import main
 from tests.programs.steady import PAGE, PAGES, Steady
 from tests.programs.terminal import Terminal
 from tests.sandbox import run_in_child
+from tests.unit.recordings import make_recording, mapping
 
 DIRTYTRACK = str(Path(sys.executable).parent / "dirtytrack")
 EVERY = 0.5
@@ -124,8 +126,8 @@ def test_a_tree_is_followed_and_who_cannot_be_watched_is_told() -> None:
                 assert number and float(number[1]) >= 64 * PAGE / 2
             steady.ends()  # and the children end with it
             terminal.until(lambda lines: "0 of 4 processes" in lines[0], "that all have gone")
-            terminal.program.send_signal(2)
-            assert terminal.ended() == 130
+            terminal.program.send_signal(signal.SIGTERM)
+            assert terminal.ended() == 128 + signal.SIGTERM
             assert terminal.settings() == terminal.before
 
 
@@ -208,3 +210,16 @@ def test_without_rich_the_extra_is_named() -> None:
     with Terminal([sys.executable, "-c", code, "top", str(os.getpid())]) as terminal:
         assert terminal.ended() == 1
         assert "dirtytrack[observe]" in "".join(terminal.lines())
+
+
+def test_a_heat_map_is_coloured_in_a_terminal_that_wants_it(tmp_path: Path) -> None:
+    make_recording(tmp_path / "r.dtr", [range(100), {1}], [[mapping(0, 100, "[heap]")]])
+    command = [DIRTYTRACK, "heatmap", str(tmp_path / "r.dtr")]
+    with Terminal(command) as terminal:
+        assert terminal.ended() == 0
+        assert "[heap]" in terminal.lines()[0] and "▀" in terminal.lines()[0]
+        assert len(terminal.colours()) >= 3
+    with Terminal(command, NO_COLOR="1") as terminal:
+        assert terminal.ended() == 0
+        assert "█" in terminal.lines()[0]
+        assert terminal.colours() == {"default"}
