@@ -34,9 +34,9 @@ def built(name: str) -> Path:
 class Program:
     """A running program that answers a line on its standard input with ``well``, or with what is wrong."""
 
-    def __init__(self, command: Sequence[object]) -> None:
+    def __init__(self, command: Sequence[object], pass_fds: Sequence[int] = ()) -> None:
         self.process = subprocess.Popen(
-            [str(word) for word in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [str(word) for word in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, pass_fds=pass_fds
         )
         self.pid = self.process.pid
         assert self.answer() == "up"
@@ -61,10 +61,10 @@ class Program:
 
 
 @contextmanager
-def running(*command: object) -> Iterator[Program]:
+def running(*command: object, pass_fds: Sequence[int] = ()) -> Iterator[Program]:
     """A program of `built`, by name and arguments, or any other command. It must end well."""
     first = built(str(command[0])) if isinstance(command[0], str) and (HERE / f"{command[0]}.c").exists() else command[0]
-    program = Program([first, *command[1:]])
+    program = Program([first, *command[1:]], pass_fds)
     try:
         yield program
     except BaseException:
