@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -25,9 +27,13 @@ __all__ = [
     "Guardian",
     "Row",
     "adopt",
+    "is_alive",
+    "kill_after",
     "layout",
     "layout_changed",
     "mappings_of",
+    "open_in_proc",
+    "open_userfaultfd",
     "read",
     "register",
     "remove",
@@ -66,6 +72,18 @@ def steps() -> dict[str, int]:
     return {name: int(getattr(core.lib, f"DT_GUARD_{name}")) for name in names}
 
 
+def _fork(wish: tuple[int, ...], channel: socket.socket) -> int:
+    child = os.fork()
+    if child:
+        return child
+    try:
+        os.setsid()
+        channel.close()
+        os._exit(core.taking.guard(*map(int, wish)))
+    finally:
+        os._exit(1)
+
+
 class Guardian:
     """A running guardian. Its end lets its threads go; so does ours, which closes the channel."""
 
@@ -87,8 +105,9 @@ class Guardian:
             wish = (pid, number, freeze, milliseconds, suspend_seccomp, fault.step, fault.tracker)
             script = str(Path(__file__).with_name("guardian.py"))
             extension = str(core.taking.__file__)
+            self._forked = 0
             try:
-                self._process = subprocess.Popen(
+                self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
                     [sys.executable, "-I", "-S", script, extension, *(str(int(field)) for field in wish)],
                     pass_fds=[number],
                     stdin=subprocess.DEVNULL,
@@ -97,10 +116,28 @@ class Guardian:
                     cwd="/",
                     start_new_session=True,  # a signal to our group or terminal does not reach it
                 )
+            except OSError:
+                # This process gave away the right to run the interpreter that it runs in: then it is split in two.
+                self._process, self._forked = None, _fork(wish, ours)
             except BaseException:
                 ours.close()
                 raise
         self._channel = ours
+
+    def _wait(self) -> int:
+        """For its end: the exit status, or the negated number of the signal that ended it."""
+        if self._process is not None:
+            return self._process.wait()
+        if self._forked:
+            self._status = os.waitstatus_to_exitcode(os.waitpid(self._forked, 0)[1])
+            self._forked = 0
+        return self._status
+
+    def _kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+        elif self._forked:
+            os.kill(self._forked, signal.SIGKILL)
 
     def answer(self) -> Answer:
         """Wait for its next answer.
@@ -117,13 +154,13 @@ class Guardian:
                 nbytes, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC
             )
         except TimeoutError:
-            self._process.kill()
+            self._kill()
             data, ancillary = b"", []
         for _level, kind, content in ancillary:
             if kind == socket.SCM_RIGHTS:
                 fd = int.from_bytes(content[:4], sys.byteorder)
         if len(data) != nbytes:
-            status = self._process.wait()
+            status = self._wait()
             how = f"by {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
             raise KernelRefused(
                 f"the guardian, the process that was to stop the target, ended {how} before it answered. The target "
@@ -136,7 +173,7 @@ class Guardian:
         """Have it let go of what it holds, and wait for its end. A second call does nothing."""
         if self._channel.fileno() >= 0:
             self._channel.shutdown(socket.SHUT_WR)
-            self._process.wait()
+            self._wait()
             self._channel.close()
 
     def __enter__(self) -> Guardian:
@@ -211,7 +248,7 @@ def layout(session: CData, pid: int, expected: int = 64) -> list[Row]:
         out = core.ffi.new("dt_mapping[]", room)
         count = core.lib.dt_layout_read(session, out, room)
         if count < 0:
-            raise_maps(count, pid)
+            _raise_maps(count, pid)
         if count <= room:
             return _rows(out, count)
         room = count + 16
@@ -224,7 +261,7 @@ def mappings_of(pid: int, maps: int) -> list[Row]:
         out = core.ffi.new("dt_mapping[]", room)
         count = core.lib.dt_mappings_of(pid, maps, out, room)
         if count < 0:
-            raise_maps(count, pid)
+            _raise_maps(count, pid)
         if count <= room:
             return _rows(out, count)
         room = count + 16
@@ -234,14 +271,14 @@ def layout_changed(session: CData, pid: int) -> bool:
     """Whether the target's writable mappings are others than at the last `layout`."""
     changed = core.lib.dt_layout_changed(session)
     if changed < 0:
-        raise_maps(changed, pid)
+        _raise_maps(changed, pid)
     return bool(changed)
 
 
-def raise_maps(code: int, pid: int) -> None:
+def _raise_maps(code: int, pid: int) -> None:
     """Raise what a failed look at the mappings of a process means."""
     why = new_failure()
-    why.step = core.lib.DT_STEP_SCAN if code == -3 else core.lib.DT_STEP_MAPS  # ESRCH
+    why.step = core.lib.DT_STEP_SCAN if code == -errno.ESRCH else core.lib.DT_STEP_MAPS
     raise error_of(code, why, f"look at the mappings of process {pid}", pid=pid)
 
 
@@ -261,10 +298,10 @@ def remove(listener: CData, handle: CData) -> None:
     core.lib.dt_settle(cset)
 
 
-def read(pid: int, cset: CData, out: CData, room: int) -> int:
-    """Read the pages of a set from a process; the bytes that were read."""
+def read(pid: int, mem: int, cset: CData, out: CData, room: int) -> int:
+    """Read the pages of a set from a process, by its /proc/PID/mem where mem is not -1; the bytes that were read."""
     why, done = new_failure(), core.ffi.new("uint64_t *")
-    code = core.lib.dt_read_target(pid, cset, out, room, done, why)
+    code = core.lib.dt_read_target(pid, mem, cset, out, room, done, why)
     if code:
         raise error_of(code, why, f"read from process {pid}", pid=pid)
     return int(done[0])
@@ -275,6 +312,15 @@ def kill_after(sites: int, nth: int) -> None:
     core.lib.dt_fail(sites, nth, 1, 0, 2)
 
 
+def open_userfaultfd() -> int:
+    """A userfaultfd of this process, by the first door that opens."""
+    why, out = new_failure(), core.ffi.new("int32_t *")
+    code = core.lib.dt_open_userfaultfd(out, why)
+    if code:
+        raise error_of(code, why, "open a userfaultfd")
+    return int(out[0])
+
+
 def is_alive(pidfd: int) -> bool:
     """Whether the process of a pidfd has not ended."""
     try:
@@ -283,16 +329,9 @@ def is_alive(pidfd: int) -> bool:
         return False
     except PermissionError:
         pass
-    ready = _poll(pidfd)
-    return not ready
-
-
-def _poll(fd: int) -> bool:
-    import select
-
     poller = select.poll()
-    poller.register(fd, select.POLLIN)
-    return bool(poller.poll(0))
+    poller.register(pidfd, select.POLLIN)
+    return not poller.poll(0)
 
 
 def open_in_proc(pid: int, name: str) -> int:

@@ -8,6 +8,8 @@
 
 from .attaching import attach
 from .mappings import Mapping
+from .offering import accept, offer
 from .tracker import ProcessStatistics, ProcessTracker
+from .workers import Workers
 
-__all__ = ["Mapping", "ProcessStatistics", "ProcessTracker", "attach"]
+__all__ = ["Mapping", "ProcessStatistics", "ProcessTracker", "Workers", "accept", "attach", "offer"]

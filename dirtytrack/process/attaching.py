@@ -27,7 +27,7 @@ from .tracker import ProcessTracker
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["attach", "refuse_answer"]
+__all__ = ["attach", "attach_with_fault", "refuse_answer", "require_some"]
 
 
 def attach(
@@ -97,14 +97,15 @@ def attach_with_fault(
         opened.callback(os.close, pagemap)
         maps = _open(lambda: targets.open_in_proc(pid, "maps"), pid)
         opened.callback(os.close, maps)
-        _require_some(pid, maps, chosen)
+        require_some(pid, maps, chosen)
         with Guardian(pid, timeout, suspend_seccomp=suspend_seccomp, fault=fault) as guardian:
             answer = guardian.answer()
+        if answer.fd >= 0:
+            opened.callback(os.close, answer.fd)
+        if not targets.is_alive(pidfd):  # to trace one that is about to end is not permitted
+            raise no_such_process(pid)
         if answer.code:
             refuse_answer(answer, pid, "attach to", timeout)
-        opened.callback(os.close, answer.fd)
-        if not targets.is_alive(pidfd):
-            raise no_such_process(pid)
         session = targets.adopt(pid, pidfd, answer.fd, pagemap, maps)
         opened.pop_all()  # they are the session's from here on
     return ProcessTracker(pid, session, chosen, pidfd, answer.stall_ns / 1e9)
@@ -126,7 +127,8 @@ def _open(opening: object, pid: int) -> int:
         raise _not_permitted(pid, "attach to", error.errno or 0) from error
 
 
-def _require_some(pid: int, maps: int, chosen: Filter) -> None:
+def require_some(pid: int, maps: int, chosen: Filter) -> None:
+    """Refuse filters that match nothing, and what there is no memory for."""
     rows = targets.mappings_of(pid, maps)
     if not rows:
         raise no_such_process(pid)
@@ -139,7 +141,8 @@ def _require_some(pid: int, maps: int, chosen: Filter) -> None:
             + (", …" if len(names) > 12 else ""),
             pid=pid,
         )
-    head_room(pid, sum(row.end - row.start for row in wanted if row.end - row.start < 4 << 30))
+    if pid:
+        head_room(pid, sum(row.end - row.start for row in wanted if row.end - row.start < 4 << 30))
 
 
 def _not_permitted(pid: int, doing: str, number: int) -> PermissionDenied:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["EXCLUDED", "TRACKED", "UNTRACKED", "Filter", "Mapping", "Pattern", "called", "excluded"]
 
 Pattern = str | Run | tuple[int, int]
-"""A name with ``*``, ``?`` and ``[…]`` as in a shell, or [start, end) addresses."""
+"""A name, in which ``*`` and ``?`` are as in a shell, or (start, end) addresses."""
 
 TRACKED, UNTRACKED, EXCLUDED = "tracked", "untracked", "excluded"
 
@@ -89,7 +89,7 @@ def _is_range(given: object) -> bool:
 
 def _matches(row: Row, pattern: Pattern) -> bool:
     if isinstance(pattern, str):
-        return fnmatchcase(row.name, pattern) or (not row.name and pattern == "[anon]")
+        return fnmatchcase(row.name or "[anon]", pattern.replace("[", "[[]"))
     return row.start < pattern[1] and pattern[0] < row.end
 
 

@@ -107,11 +107,14 @@ class ProcessTracker:
     pid: int
     attach_stall: float
 
-    def __init__(self, pid: int, session: Any, chosen: Filter, pidfd: int, stall: float) -> None:
+    def __init__(
+        self, pid: int, session: Any, chosen: Filter, pidfd: int, stall: float, *, memory: int = -1
+    ) -> None:
         self.pid = pid
         self.attach_stall = stall
         self._pidfd = os.dup(pidfd)
-        self._close_pidfd = weakref.finalize(self, os.close, self._pidfd)
+        self._memory = memory  # its /proc/PID/mem, where it came with an offer
+        self._close = [weakref.finalize(self, os.close, fd) for fd in (self._pidfd, memory) if fd >= 0]
         self._session = session
         self._chosen = chosen
         self._lock = threading.RLock()
@@ -355,7 +358,7 @@ class ProcessTracker:
             view = core.view_of(target, room) if room else memoryview(bytearray())
         with self._told():
             engine.require(self._session[0])
-            targets.read(self.pid, dirty._set, target, room)
+            targets.read(self.pid, self._memory, dirty._set, target, room)
             if not targets.is_alive(self._pidfd):  # it may have ended, and its number be another's
                 raise TargetGone("", pid=self.pid)
         return view
@@ -377,12 +380,17 @@ class ProcessTracker:
         """
         from .attaching import refuse_answer
 
+        engine.require(self._session[0])
+        if not self.pid:
+            raise InvalidMemory(
+                "a process in another pid namespace cannot be traced from here: have it stop its threads itself"
+            )
         with targets.Guardian(self.pid, timeout, freeze=True) as guardian:
             answer = guardian.answer()
-            if answer.code:
-                refuse_answer(answer, self.pid, "freeze", timeout)
             if not targets.is_alive(self._pidfd):
                 raise self._gone(TargetGone(""))
+            if answer.code:
+                refuse_answer(answer, self.pid, "freeze", timeout)
             yield
 
     # ---- ending
@@ -392,7 +400,8 @@ class ProcessTracker:
         nothing."""
         with self._lock:
             engine.close(self._session[0])
-            self._close_pidfd()
+            for close in self._close:
+                close()
 
     def __enter__(self) -> Self:
         return self

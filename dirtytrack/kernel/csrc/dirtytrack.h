@@ -316,6 +316,9 @@ typedef struct dt_target {
     int32_t ready;
 } dt_target;
 
+/* A userfaultfd of this process, for another that will track it. */
+int dt_open_userfaultfd(int32_t *out, dt_failure *why);
+
 /* A session for the memory of another process: what it is told of addresses is about that process. */
 int dt_session_adopt(const dt_target *target, uint32_t remedy, dt_session **out, dt_failure *why);
 /* The mappings of the target, sorted, and from now on what dt_layout_changed compares with. At most `room` are written;
@@ -327,8 +330,8 @@ int64_t dt_mappings_of(int32_t pid, int32_t maps, dt_mapping *out, uint64_t room
 int dt_layout_changed(dt_session *session);
 
 /* Reads the pages of a set from another process, packed in the order of their addresses, by few system calls. `out` has
- * room for all of them. A page that cannot be read fails with -EFAULT and why->start; *done bytes before it are there. */
-int dt_read_target(int32_t pid, const dt_set *set, uint8_t *out, uint64_t room, uint64_t *done, dt_failure *why);
+ * room for all of them. mem: its /proc/PID/mem, or -1: by process_vm_readv, which takes the right to trace it. A page that cannot be read fails with -EFAULT and why->start; *done bytes before it are there. */
+int dt_read_target(int32_t pid, int32_t mem, const dt_set *set, uint8_t *out, uint64_t room, uint64_t *done, dt_failure *why);
 
 uint64_t dt_session_kept_bytes(dt_session *session);   /* copies or hashes, to compare with; 0 where the kernel tells */
 

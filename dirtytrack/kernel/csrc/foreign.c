@@ -28,6 +28,15 @@ typedef struct target_space {
 
 static target_space *target_of(const dt_session *s) { return (target_space *)s->space; }
 
+int dt_open_userfaultfd(int32_t *out, dt_failure *why)
+{
+    int door, fd = dt_open_any_door(why, &door);
+    if (fd < 0)
+        return fd;
+    *out = fd;
+    return 0;
+}
+
 int dt_session_adopt(const dt_target *target, uint32_t remedy, dt_session **out, dt_failure *why)
 {
     dt_session *s;
@@ -221,7 +230,13 @@ int dt_layout_changed(dt_session *s)
 
 /* ---- bytes -------------------------------------------------------------------------------------------------------- */
 
-int dt_read_target(int32_t pid, const dt_set *set, uint8_t *out, uint64_t room, uint64_t *done, dt_failure *why)
+/* One system call a run: for whoever has the descriptor and not the right to trace. */
+static ssize_t read_by_descriptor(int mem, const struct iovec *from, uint8_t *to)
+{
+    return pread(mem, to, from->iov_len, (off_t)(uintptr_t)from->iov_base);
+}
+
+int dt_read_target(int32_t pid, int32_t mem, const dt_set *set, uint8_t *out, uint64_t room, uint64_t *done, dt_failure *why)
 {
     enum { BATCH = 512 };
     struct iovec from[BATCH];
@@ -238,9 +253,9 @@ int dt_read_target(int32_t pid, const dt_set *set, uint8_t *out, uint64_t room, 
             return dt_fail_with(why, DT_TOO_SMALL, 0, DT_STEP_COPY, 0, 0);
         struct iovec to = {out + filled, wanted};
         int fail = dt_fail_at(DT_SITE_COPY);
-        ssize_t got = fail > 0 ? -1 : process_vm_readv(pid, &to, 1, from, n, 0);
+        ssize_t got = fail > 0 ? -1 : mem >= 0 ? read_by_descriptor(mem, from, to.iov_base) : process_vm_readv(pid, &to, 1, from, n, 0);
         if (got <= 0) {
-            int error = fail > 0 ? fail : got ? errno : EFAULT;
+            int error = fail > 0 ? fail : !got || errno == EIO ? EFAULT : errno; /* EIO: by descriptor */
             uint64_t at = set->runs[i].start + begun;
             *done = filled;
             return dt_fail_with(why, -error, error, DT_STEP_COPY, at, at + dt_page_bytes());

@@ -163,8 +163,10 @@ static void let_go(dt_guard *g)
             continue;
         if (t->owed)
             syscall(SYS_tgkill, g->wish->pid, t->tid, t->owed);
-        if (t->stopped || !stop(g, t, 0))
+        if (t->stopped || !stop(g, t, 0)) {
+            dt_mend_call(g, t);
             dt_ptrace(g, PTRACE_DETACH, t->tid, NULL, NULL);
+        }
     }
     /* Whoever has not stopped by now goes on when this process ends. */
 }
@@ -186,10 +188,16 @@ static int fetch(dt_guard *g, int32_t *step)
     for (uint64_t i = 0; i < g->count && rc == -EBUSY; i++)
         if (g->threads[i].stopped && !g->threads[i].gone)
             rc = dt_inject(g, &g->threads[i], &gadget, step);
-    while (rc == -EBUSY && dt_now_ns() < g->deadline) /* none stood: whoever does first */
-        for (uint64_t i = 0; i < g->count && rc == -EBUSY; i++)
-            if (!g->threads[i].gone && !stop(g, &g->threads[i], dt_now_ns() + PATIENCE_NS / 16))
-                rc = dt_inject(g, &g->threads[i], &gadget, step);
+    while (rc == -EBUSY && dt_now_ns() < g->deadline) /* none stood, or each in the wrong place: whoever does first */
+        for (uint64_t i = 0; i < g->count && rc == -EBUSY; i++) {
+            dt_thread *t = &g->threads[i];
+            if (t->stopped && !dt_ptrace(g, PTRACE_CONT, t->tid, NULL, NULL)) {
+                t->stopped = false;
+                dt_ptrace(g, PTRACE_INTERRUPT, t->tid, NULL, NULL);
+            }
+            if (!t->gone && !stop(g, t, dt_now_ns() + PATIENCE_NS / 16))
+                rc = dt_inject(g, t, &gadget, step);
+        }
     return rc;
 }
 
@@ -231,6 +239,9 @@ int dt_guard_run(const dt_guard_wish *wish)
     sigfillset(&all); /* SIGCHLD is waited for; a signal to the group of whoever asked does not come here anyway */
     sigprocmask(SIG_BLOCK, &all, NULL);
     dt_guard_answer told = {0};
+    struct pollfd asker = {.fd = wish->channel};
+    if (poll(&asker, 1, 0) > 0 && asker.revents & POLLHUP)
+        return 1; /* whoever asked is dead: nothing is begun */
     g.pidfd = (int)syscall(SYS_pidfd_open, wish->pid, 0);
     if (g.pidfd < 0) {
         told.code = -errno;

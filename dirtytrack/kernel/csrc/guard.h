@@ -28,10 +28,25 @@ void dt_guard_step(dt_guard *g);
 int dt_guard_wait(dt_guard *g, dt_thread *t, uint64_t deadline, int *status); /* 0, -ETIMEDOUT, -ESRCH */
 
 /* inject.c */
-typedef struct dt_gadget { uint64_t call, give_back; } dt_gadget;
+typedef struct dt_gadget {
+    uint64_t call;                /* a system call instruction */
+    uint64_t give_back;           /* a call of rt_sigreturn; 0: there is none, or no `ret` follows the other */
+} dt_gadget;
 /* Looks for them in the target's text. 0, or -ENOEXEC: there is no system call instruction. */
 int dt_find_gadget(pid_t pid, dt_gadget *out);
-/* Has a stopped thread make a userfaultfd, which is taken out of the process. A descriptor or -errno; *why_step says
- * what failed. */
+/* Has a stopped thread make a userfaultfd, which is taken out of the process. A descriptor or -errno, *step says of what;
+ * -EBUSY: not this thread now. */
 int dt_inject(dt_guard *g, dt_thread *t, const dt_gadget *gadget, int32_t *step);
+/* Of a stopped thread that is about to go on: where our stop had a system call give up that the kernel does not restart
+ * after a stop, it is made again. */
+void dt_mend_call(dt_guard *g, dt_thread *t);
+
+/* frame.c */
+typedef struct dt_frame { uint64_t at; uint8_t *before; size_t bytes; } dt_frame;
+#if defined(__x86_64__)
+struct user_regs_struct;
+bool dt_frame_make(dt_guard *g, pid_t tid, const dt_gadget *gadget, const struct user_regs_struct *r, uint64_t mask,
+                   dt_frame *out);
+void dt_frame_unmake(dt_guard *g, dt_frame *frame);
+#endif
 #endif
