@@ -14,23 +14,26 @@ _PLACE = re.compile(r"(<!-- measured -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL)
 
 def render(page: str, told: dict[str, Any]) -> str:
     """The page with what was measured."""
-    head = ("load", "epoch", "throughput", "requests/s without", "pages an epoch", "of a processor", "bytes a page")
+    head = ("load", "requests/s", "with it", "of redis a request", "with it", "pages an epoch", "recorder", "file")
     rows = [head, ("---",) * len(head)]
     rows += [
         (
             row["load"],
-            f"{row['every_ms']:g} ms",
-            f"{row['ratio']:.3f}",
             f"{row['without_per_second']:,.0f}",
+            f"x {row['ratio']:.3f}",
+            f"{row['without_us']:.2f} µs",
+            f"x {row['cpu_ratio']:.3f}",
             f"{row['pages_an_epoch']:,.0f}",
-            f"{row['cpu_share']:.2%}",
-            f"{row['file_bytes_a_page']:.2f}",
+            f"{row['cpu_share']:.2%} of a processor",
+            f"{row['file_bytes_a_page']:.2f} bytes a page",
         )
         for row in told["rows"]
     ]
     lines = [f"| {' | '.join(row)} |" for row in rows]
     where = f"{told['kernel']}, {told['machine']}, {told['python']}, on {told['date']}"
-    lines += ["", f"{where}; medians of {told['rows'][0]['rounds']} pairs; `{told['command']}`."]
+    first = told["rows"][0]
+    how = f"epochs of {first['every_ms']:g} ms, medians of {first['rounds']} pairs"
+    lines += ["", f"{where}; {how}; `{told['command']}`."]
     return _PLACE.sub(lambda found: found[1] + "\n".join(lines) + found[2], page)
 
 

@@ -34,7 +34,8 @@ class _Entry:
 
 
 def coarsened(data: bytes, most_nbytes: int, page_log2: int, name: str) -> bytes:
-    """The records of a recording (without its header) in no more than so many bytes.
+    """The records of a recording (without its header) in no more than so many bytes. What was appended to those may be
+    appended to these.
 
     The newest half of the room is for epochs as they are. What is older is put together, two by two, until it
     fits; where that alone does not do it, pages are counted by cells, which grow. Sessions are never put together.
@@ -95,8 +96,9 @@ def _decoded(entry: _Entry, page_log2: int) -> _Entry:
 
 def _squeezed(old: list[_Entry], newest: Sequence[_Entry], most_nbytes: int, page_log2: int) -> bytes | None:
     unit_log2 = 0
+    after = (newest or old)[-1].table  # what is appended tells of what changed since then
     while unit_log2 <= _MOST_UNIT_LOG2:
-        result = _written([*old, *newest])
+        result = _written([*old, *newest], after)
         if len(result) <= most_nbytes:
             return result
         before = len(old)
@@ -109,7 +111,8 @@ def _squeezed(old: list[_Entry], newest: Sequence[_Entry], most_nbytes: int, pag
     return None
 
 
-def _written(entries: Sequence[_Entry]) -> bytes:
+def _written(entries: Sequence[_Entry], after: Table) -> bytes:
+    """Their records, with the table of mappings that is to be in force behind them."""
     out = bytearray()
     session = -1
     table: Table = ()
@@ -120,7 +123,7 @@ def _written(entries: Sequence[_Entry]) -> bytes:
             out += changes(table, entry.table)
             table = entry.table
         out += entry.data
-    return bytes(out)
+    return bytes(out + changes(table, after))
 
 
 def _paired(old: Sequence[_Entry], page_log2: int) -> list[_Entry]:

@@ -58,7 +58,7 @@ class RecorderStatistics(NamedTuple):
     """Of the file."""
     seconds: float
     cpu_seconds: float
-    """Processor time of the recorder's own thread, its system calls included."""
+    """Processor time of the recorder's own thread, its system calls and coarsening included."""
     late: int
     """Epochs that lasted half as long again as they should, or longer."""
 
@@ -212,11 +212,12 @@ class Recorder:
         except BaseException as error:
             self._error, reason = error, f"failed: {error}"
         finally:
-            self._cpu = time.thread_time() - began
+            cpu = time.thread_time() - began
             try:
-                self._writer.close(reason, self._cpu)
+                self._writer.close(reason, cpu)
             except DirtyTrackError as error:
                 self._error = self._error or error
+            self._cpu = cpu + self._writer.coarsening_seconds
             self._over.set()
 
     def _loop(self, cpu_began: float) -> None:
@@ -230,7 +231,10 @@ class Recorder:
             mappings = self._source.mappings
             self._write(dirty, mappings, begun, ended, ended - began)
             self._late += ended - begun > 1.5 * self._every
-            self._seconds, self._cpu = ended - self._begun, time.thread_time() - cpu_began
+            self._seconds, self._cpu = (
+                ended - self._begun,
+                time.thread_time() - cpu_began + self._writer.coarsening_seconds,
+            )
             if self._told is not None:
                 self._told(Observed(dirty, mappings, ended - begun, ended - began, self._cpu))
             if last:

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import errno as _errno
 import fcntl
+import logging
 import os
 import stat
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LEAST_BUDGET_BYTES", "RecordingWriter"]
 
+_log = logging.getLogger("dirtytrack.observe")
+
 LEAST_BUDGET_BYTES = 16 << 10
 _FULL = (_errno.ENOSPC, _errno.EDQUOT, _errno.EFBIG, _errno.ENOMEM, _errno.EMFILE, _errno.ENFILE)
 _NS = 1e9
@@ -49,6 +53,7 @@ class RecordingWriter:
         append: go on with the recording that is there, as a new session; a torn tail is cut off first.
         size_budget: the most bytes that the file may have; left out, it grows. Before it would grow beyond, it is
             rewritten with its older epochs coarsened (see `Epoch`), as a new file that takes the place of the old one.
+            That is made in a thread, in good time; only what grows too fast for that waits for it.
         pid, command: what is recorded, for those who read it.
         first_write_seconds: what the first write to a page costs there, for those who plan.
 
@@ -57,6 +62,9 @@ class RecordingWriter:
             no regular file, or in no folder; or the budget is less than 16 KiB; or another writer has
             the file.
         PermissionDenied, LimitReached, KernelRefused: the file cannot be made or written.
+
+    Attributes:
+        coarsening_seconds: processor time that coarsening took so far, in a thread of its own.
 
     Thread safety: one thread at a time.
     """
@@ -78,11 +86,13 @@ class RecordingWriter:
         self._path = Path(os.path.realpath(path))
         self._name = os.fspath(path)
         self._budget = size_budget
+        self.coarsening_seconds = 0.0
         self._table: tuple[Mapping, ...] = ()
         self._given: Sequence[Mapping] = ()  # as given: the same object again needs no look
         self._last = 0
         self._last_ns = 0
         self._file = -1
+        self._coarser: _Coarser | None = None
         now = time.time()
         self._page_log2 = PAGE_BYTES.bit_length() - 1
         try:
@@ -180,8 +190,7 @@ class RecordingWriter:
         if self._file < 0:
             raise SessionClosed(f"{self._name} is closed: make another RecordingWriter, with append=True")
         try:
-            if self._budget is not None and self._nbytes + len(data) > self._budget:
-                self._rewrite(data)
+            if self._budget is not None and self._kept_within(self._budget, data):
                 return
             try:
                 _write_all(self._file, data)
@@ -195,16 +204,34 @@ class RecordingWriter:
             raise self._failure(error) from error
         self._nbytes += len(data)
 
-    def _rewrite(self, more: bytes) -> None:
-        """To half of the budget, so that it is done seldom; to all of it where that cannot be."""
-        assert self._budget is not None
-        data = os.pread(self._file, self._nbytes, 0) + more
-        room = self._budget - HEADER_BYTES
-        try:
-            rest = coarsened(data, room // 2, self._page_log2, self._name)
-        except LimitReached:
-            rest = coarsened(data, room, self._page_log2, self._name)
-        self._create(data[:HEADER_BYTES] + rest)
+    def _kept_within(self, budget: int, more: bytes) -> bool:
+        """Coarsen in good time, in a thread, so that no collect waits for it; at the last moment, here. Whether what
+        is to be written was written by that."""
+        room = budget - HEADER_BYTES
+        full = self._nbytes + len(more) > budget
+        if self._coarser is not None and (full or self._coarser.done()):
+            self._take_over(self._coarser)
+            full = self._nbytes + len(more) > budget
+        if full:
+            data = os.pread(self._file, self._nbytes, 0) + more
+            try:
+                rest = coarsened(data, room // 2, self._page_log2, self._name)
+            except LimitReached:
+                rest = coarsened(data, room, self._page_log2, self._name)
+            self._create(data[:HEADER_BYTES] + rest)
+            return True
+        if self._coarser is None and self._nbytes + len(more) > budget * 3 // 4:
+            self._coarser = _Coarser(os.pread(self._file, self._nbytes, 0), room // 2, self._page_log2, self._name)
+        return False
+
+    def _take_over(self, coarser: _Coarser) -> None:
+        """What was coarsened meanwhile takes the place of what it was made of; what was appended since stays."""
+        rest = coarser.result()
+        self._coarser = None
+        self.coarsening_seconds += coarser.cpu_seconds
+        if rest is not None:
+            since = os.pread(self._file, self._nbytes - coarser.nbytes, coarser.nbytes)
+            self._create(os.pread(self._file, HEADER_BYTES, 0) + rest + since)
 
     # ---- what is written
 
@@ -265,7 +292,7 @@ class RecordingWriter:
 
         Args:
             reason: why it ends.
-            cpu_seconds: what the recorder's own thread took.
+            cpu_seconds: what the recorder's own thread took; coarsening is added.
 
         Raises:
             LimitReached, PermissionDenied, KernelRefused: the end cannot be written; the file is closed all the same.
@@ -273,6 +300,9 @@ class RecordingWriter:
         if self._file < 0:
             return
         try:
+            if self._coarser is not None:
+                self._take_over(self._coarser)
+            cpu_seconds += self.coarsening_seconds
             self._write(bytes(End(self._now_ns(), round(cpu_seconds * _NS), reason)))
         finally:
             self._abandon()
@@ -291,6 +321,35 @@ class RecordingWriter:
 
     def __reduce__(self) -> Any:
         raise TypeError("a RecordingWriter cannot be pickled: it has a file open")
+
+
+class _Coarser:
+    """Coarsens in a thread of its own."""
+
+    def __init__(self, data: bytes, most_nbytes: int, page_log2: int, name: str) -> None:
+        self.nbytes, self.cpu_seconds = len(data), 0.0
+        self._result: bytes | None = None
+        self._thread = threading.Thread(
+            target=self._run, args=(data, most_nbytes, page_log2, name), name="dirtytrack coarsening", daemon=True
+        )
+        self._thread.start()
+
+    def _run(self, data: bytes, most_nbytes: int, page_log2: int, name: str) -> None:
+        began = time.thread_time()
+        try:
+            self._result = coarsened(data, most_nbytes, page_log2, name)
+        except DirtyTrackError as error:  # perhaps it fits at the last moment, when it may take all of the budget
+            _log.info("%s could not be coarsened beforehand: %s", name, error)
+        finally:
+            self.cpu_seconds = time.thread_time() - began
+
+    def done(self) -> bool:
+        return not self._thread.is_alive()
+
+    def result(self) -> bytes | None:
+        """Waits for it."""
+        self._thread.join()
+        return self._result
 
 
 def _write_all(file: int, data: bytes) -> None:

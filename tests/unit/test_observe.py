@@ -40,8 +40,8 @@ from dirtytrack.observe.units import (
 from dirtytrack.observe.written import Written
 from dirtytrack.process import Mapping
 from tests.oracle import PAGE
+from tests.recorded import BASE, mapping, pages_of, runs_of
 from tests.strategies import page_sets
-from tests.unit.test_recording import BASE, mapping, pages_of, runs_of
 
 PAGES = 120
 SHIFT = PAGE.bit_length() - 1
