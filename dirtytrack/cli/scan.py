@@ -40,11 +40,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="epoch after epoch (of that length), until Ctrl-C or the end of the process",
     )
     Choice.add_arguments(parser)
-    parser.add_argument("--all", action="store_true", help="also the mappings in which nothing was written")
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="also the mappings in which nothing was written, and the names of those left out",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON document an epoch, each in a line")
     parser.epilog = (
-        "The process is stopped once, for about a millisecond, when it is attached. Pages count as written whole, and "
-        "a mapping that cannot be tracked counts as wholly written."
+        "The process is stopped once, shortly, when it is attached. Pages count as written whole, and a mapping that "
+        "cannot be tracked counts as wholly written."
     )
 
 
@@ -109,8 +113,11 @@ def _tell(screen: Screen, pid: int, rates: Rates, mappings: Sequence[Mapping], *
         screen.line(_ROW.format(*cells, f"{row.mapping.start:x}", name))
     left_out = [each for each in mappings if each.state == "excluded" and "w" in each.permissions]
     if left_out:
-        names = ", ".join(sorted({named(each.name) for each in left_out}))
-        screen.line(f"not watched, since not chosen: {len(left_out)} writable mappings ({names}); see --include", "2")
+        size = amount(sum(each.nbytes for each in left_out))
+        names = ": " + ", ".join(sorted({named(each.name) for each in left_out})) if everything else ""
+        screen.line(
+            f"not watched, since not chosen: {size} in {len(left_out)} writable mappings; see --include{names}", "2"
+        )
 
 
 def _document(pid: int, attach_stall: float, rates: Rates, *, everything: bool) -> dict[str, Any]:

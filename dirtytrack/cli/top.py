@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--mappings", action="store_true", help="begin with the mappings of the first process")
     parser.epilog = (
-        "Each process is stopped once, for about a millisecond, when it is attached. DIRTY/S is what the last epoch "
+        "Each process is stopped once, shortly, when it is attached. DIRTY/S is what the last epoch "
         "wrote; 1 S, 10 S and 60 S are what was written at least once in these times (+: watched for less so far)."
     )
 

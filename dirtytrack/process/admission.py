@@ -82,9 +82,7 @@ def admit(pid: int, seccomp: str | None) -> bool:
     if leader != pid:
         raise InvalidMemory(f"{pid} is a thread of process {leader}: attach to that one", pid=pid)
     if status.get("State", "")[:1] in ("Z", "X"):
-        raise TargetGone(
-            f"process {pid} ({name}) has ended: it is a zombie that its parent has not waited for", pid=pid
-        )
+        raise TargetGone(f"process {pid} ({name}) has ended: it is a zombie that its parent has not waited for", pid=pid)
     if status.get("Kthread") == "1" or "VmSize" not in status:
         raise InvalidMemory(f"{pid} ({name}) is a thread of the kernel: it has no memory of its own", pid=pid)
     tracer = int(status.get("TracerPid", "0"))
