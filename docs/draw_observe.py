@@ -19,10 +19,7 @@ from rich.console import Console
 
 from dirtytrack import process
 from dirtytrack.cli.top_screen import Line, View
-from dirtytrack.observe import Recording, RecordingWriter
-from dirtytrack.observe.heat import heat_map
-from dirtytrack.observe.heat_png import heat_png
-from dirtytrack.observe.live import Rates, Watch
+from dirtytrack.observe import Recording, RecordingWriter, Sample, Watch, heat_map, heat_png
 
 COLUMNS, LINES = 116, 14
 SECONDS, EVERY = 10.0, 0.05
@@ -45,7 +42,7 @@ for step in range(1_000_000):
 """
 
 
-def watch(recording: Path) -> Rates:
+def watch(recording: Path) -> Sample:
     """Run the program, record it, and return its last rates."""
     with subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE) as program:
         try:
@@ -69,7 +66,7 @@ def watch(recording: Path) -> Rates:
             program.kill()
 
 
-def screen(rates: Rates) -> str:
+def screen(rates: Sample) -> str:
     """What `dirtytrack top` shows of it, as SVG, without the font that it would fetch."""
     view = View(EVERY)
     view.update([Line(4711, "queue-and-table", rates)])

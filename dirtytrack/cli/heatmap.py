@@ -57,37 +57,29 @@ def run(args: argparse.Namespace) -> int:
     if ending not in _CELLS or (args.output and not ending):
         print(f"dirtytrack heatmap: {args.output} ends in neither .png nor .html", file=sys.stderr)
         return 2
-    from ..observe.heat import heat_map
-
     recording = observe.Recording.open(args.file)
     if not len(recording):
         raise InvalidRecording(f"{args.file} has no epoch: nothing was recorded yet")
     colour = not ending and wants_colour(sys.stdout)
     rows, columns = _CELLS[ending]
     if not ending:
-        from ..observe.heat_text import LABEL_COLUMNS
+        from ..observe.text import LABEL_COLUMNS
 
         size = shutil.get_terminal_size()
         columns = max(16, size.columns - LABEL_COLUMNS - 1)
         rows = max(8, size.lines - 6) * (2 if colour else 1)
     rows, columns = args.rows or rows, args.columns or columns
-    heat = heat_map(recording, rows=rows, columns=columns)
+    heat = observe.heat_map(recording, rows=rows, columns=columns)
     if not ending:
-        from ..observe.heat_text import heat_text
-
-        for line in heat_text(heat, columns, colour=colour, plain=not can_write(sys.stdout, "░█▀…┄")):
+        for line in observe.heat_text(heat, columns, colour=colour, plain=not can_write(sys.stdout, "░█▀…┄")):
             print(line)
         return 0
     beside = Path(f"{args.output}.{os.getpid()}.new")
     try:
         if ending == ".png":
-            from ..observe.heat_png import heat_png
-
-            heat_png(heat, beside, title=_title(recording))
+            observe.heat_png(heat, beside, title=_title(recording))
         else:
-            from ..observe.heat_page import heat_page
-
-            beside.write_text(heat_page(heat, title=_title(recording)), encoding="utf-8")
+            beside.write_text(observe.heat_page(heat, title=_title(recording)), encoding="utf-8")
         beside.replace(args.output)
     except OSError as error:
         if not isinstance(error, (KernelRefused, PermissionDenied)):

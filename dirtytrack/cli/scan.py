@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from .. import process
 from ..errors import TargetGone
+from ..observe import Sample, Watch
 from ..observe.figures import amount, named
-from ..observe.live import Rates, Watch
 from .strip import Screen
 from .watching import Choice, process_id, seconds
 
@@ -90,7 +90,7 @@ def _wait(until: float, screen: Screen, pid: int) -> None:
         time.sleep(min(left, 0.5))
 
 
-def _tell(screen: Screen, pid: int, rates: Rates, mappings: Sequence[Mapping], *, everything: bool) -> None:
+def _tell(screen: Screen, pid: int, rates: Sample, mappings: Sequence[Mapping], *, everything: bool) -> None:
     written = sorted(rates.mappings, key=lambda row: (-row.dirty_bytes, row.mapping.start))
     shown = [row for row in written if row.dirty_bytes or everything]
     places = sum(bool(row.dirty_bytes) for row in written)
@@ -120,7 +120,7 @@ def _tell(screen: Screen, pid: int, rates: Rates, mappings: Sequence[Mapping], *
         )
 
 
-def _document(pid: int, attach_stall: float, rates: Rates, *, everything: bool) -> dict[str, Any]:
+def _document(pid: int, attach_stall: float, rates: Sample, *, everything: bool) -> dict[str, Any]:
     return {
         "pid": pid,
         "epoch": rates.epoch,

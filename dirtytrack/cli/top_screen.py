@@ -11,8 +11,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..observe import MappingSample, Sample
 from ..observe.figures import amount, named, sparkline
-from ..observe.live import MappingRate, Rates
 
 __all__ = ["Line", "View"]
 
@@ -30,7 +30,7 @@ class Line:
 
     pid: int
     name: str
-    rates: Rates | None
+    rates: Sample | None
     problem: str = ""
     gone: bool = False
 
@@ -108,16 +108,16 @@ _PROCESSES: tuple[_Column[Line], ...] = (
 )
 
 
-def _mapping_window(i: int) -> tuple[Callable[[MappingRate, View], str], Callable[[MappingRate], int]]:
+def _mapping_window(i: int) -> tuple[Callable[[MappingSample, View], str], Callable[[MappingSample], int]]:
     return lambda row, _: amount(row.windows_bytes[i]), lambda row: row.windows_bytes[i]
 
 
-def _mapping_name(row: MappingRate, view: View) -> str:
+def _mapping_name(row: MappingSample, view: View) -> str:
     name = named(row.mapping.name)
     return f"{name} [untracked: {row.mapping.reason}]" if row.mapping.state == "untracked" else name
 
 
-_MAPPINGS: tuple[_Column[MappingRate], ...] = (
+_MAPPINGS: tuple[_Column[MappingSample], ...] = (
     _Column("ADDRESS", 14, lambda row, _: f"{row.mapping.start:x}", lambda row: row.mapping.start, descending=False),
     _Column("SIZE", 8, lambda row, _: amount(row.mapping.nbytes), lambda row: row.mapping.nbytes, spare=2),
     _Column("DIRTY/S", 10, lambda row, _: amount(row.bytes_per_second) + "/s", lambda row: row.bytes_per_second),
@@ -189,7 +189,7 @@ class View:
     _lines: tuple[Line, ...] = ()
     _newest: tuple[Line, ...] = ()
     _processes: _Table[Line] = field(default_factory=lambda: _Table(_PROCESSES, lambda line: line.pid, sort=1))
-    _mappings: _Table[MappingRate] = field(
+    _mappings: _Table[MappingSample] = field(
         default_factory=lambda: _Table(_MAPPINGS, lambda row: row.mapping.start, sort=2)
     )
 
@@ -238,11 +238,11 @@ class View:
     def _line(self) -> Line | None:
         return next((line for line in self._lines if line.pid == self.mappings_of), None)
 
-    def _rows(self) -> tuple[MappingRate, ...]:
+    def _rows(self) -> tuple[MappingSample, ...]:
         line = self._line()
         return line.rates.mappings if line is not None and line.rates is not None else ()
 
-    def share_of_all(self, row: MappingRate) -> float:
+    def share_of_all(self, row: MappingSample) -> float:
         """The part of what its process wrote in the last epoch."""
         line = self._line()
         total = line.rates.dirty_bytes if line is not None and line.rates is not None else 0

@@ -16,7 +16,7 @@ import psutil
 from .. import process
 from ..errors import DirtyTrackError, TargetGone
 from ..kernel.core import PAGE_BYTES
-from ..observe.live import Rates, Watch
+from ..observe import Sample, Watch
 from . import quantities
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Watched:
         self.pid = pid
         self._choice = choice
         self.name = _name_of(pid)
-        self.rates: Rates | None = None
+        self.rates: Sample | None = None
         self.problem = ""
         self.gone = False
         self.ended_at = 0.0

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from ..process.mappings import Mapping
     from .source import Source
 
-__all__ = ["HISTORY", "MappingRate", "Rates", "Watch"]
+__all__ = ["HISTORY", "MappingSample", "Sample", "Watch"]
 
 HISTORY = 60
 """So many epochs are kept for a sparkline."""
 
 
 @dataclass(frozen=True)
-class MappingRate:
+class MappingSample:
     """What was written of one mapping.
 
     Attributes:
@@ -33,7 +33,7 @@ class MappingRate:
         dirty_bytes: in the last epoch, whole pages.
         bytes_per_second: the same over the epoch's time.
         windows_bytes: how much was written at least once in each window.
-        history: bytes a second, epoch by epoch, the newest last; at most `HISTORY` of them.
+        history: bytes a second, epoch by epoch, the newest last; at most 60 of them.
     """
 
     mapping: Mapping
@@ -49,14 +49,14 @@ class MappingRate:
 
 
 @dataclass(frozen=True)
-class Rates:
+class Sample:
     """What was written of a source, as of the end of an epoch.
 
     Attributes:
         epoch: the one that ended.
         seconds: how long it was.
         collect_seconds: how long the collect at its end took.
-        dirty_bytes, bytes_per_second, windows_bytes, history: as of `MappingRate`, of all mappings; pages of mappings
+        dirty_bytes, bytes_per_second, windows_bytes, history: as of `MappingSample`, of all mappings; pages of mappings
             that have gone meanwhile are still in the windows.
         windows_full: for each window, whether it was watched for as long as it is.
         mappings: those that are tracked or count as dirty, by address.
@@ -70,7 +70,7 @@ class Rates:
     windows_bytes: tuple[int, ...]
     windows_full: tuple[bool, ...]
     history: tuple[float, ...]
-    mappings: tuple[MappingRate, ...]
+    mappings: tuple[MappingSample, ...]
 
 
 class Watch:
@@ -102,7 +102,7 @@ class Watch:
         self._history = deque[float](maxlen=HISTORY)
         self._histories: dict[tuple[int, str], deque[float]] = {}
 
-    def sample(self) -> Rates:
+    def sample(self) -> Sample:
         """Collect, and say what was written since the sample before.
 
         Raises:
@@ -133,8 +133,8 @@ class Watch:
             history = self._histories[key] = kept.get(key, deque(maxlen=HISTORY))
             history.append(rate)
             windows_bytes = tuple(each[i] * PAGE_BYTES for each in windows_counts)
-            rows.append(MappingRate(mapping, counts[i] * PAGE_BYTES, rate, windows_bytes, tuple(history)))
-        return Rates(
+            rows.append(MappingSample(mapping, counts[i] * PAGE_BYTES, rate, windows_bytes, tuple(history)))
+        return Sample(
             epoch=epoch,
             seconds=seconds,
             collect_seconds=ended - before,

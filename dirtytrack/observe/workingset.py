@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Rates, hot pages, and the written working set: how many distinct pages are written in a window, by its length.
+"""Sample, hot pages, and the written working set: how many distinct pages are written in a window, by its length.
 
 The working set of a window of length T, averaged over all windows in a trace, is Denning's w(T) (P. J. Denning, The
 working set model for program behavior, CACM 11(5), 1968), here of writes alone. It takes one pass over the trace for

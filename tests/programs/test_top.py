@@ -171,6 +171,15 @@ def test_whom_scan_cannot_watch(pid: int, says: str, capsys: pytest.CaptureFixtu
     assert err.startswith("dirtytrack: ") and str(pid) in err and says in err
 
 
+def test_a_choice_that_matches_nothing_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with Steady() as steady:
+        assert main(["scan", str(steady.pid), "--include", "/no/such/*"]) == 1
+        assert "/no/such/*" in capsys.readouterr().err
+        assert main(["scan", str(steady.pid), "--every", "20ms", "--all", "--exclude", "[[]heap]"]) == 0
+        out = capsys.readouterr().out
+        assert "not watched, since not chosen" in out and "[heap]" in out.splitlines()[-1]
+
+
 def as_nobody() -> None:
     assert main(["scan", "1", "--seconds", "0.1"]) == 1
     print("refused")

@@ -18,9 +18,9 @@ from dirtytrack import InvalidRecording, UnsupportedKernel
 from dirtytrack.cli import main
 from dirtytrack.kernel.core import PAGE_BYTES as PAGE
 from dirtytrack.observe import Recording
+from dirtytrack.observe.colours import LEVELS, PALETTE, levels
 from dirtytrack.observe.heat import HeatMap, heat_map
-from dirtytrack.observe.heat_colours import LEVELS, PALETTE, levels
-from dirtytrack.observe.heat_text import heat_text
+from dirtytrack.observe.text import heat_text
 from tests.unit.recordings import BASE, EPOCH_SECONDS, make_recording, mapping
 
 LOW, HIGH, FAR = mapping(0, 400, "[heap]"), mapping(400, 1000, ""), mapping(5_000_000, 5_000_050, "/lib/far.so")
@@ -198,6 +198,6 @@ def test_without_pillow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "PIL", None)
     assert main(["heatmap", str(tmp_path / "r.dtr"), "-o", str(tmp_path / "r.png")]) == 1
     with pytest.raises(UnsupportedKernel, match=r"dirtytrack\[observe\]"):
-        from dirtytrack.observe.heat_png import heat_png
+        from dirtytrack.observe.picture import heat_png
 
         heat_png(heat_map(Recording.open(tmp_path / "r.dtr"), rows=9, columns=9), tmp_path / "r.png", title="")

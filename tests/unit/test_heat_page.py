@@ -15,7 +15,7 @@ import pytest
 
 from dirtytrack.cli import main
 from dirtytrack.kernel.core import PAGE_BYTES as PAGE
-from dirtytrack.observe.heat_colours import BACKGROUND, LEVELS, NOTHING, PALETTE
+from dirtytrack.observe.colours import BACKGROUND, LEVELS, NOTHING, PALETTE
 from tests.unit.browsing import BROWSERS
 from tests.unit.recordings import BASE, EPOCH_SECONDS, make_recording, mapping
 

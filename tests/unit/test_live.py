@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Rates, working sets and histories against a list of sets of page numbers; and the screen that shows them."""
+"""Sample, working sets and histories against a list of sets of page numbers; and the screen that shows them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dirtytrack.cli.top_screen import Line, View
 from dirtytrack.kernel.core import PAGE_BYTES as PAGE
 from dirtytrack.observe import windows
 from dirtytrack.observe.figures import amount, sparkline
-from dirtytrack.observe.live import HISTORY, Rates, Watch
+from dirtytrack.observe.live import HISTORY, Sample, Watch
 from dirtytrack.process import Mapping
 from tests.unit.recordings import dirty_set, mapping
 
@@ -43,7 +43,7 @@ class Scripted:
         return dirty_set(pages)
 
 
-def watched(epochs: Sequence[tuple[float, frozenset[int]]], lengths: tuple[float, ...] = (1.0, 10.0)) -> list[Rates]:
+def watched(epochs: Sequence[tuple[float, frozenset[int]]], lengths: tuple[float, ...] = (1.0, 10.0)) -> list[Sample]:
     source = Scripted(epochs)
     watch = Watch(source, lengths, clock=lambda: source.now)
     return [watch.sample() for _ in epochs]

@@ -73,7 +73,7 @@ def test_wheel_has_the_whole_package_and_no_sources_of_c(wheel: Path) -> None:
     package = ROOT / "dirtytrack"
     wanted = {str(path.relative_to(ROOT)) for path in package.rglob("*.py")}
     wanted |= {"dirtytrack/py.typed", "dirtytrack/kernel/_core.pyi", "dirtytrack/kernel/_taking.pyi"}
-    wanted |= {"dirtytrack/observe/heat_page.html"}
+    wanted |= {"dirtytrack/observe/page.html"}
     extensions = {name for name in inside if name.endswith(".so")}
     assert inside - extensions == wanted
     assert len(extensions) == 1

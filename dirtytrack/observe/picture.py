@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from ..errors import UnsupportedKernel
 from .arrays import np
+from .colours import BACKGROUND, FOLD, INK, LEVELS, NOTHING, PALETTE, levels
 from .figures import amount, named
-from .heat_colours import BACKGROUND, FOLD, INK, LEVELS, NOTHING, PALETTE, levels
 
 if TYPE_CHECKING:
     from .heat import HeatMap

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from .colours import TERMINAL, levels
 from .figures import amount, named
-from .heat_colours import TERMINAL, levels
 
 if TYPE_CHECKING:
     import numpy as np

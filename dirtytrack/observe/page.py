@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A heat map as one HTML page, which needs nothing but itself: heat_page.html with the numbers put in."""
+"""A heat map as one HTML page, which needs nothing but itself: page.html with the numbers put in."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arrays import np
+from .colours import BACKGROUND, FOLD, INK, NOTHING, PALETTE
 from .figures import named
-from .heat_colours import BACKGROUND, FOLD, INK, NOTHING, PALETTE
 
 if TYPE_CHECKING:
     from .heat import HeatMap
 
 __all__ = ["heat_page"]
 
-_TEMPLATE = Path(__file__).with_name("heat_page.html")
+_TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def heat_page(heat: HeatMap, *, title: str) -> str:
