@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from dirtytrack import PageCategory, Pagemap, ScanFlag
@@ -19,7 +19,7 @@ ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "programs"
 
 
-@lru_cache(maxsize=None)
+@cache
 def built(name: str) -> Path:
     """A C program of this folder."""
     BUILD.mkdir(parents=True, exist_ok=True)

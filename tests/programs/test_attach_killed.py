@@ -19,7 +19,6 @@ from dirtytrack.kernel import core, targets
 from dirtytrack.kernel.targets import Fault
 from dirtytrack.process.attaching import attach_with_fault
 from tests.conftest import SOAK
-
 from tests.programs.targets import Program, descriptors, is_unharmed, running
 from tests.sandbox import check, libc
 

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -423,6 +425,38 @@ def test_where_metrics_cannot_be_served() -> None:
     with pytest.raises(InvalidRecording, match="cannot be listened at"):
         Metrics("no.such.host.invalid", 0)
     assert issubclass(PermissionDenied, PermissionError)
+
+
+WITHOUT = """
+import sys
+sys.modules[sys.argv[1]] = None
+from dirtytrack.cli import main
+from dirtytrack.errors import UnsupportedKernel
+try:
+    from dirtytrack.observe import Metrics
+    Metrics()
+except UnsupportedKernel as error:
+    print(error.feature, error)
+if sys.argv[2:]:
+    sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "package", "words", "status"),
+    [
+        ("numpy", "numpy", ["report", "x"], 1),
+        ("numpy", "numpy", ["plan", "x", "--interval", "1s"], 2),
+        ("prometheus_client", "prometheus-client", [], 0),
+    ],
+)
+def test_without_the_extra(module: str, package: str, words: list[str], status: int) -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT, module, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    says = f"package {package}, which is not installed: pip install dirtytrack[observe]"
+    assert done.stdout.startswith(f"{package} ")
+    assert says in done.stdout
+    assert not words or says in " ".join(done.stderr.split())
 
 
 def test_an_epoch_tells_what_it_is(tmp_path: Path) -> None:
