@@ -159,6 +159,34 @@ def test_pages_by_mapping() -> None:
     assert by_mapping(epochs)[0].name == "[heap]"
 
 
+def test_regions_that_overlap_share_nothing_twice() -> None:
+    table = (mapping(0, 50, "all"), mapping(10, 20, "within"), mapping(40, 60, "across"), mapping(60, 70, "next"))
+    found = {share.name: share for share in by_mapping(epochs_of([frozenset(range(5, 65))] * 2, table))}
+    assert {name: (share.pages, share.distinct_pages) for name, share in found.items()} == {
+        "all": (90, 45),
+        "within": (0, 0),
+        "across": (20, 10),
+        "next": (10, 5),
+    }
+
+
+@given(page_sets(PAGES), st.sets(st.integers(1, PAGES), max_size=6), st.integers(0, 4))
+def test_by_mapping_loses_nothing(pages: Pages, cuts: set[int], unit_log2: int) -> None:
+    ordered = [0, *sorted(cuts), PAGES]
+    table = tuple(
+        mapping(first, last, "ab"[i % 2]) for i, (first, last) in enumerate(pairwise(ordered)) if last > first
+    )
+    record = EpochRecord(1, 1, 0, 10**9, 0, 0, Written.of(runs_of(pages), SHIFT).coarser(unit_log2))
+    found = by_mapping([Epoch(record, PAGE, table), *epochs_of([pages], table)])
+    assert sum(share.pages for share in found) == 2 * len(pages)
+    if not unit_log2:
+        inside = [
+            (each.name, page) for page in pages for each in table if each.start <= (BASE + page) * PAGE < each.end
+        ]
+        told = {share.name: share for share in found}
+        assert all(told[name].distinct_pages == sum(each == name for each, _ in inside) for name in told)
+
+
 @given(page_sets(PAGES), st.sets(st.integers(1, PAGES), max_size=6))
 def test_only_some_mappings(pages: Pages, cuts: set[int]) -> None:
     ordered = [0, *sorted(cuts), PAGES]
