@@ -30,7 +30,12 @@ class Memory:
         self.pid = program.pid
 
     def do(self, *words: object) -> int:
-        return int(self.program.ask(" ".join(f"{w:x}" if i == 1 and words[0] in NAMED else str(w) for i, w in enumerate(words))), 16)
+        return int(
+            self.program.ask(
+                " ".join(f"{w:x}" if i == 1 and words[0] in NAMED else str(w) for i, w in enumerate(words))
+            ),
+            16,
+        )
 
 
 NAMED = {"write", "unmap", "grow", "move", "again", "discard", "punch", "busy"}
