@@ -72,6 +72,14 @@ build: $(VENV)/.built ## set up .venv with what run-time needs, and build the ex
 
 # ---- running --------------------------------------------------------------------------------------------------------
 
+.PHONY: programs
+programs: ## install the programs that tests/programs attaches to, as root on Debian, where they are not there yet
+	@lacks=""; \
+	command -v redis-server >/dev/null && command -v redis-benchmark >/dev/null || lacks="$$lacks redis-server redis-tools"; \
+	command -v node >/dev/null || lacks="$$lacks nodejs"; \
+	command -v java >/dev/null || lacks="$$lacks default-jre-headless"; \
+	[ -z "$$lacks" ] || RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $$lacks
+
 .PHONY: demo
 demo: $(VENV)/.built ## set up, then index the standard library in tracked memory
 	$(BIN)/dirtytrack demo $(ARGS)

@@ -66,7 +66,7 @@ def _target(text: str, where: str) -> str | None:
     """What a quoted name means in the docstring of an object: a name of the front door, a member of its class, or a
     method of a session."""
     owner = ".".join(where.split(".")[:2])
-    within = ("dirtytrack.Session", "dirtytrack.UffdSession", "dirtytrack.pagemap", "dirtytrack.observe")
+    within = ("dirtytrack.Session", "dirtytrack.UffdSession", "dirtytrack.pagemap", "dirtytrack.process")
     for prefix in ("dirtytrack", owner, ".".join(where.split(".")[:3]), *within):
         name = f"{prefix}.{text}"
         if pydoc.locate(name) is not None:

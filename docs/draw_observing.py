@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-_PLACE = re.compile(r"(<!-- measured -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL)
+_PLACE = re.compile(r"(<!-- measured -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def render(page: str, told: dict[str, Any]) -> str:
@@ -34,7 +34,7 @@ def render(page: str, told: dict[str, Any]) -> str:
     first = told["rows"][0]
     how = f"epochs of {first['every_ms']:g} ms, medians of {first['rounds']} pairs"
     lines += ["", f"{where}; {how}; `{told['command']}`."]
-    return _PLACE.sub(lambda found: found[1] + "\n".join(lines) + found[2], page)
+    return _PLACE.sub(lambda found: "\n".join([found[1], *lines, "", found[2]]), page)
 
 
 if __name__ == "__main__":

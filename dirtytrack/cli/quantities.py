@@ -4,45 +4,40 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import TypeVar
+import importlib
+from typing import Any
+
+from ..errors import DirtyTrackError
 
 __all__ = ["address", "bandwidth", "nbytes", "seconds"]
 
-T = TypeVar("T")
 
-
-def _told(parse: Callable[[str], T], words: str) -> T:
-    """What argparse tells of a plain ValueError is not what is wrong."""
+def _parsed(where: str, parse: str, words: str) -> Any:
+    """By a function of observe, which is imported when the first is needed. What is wrong is told in its words: of a
+    plain ValueError argparse tells less."""
     try:
-        return parse(words)
-    except ValueError as error:
+        module = importlib.import_module(f"...observe.{where}", __name__)
+        return getattr(module, parse)(words)
+    except (ValueError, DirtyTrackError) as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def seconds(words: str) -> float:
     """A time, such as 100ms."""
-    from ..observe.units import seconds_of
-
-    return _told(seconds_of, words)
+    return float(_parsed("units", "seconds_of", words))
 
 
 def nbytes(words: str) -> int:
     """A size, such as 64MiB."""
-    from ..observe.units import bytes_of
-
-    return _told(bytes_of, words)
+    return int(_parsed("units", "bytes_of", words))
 
 
 def bandwidth(words: str) -> float:
     """A bandwidth, such as 10Gbit, in bytes a second."""
-    from ..observe.units import bandwidth_of
-
-    return _told(bandwidth_of, words)
+    return float(_parsed("units", "bandwidth_of", words))
 
 
 def address(words: str) -> tuple[str, int]:
     """Where to listen, such as :9464."""
-    from ..observe.metrics import address_of
-
-    return _told(address_of, words)
+    host, port = _parsed("metrics", "address_of", words)
+    return str(host), int(port)

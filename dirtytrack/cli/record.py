@@ -76,9 +76,8 @@ def run(args: argparse.Namespace) -> int:
             print(f"dirtytrack: {words[0]} cannot be started: {error.strerror}", file=sys.stderr)
             return 127 if isinstance(error, FileNotFoundError) else 126  # as a shell does
     with ExitStack() as stack:
-        if child is not None:
-            stack.callback(_end, child)
         target = _Target(args.pid if child is None else child.pid, child, args)
+        stack.callback(target.leave)
         target.attach(stack)
         metrics = None if args.metrics is None else stack.enter_context(Metrics(*args.metrics))
         if metrics is not None:
@@ -99,14 +98,6 @@ def _started(words: list[str]) -> subprocess.Popen[bytes]:
     child = subprocess.Popen(words)  # returns once exec() has succeeded
     child.send_signal(signal.SIGSTOP)
     return child
-
-
-def _end(child: subprocess.Popen[bytes]) -> None:
-    """What was started and cannot be recorded, or no longer, is ended; never left stopped."""
-    if child.poll() is None:
-        child.terminate()
-        child.send_signal(signal.SIGCONT)
-        child.wait()
 
 
 def _teller(metrics: Metrics, pid: int) -> Callable[[Observed], None]:
@@ -145,6 +136,7 @@ class _Target:
         self._did: list[RecorderStatistics] = []
         self._stalls: list[float] = []
         self._same = -1
+        self._begun = False
 
     def attach(self, stack: ExitStack) -> None:
         """Attach to it; what has begun as another process under the same number is refused."""
@@ -157,6 +149,14 @@ class _Target:
         tracker = attach(self._pid, include=self._args.include, exclude=self._args.exclude)
         self._tracker = stack.enter_context(tracker)
         self._stalls.append(tracker.attach_stall)
+
+    def leave(self) -> None:
+        """A command that could not be recorded is ended, since it stands still; one that runs is waited for."""
+        if self._child is not None and self._child.poll() is None:
+            if not self._begun:
+                self._child.terminate()
+                self._child.send_signal(signal.SIGCONT)
+            self._child.wait()
 
     def _runs(self) -> bool:
         """Whether the very process is still there: a pidfd is readable once it has ended (pidfd_open(2))."""
@@ -202,8 +202,9 @@ class _Target:
                     signal.signal(signal.SIGINT, lambda *_: None)  # the terminal sends it to the child as well
                     signal.signal(signal.SIGTERM, lambda *_: child.terminate())
                 recorder.start()
-                if child is not None and not self._did:
+                if child is not None and not self._begun:
                     child.send_signal(signal.SIGCONT)
+                self._begun = True
                 left = None if self._until is None else max(self._until - time.monotonic(), 0.0)
                 enough = not recorder.wait(left)
             except _Enough:

@@ -88,9 +88,16 @@ class Guardian:
     """A running guardian. Its end lets its threads go; so does ours, which closes the channel."""
 
     def __init__(
-        self, pid: int, timeout: float, *, freeze: bool = False, suspend_seccomp: bool = False, fault: Fault = Fault()
+        self,
+        pid: int,
+        timeout: float,
+        *,
+        freeze: bool = False,
+        suspend_seccomp: bool = False,
+        fault: Fault | None = None,
     ) -> None:
         core.load()
+        fault = fault or Fault()
         if not sys.executable:
             raise UnsupportedKernel(
                 "another process is stopped by a guardian, which this interpreter cannot start: sys.executable is "
@@ -166,7 +173,7 @@ class Guardian:
                 f"the guardian, the process that was to stop the target, ended {how} before it answered. The target "
                 "runs on; try again"
             )
-        core.ffi.memmove(struct, data, nbytes)
+        core.ffi.buffer(struct, nbytes)[:] = data
         return Answer(struct.code, struct.step, struct.stall_ns, struct.threads, struct.steps, fd)
 
     def close(self) -> None:

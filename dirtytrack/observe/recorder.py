@@ -94,7 +94,7 @@ class Recorder:
     source had pending, too. Nobody else may collect from the source meanwhile: what they take is not in the recording.
 
     Args:
-        source: a started `DirtyTracker`, a ``ProcessTracker``, or another `Source`.
+        source: a started `DirtyTracker`, a `ProcessTracker`, or another `Source`.
         path, size_budget, append: as `RecordingWriter` takes them.
         every: seconds from one collect to the next. One that comes late is not caught up with.
         command: what is recorded, in words.

@@ -17,7 +17,7 @@ __all__ = ["Source", "TrackerSource", "source_of"]
 
 @runtime_checkable
 class Source(Protocol):
-    """What is observed: a ``ProcessTracker`` is one, a `DirtyTracker` is made one by `source_of`."""
+    """What is observed: a `ProcessTracker` is one, a `DirtyTracker` is made one by `source_of`."""
 
     @property
     def epoch(self) -> int:

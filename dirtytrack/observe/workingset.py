@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from .arrays import np
-from .selecting import exact_tail, name_of
+from .selecting import GONE, exact_tail, name_of
+from .written import union_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -24,16 +25,7 @@ if TYPE_CHECKING:
     from .recording import Epoch
     from .written import Numbers, Written
 
-__all__ = ["HotRange", "HotSet", "Rate", "Trace", "WorkingSet", "rates", "union_of"]
-
-
-def union_of(parts: Sequence[Written]) -> Written:
-    """What was written in any of them; at least one is given. Two by two, so that it stays near linear."""
-    level = list(parts)
-    while len(level) > 1:
-        pairs = [a | b for a, b in zip(level[::2], level[1::2], strict=False)]
-        level = pairs + level[len(pairs) * 2 :]
-    return level[0]
+__all__ = ["HotRange", "HotSet", "Rate", "Trace", "WorkingSet", "rates"]
 
 
 class Rate(NamedTuple):
@@ -228,5 +220,5 @@ class Trace:
             start, end = int(addresses[begins[i]]) * page_bytes, (int(addresses[ends[i]]) + 1) * page_bytes
             at = int(owner[begins[i]])
             inside = at >= 0 and table[at].end > start
-            found.append(HotRange(start, end, name_of(table[at]) if inside else "[gone]", int(sums[i]) / total))
+            found.append(HotRange(start, end, name_of(table[at]) if inside else GONE, int(sums[i]) / total))
         return HotSet(share, len(chosen), self.page_count, tuple(found))

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 from .arrays import np
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     Numbers = NDArray[np.int64]
 
-__all__ = ["Written"]
+__all__ = ["Written", "union_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +78,15 @@ class Written:
         both, pages = np.concatenate(cells), np.concatenate(counts)
         order = np.argsort(both, kind="stable")
         return _summed(unit_log2, both[order], pages[order])
+
+
+def union_of(parts: Sequence[Written]) -> Written:
+    """What was written in any of them; at least one is given. Two by two, so that it stays near linear."""
+    level = list(parts)
+    while len(level) > 1:
+        pairs = [a | b for a, b in zip(level[::2], level[1::2], strict=False)]
+        level = pairs + level[len(pairs) * 2 :]
+    return level[0]
 
 
 def _united(a: Written, b: Written) -> Written:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Other processes: which pages a running program writes, though it knows nothing of us.
 
-    with dirtytrack.process.attach(pid) as tracker:
-        dirty = tracker.collect()
-        data = tracker.read(dirty)
+with dirtytrack.process.attach(pid) as tracker:
+    dirty = tracker.collect()
+    data = tracker.read(dirty)
 """
 
 from .attaching import attach

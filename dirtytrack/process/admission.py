@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import InvalidMemory, LimitReached, PermissionDenied, TargetBusy, TargetGone, UnsupportedKernel
 
-__all__ = ["Seccomp", "admit", "head_room", "no_such_process"]
+__all__ = ["admit", "head_room", "no_such_process"]
 
 _MACHINES = {"x86_64": 62, "aarch64": 183}
 _64_BIT = 2
@@ -19,13 +19,8 @@ _MARKER_BYTES_SHARE = 512
 _SPARE_BYTES = 4 << 20
 
 
-class Seccomp(str):
-    """What is known of a target's seccomp filters: ``none``, ``filter``."""
-
-    __slots__ = ()
-
-
 def no_such_process(pid: int, error: OSError | None = None) -> TargetGone:
+    """The error for a pid that names nobody."""
     return TargetGone(
         f"there is no process {pid}: it ended, or never was", errno=error.errno if error else None, pid=pid
     )
@@ -82,7 +77,9 @@ def admit(pid: int, seccomp: str | None) -> bool:
     if leader != pid:
         raise InvalidMemory(f"{pid} is a thread of process {leader}: attach to that one", pid=pid)
     if status.get("State", "")[:1] in ("Z", "X"):
-        raise TargetGone(f"process {pid} ({name}) has ended: it is a zombie that its parent has not waited for", pid=pid)
+        raise TargetGone(
+            f"process {pid} ({name}) has ended: it is a zombie that its parent has not waited for", pid=pid
+        )
     if status.get("Kthread") == "1" or "VmSize" not in status:
         raise InvalidMemory(f"{pid} ({name}) is a thread of the kernel: it has no memory of its own", pid=pid)
     tracer = int(status.get("TracerPid", "0"))

@@ -179,8 +179,9 @@ def _failure(answer: Answer, pid: int, doing: str, timeout: float) -> DirtyTrack
     if number == errno.ESRCH:
         return no_such_process(pid)
     if number in (errno.EBUSY, errno.ETIMEDOUT):
+        who = "some thread" if doing == "freeze" else "each thread"
         return TargetBusy(
-            f"cannot {doing} process {pid}: {'some thread' if doing == 'freeze' else 'each thread'} waits in the kernel "
+            f"cannot {doing} process {pid}: {who} waits in the kernel "
             f"where it cannot be stopped (for a child of vfork, or for a disk), for {timeout:g} s. Try again later, or "
             "with a longer timeout=",
             errno=number,
@@ -207,8 +208,8 @@ def _failure(answer: Answer, pid: int, doing: str, timeout: float) -> DirtyTrack
         )
     if answer.step == steps["USERFAULTFD"] and number in (errno.EPERM, errno.EACCES):
         return PermissionDenied(
-            f"cannot {doing} process {pid}: it may not make a userfaultfd ({name}): a seccomp filter or security module "
-            "of its own, as containers have by default, forbids it. Allow userfaultfd there (docs/containers.md)",
+            f"cannot {doing} process {pid}: it may not make a userfaultfd ({name}): a seccomp filter or security "
+            "module of its own, as containers have by default, forbids it. Allow userfaultfd there (docs/containers.md)",
             errno=number,
             feature="userfaultfd",
             pid=pid,

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidMemory
 from ..region import Run
@@ -67,14 +67,15 @@ def called(row: Row, state: str, reason: str = "") -> Mapping:
 
 
 def excluded(row: Row, why: str) -> Mapping:
+    """A mapping that was not chosen, and why."""
     return called(row, EXCLUDED, why)
 
 
 def _patterns(given: Pattern | Iterable[Pattern], name: str) -> tuple[Pattern, ...]:
-    listed = (given,) if isinstance(given, (str, Run)) or _is_range(given) else given
+    listed: Any = (given,) if isinstance(given, (str, Run)) or _is_range(given) else given
     if not isinstance(listed, Iterable):
         raise InvalidMemory(f"{name} takes names, (start, end) pairs, or a list of these, not {given!r}")
-    out = tuple(listed)
+    out: tuple[Any, ...] = tuple(listed)
     for pattern in out:
         if isinstance(pattern, str):
             continue

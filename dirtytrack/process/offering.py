@@ -146,5 +146,3 @@ def accept(
     except BaseException:
         os.close(memory)
         raise
-
-

@@ -59,7 +59,14 @@ class _Part:
     __slots__ = ("end", "identity", "name", "number", "slot", "start")
 
     def __init__(self, slot: Any, number: int, start: int, end: int, identity: object, name: str) -> None:
-        self.slot, self.number, self.start, self.end, self.identity, self.name = slot, number, start, end, identity, name
+        self.slot, self.number, self.start, self.end, self.identity, self.name = (
+            slot,
+            number,
+            start,
+            end,
+            identity,
+            name,
+        )
 
 
 def _identity(row: Row) -> tuple[object, ...]:
@@ -107,9 +114,7 @@ class ProcessTracker:
     pid: int
     attach_stall: float
 
-    def __init__(
-        self, pid: int, session: Any, chosen: Filter, pidfd: int, stall: float, *, memory: int = -1
-    ) -> None:
+    def __init__(self, pid: int, session: Any, chosen: Filter, pidfd: int, stall: float, *, memory: int = -1) -> None:
         self.pid = pid
         self.attach_stall = stall
         self._pidfd = os.dup(pidfd)
@@ -148,9 +153,7 @@ class ProcessTracker:
             SessionClosed: it is detached.
         """
         did = engine.session_statistics(self._session[0])
-        return ProcessStatistics(
-            did.collects, did.scans, did.protects, did.pages_found, self._refreshes, self._seconds
-        )
+        return ProcessStatistics(did.collects, did.scans, did.protects, did.pages_found, self._refreshes, self._seconds)
 
     def __repr__(self) -> str:
         if engine.state(self._session[0]):
@@ -416,5 +419,3 @@ def _named(number: int) -> str:
     import errno
 
     return errno.errorcode.get(number, str(number))
-
-

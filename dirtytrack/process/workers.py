@@ -54,7 +54,9 @@ class Workers:
 
     def _is_named(self, mapping: Mapping) -> bool:
         return (
-            mapping.state != EXCLUDED and mapping.permissions.endswith("s") and fnmatchcase(mapping.name, self._name.replace("[", "[[]"))
+            mapping.state != EXCLUDED
+            and mapping.permissions.endswith("s")
+            and fnmatchcase(mapping.name, self._name.replace("[", "[[]"))
         )
 
     @property

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from dirtytrack import PageCategory, Pagemap, ScanFlag
@@ -19,14 +19,16 @@ ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "programs"
 
 
-@lru_cache(maxsize=None)
+@cache
 def built(name: str) -> Path:
     """A C program of this folder."""
     BUILD.mkdir(parents=True, exist_ok=True)
     source, program = HERE / f"{name}.c", BUILD / name
     if not program.exists() or program.stat().st_mtime < source.stat().st_mtime:
         made = program.with_suffix(f".{os.getpid()}")
-        subprocess.run(["cc", "-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread", source, "-o", made], check=True)
+        subprocess.run(
+            ["cc", "-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread", source, "-o", made], check=True
+        )
         made.rename(program)
     return program
 
@@ -63,7 +65,9 @@ class Program:
 @contextmanager
 def running(*command: object, pass_fds: Sequence[int] = ()) -> Iterator[Program]:
     """A program of `built`, by name and arguments, or any other command. It must end well."""
-    first = built(str(command[0])) if isinstance(command[0], str) and (HERE / f"{command[0]}.c").exists() else command[0]
+    first = (
+        built(str(command[0])) if isinstance(command[0], str) and (HERE / f"{command[0]}.c").exists() else command[0]
+    )
     program = Program([first, *command[1:]], pass_fds)
     try:
         yield program
@@ -107,7 +111,7 @@ def descriptors(program: Program) -> list[str]:
 
 
 def _descriptors(pid: int) -> list[str]:
-    return sorted(os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir())
+    return sorted(str(path.readlink()) for path in Path(f"/proc/{pid}/fd").iterdir())
 
 
 def tracers(pid: int) -> set[str]:

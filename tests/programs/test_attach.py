@@ -30,7 +30,12 @@ class Memory:
         self.pid = program.pid
 
     def do(self, *words: object) -> int:
-        return int(self.program.ask(" ".join(f"{w:x}" if i == 1 and words[0] in NAMED else str(w) for i, w in enumerate(words))), 16)
+        return int(
+            self.program.ask(
+                " ".join(f"{w:x}" if i == 1 and words[0] in NAMED else str(w) for i, w in enumerate(words))
+            ),
+            16,
+        )
 
 
 NAMED = {"write", "unmap", "grow", "move", "again", "discard", "punch", "busy"}
@@ -216,19 +221,18 @@ def test_memory_that_another_userfaultfd_has(memory: Memory) -> None:
 
 def test_two_trackers_cannot_have_the_same_memory(memory: Memory) -> None:
     at = memory.do("map", 8)
-    with process.attach(memory.pid) as first:
-        with process.attach(memory.pid) as second:
-            assert mapping_at(second, at).state == "untracked"
-            first.collect()
-            memory.do("write", at, 1)
-            assert len(pages_of(second.collect(), at, 8)) == 8
-            assert pages_of(first.collect(), at, 8) == [1]
-            first.detach()
-            second.collect()
-            assert mapping_at(second, at).state == "tracked"
-            second.collect()
-            memory.do("write", at, 2)
-            assert pages_of(second.collect(), at, 8) == [2]
+    with process.attach(memory.pid) as first, process.attach(memory.pid) as second:
+        assert mapping_at(second, at).state == "untracked"
+        first.collect()
+        memory.do("write", at, 1)
+        assert len(pages_of(second.collect(), at, 8)) == 8
+        assert pages_of(first.collect(), at, 8) == [1]
+        first.detach()
+        second.collect()
+        assert mapping_at(second, at).state == "tracked"
+        second.collect()
+        memory.do("write", at, 2)
+        assert pages_of(second.collect(), at, 8) == [2]
 
 
 # ---- the target does not notice
@@ -366,10 +370,9 @@ def test_a_target_that_is_killed_meanwhile() -> None:
         with pytest.raises(AssertionError), running("target", 4) as program:  # it does not end well
             killer = threading.Timer(delay, program.process.kill)
             killer.start()
-            with pytest.raises(TargetGone):
-                with process.attach(program.pid) as tracker:
-                    while True:
-                        tracker.read(tracker.collect())
-                        with tracker.frozen():
-                            tracker.collect()
+            with pytest.raises(TargetGone), process.attach(program.pid) as tracker:
+                while True:
+                    tracker.read(tracker.collect())
+                    with tracker.frozen():
+                        tracker.collect()
             killer.join()

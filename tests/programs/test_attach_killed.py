@@ -8,6 +8,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import psutil
 import pytest
@@ -19,7 +20,6 @@ from dirtytrack.kernel import core, targets
 from dirtytrack.kernel.targets import Fault
 from dirtytrack.process.attaching import attach_with_fault
 from tests.conftest import SOAK
-
 from tests.programs.targets import Program, descriptors, is_unharmed, running
 from tests.sandbox import check, libc
 
@@ -70,9 +70,8 @@ def test_the_tracker_dies_at_each_step_of_its_guardian() -> None:
         step, died = 0, True
         while died:
             step += 1
-            died = killed(
-                in_child(lambda: attach_with_fault(program.pid, None, None, 2.0, None, Fault(step, tracker=True)))
-            )
+            fault = Fault(step, tracker=True)
+            died = killed(in_child(partial(attach_with_fault, program.pid, None, None, 2.0, None, fault)))
             settled(program)
             is_unharmed(program, fds=before)
         assert step > 15
@@ -92,7 +91,7 @@ def test_the_tracker_dies_before_each_of_its_own_calls() -> None:
         nth, died = 0, True
         while died:
             nth += 1
-            died = killed(in_child(lambda: track(nth)))
+            died = killed(in_child(partial(track, nth)))
             settled(program)
             is_unharmed(program, fds=before)
         assert nth > 15

@@ -107,8 +107,8 @@ def test_what_its_status_says(
     words: str,
 ) -> None:
     status = {key: value for key, value in status_of(**fields).items() if value}
-    monkeypatch.setattr(admission, "_status", lambda pid: status)
-    monkeypatch.setattr(admission, "_machine", lambda pid: header)
+    monkeypatch.setattr(admission, "_status", {7: status}.__getitem__)
+    monkeypatch.setattr(admission, "_machine", {7: header}.__getitem__)
     with pytest.raises(kind, match=words):
         admission.admit(7, None)
 
@@ -161,7 +161,7 @@ def test_one_that_is_traced() -> None:
 def test_too_little_memory_for_the_markers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text(f"{100 << 20}\n")
     (tmp_path / "memory.current").write_text(f"{90 << 20}\n")
-    monkeypatch.setattr(admission, "_memory_groups", lambda pid: [tmp_path])
+    monkeypatch.setattr(admission, "_memory_groups", {7: [tmp_path]}.__getitem__)
     admission.head_room(7, 1 << 30)  # 2 MiB
     with pytest.raises(LimitReached, match="page tables") as caught:
         admission.head_room(7, 8 << 30)  # 16 MiB

@@ -127,6 +127,7 @@ def test_workers_that_are_none(workers: list[Worker], shared: shared_memory.Shar
 
 def test_a_page_that_is_gone(workers: list[Worker]) -> None:
     with workers[0].accept() as tracker:
+        workers[0].program.ask("own 3")
         nowhere = pickle.loads(pickle.dumps(tracker.collect()))
         workers[0].program.ask("drop")
         with pytest.raises(RegionGone):

@@ -112,7 +112,8 @@ threading.Thread(target=work, daemon=True).start()
 print("up")
 for line in sys.stdin:
     with lock:
-        (total,), (check,) = db.execute("select sum(n) from t").fetchone(), db.execute("pragma integrity_check").fetchone()
+        (total,) = db.execute("select sum(n) from t").fetchone()
+        (check,) = db.execute("pragma integrity_check").fetchone()
         print("well" if total == done and check == "ok" else "wrong")
 """
 

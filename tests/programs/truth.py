@@ -103,7 +103,9 @@ def rounds(tracker: ProcessTracker, count: int, seconds: float) -> int:
             after = copy(tracker)
         lost, differing = missed(before, after, dirty)
         named = [next(str(m) for m in tracker.mappings if m.start <= at < m.end) for at in lost[:5]]
-        assert not lost, f"round {number}: {len(lost)} of {differing} pages missed, {list(map(hex, lost[:5]))} of {named}"
+        assert not lost, (
+            f"round {number}: {len(lost)} of {differing} pages missed, {list(map(hex, lost[:5]))} of {named}"
+        )
         total += differing
         before = after
     return total

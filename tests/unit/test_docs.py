@@ -20,7 +20,7 @@ from typing import NamedTuple
 import pytest
 
 import dirtytrack
-from dirtytrack import delta, observe, region
+from dirtytrack import delta, observe, process, region
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
@@ -150,6 +150,7 @@ def test_the_api_pages_have_every_public_name() -> None:
     assert names >= {f"pagemap.{name}" for name in dirtytrack.pagemap.__all__} - {"pagemap.Pagemap", "pagemap.Scan"}
     assert names >= set(dirtytrack.errors.__all__)
     assert names >= {f"delta.{name}" for name in delta.__all__}
+    assert names >= {f"process.{name}" for name in process.__all__}
     assert names >= {f"observe.{name}" for name in observe.__all__}
 
 

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -155,6 +157,34 @@ def test_pages_by_mapping() -> None:
     assert found["libc"].untracked == "another userfaultfd has it"
     assert sum(share.share for share in found.values()) == pytest.approx(1)
     assert by_mapping(epochs)[0].name == "[heap]"
+
+
+def test_regions_that_overlap_share_nothing_twice() -> None:
+    table = (mapping(0, 50, "all"), mapping(10, 20, "within"), mapping(40, 60, "across"), mapping(60, 70, "next"))
+    found = {share.name: share for share in by_mapping(epochs_of([frozenset(range(5, 65))] * 2, table))}
+    assert {name: (share.pages, share.distinct_pages) for name, share in found.items()} == {
+        "all": (90, 45),
+        "within": (0, 0),
+        "across": (20, 10),
+        "next": (10, 5),
+    }
+
+
+@given(page_sets(PAGES), st.sets(st.integers(1, PAGES), max_size=6), st.integers(0, 4))
+def test_by_mapping_loses_nothing(pages: Pages, cuts: set[int], unit_log2: int) -> None:
+    ordered = [0, *sorted(cuts), PAGES]
+    table = tuple(
+        mapping(first, last, "ab"[i % 2]) for i, (first, last) in enumerate(pairwise(ordered)) if last > first
+    )
+    record = EpochRecord(1, 1, 0, 10**9, 0, 0, Written.of(runs_of(pages), SHIFT).coarser(unit_log2))
+    found = by_mapping([Epoch(record, PAGE, table), *epochs_of([pages], table)])
+    assert sum(share.pages for share in found) == 2 * len(pages)
+    if not unit_log2:
+        inside = [
+            (each.name, page) for page in pages for each in table if each.start <= (BASE + page) * PAGE < each.end
+        ]
+        told = {share.name: share for share in found}
+        assert all(told[name].distinct_pages == sum(each == name for each, _ in inside) for name in told)
 
 
 @given(page_sets(PAGES), st.sets(st.integers(1, PAGES), max_size=6))
@@ -423,6 +453,38 @@ def test_where_metrics_cannot_be_served() -> None:
     with pytest.raises(InvalidRecording, match="cannot be listened at"):
         Metrics("no.such.host.invalid", 0)
     assert issubclass(PermissionDenied, PermissionError)
+
+
+WITHOUT = """
+import sys
+sys.modules[sys.argv[1]] = None
+from dirtytrack.cli import main
+from dirtytrack.errors import UnsupportedKernel
+try:
+    from dirtytrack.observe import Metrics
+    Metrics()
+except UnsupportedKernel as error:
+    print(error.feature, error)
+if sys.argv[2:]:
+    sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "package", "words", "status"),
+    [
+        ("numpy", "numpy", ["report", "x"], 1),
+        ("numpy", "numpy", ["plan", "x", "--interval", "1s"], 2),
+        ("prometheus_client", "prometheus-client", [], 0),
+    ],
+)
+def test_without_the_extra(module: str, package: str, words: list[str], status: int) -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT, module, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    says = f"package {package}, which is not installed: pip install dirtytrack[observe]"
+    assert done.stdout.startswith(f"{package} ")
+    assert says in done.stdout
+    assert not words or says in " ".join(done.stderr.split())
 
 
 def test_an_epoch_tells_what_it_is(tmp_path: Path) -> None:
