@@ -55,6 +55,19 @@ PROBE = """
   for (let i = 0; i < 200; i++) send(WheelEvent, "wheel", xOf(0.25), yOf(10), { deltaY: -400 });
   out.deepest = redrawn();
   out.requests = performance.getEntriesByType("resource").map(entry => entry.name);
+  // How many separate bright spots there are, from the top of the picture to its bottom, in the middle of each column.
+  look(all.t0, all.t1, all.y0, all.y1);
+  draw();
+  out.spots = columns.map(([begun, ended]) => {
+    const x = xOf((begun + ended) / 2);
+    let spots = 0, bright = false;
+    for (let y = TOP; y < TOP + plot().h; y++) {
+      const now = at(x, y).join() === palette.at(-1).join();
+      spots += now && !bright;
+      bright = now;
+    }
+    return spots;
+  });
   document.title = JSON.stringify(out);
 })().catch(error => { document.title = JSON.stringify({ error: String(error) }); });
 </script>
@@ -129,3 +142,14 @@ def test_the_page_shows_what_was_recorded(tmp_path: Path) -> None:
     deepest = found["deepest"]
     assert deepest["y1"] - deepest["y0"] == pytest.approx(2)
     assert deepest["t1"] - deepest["t0"] == pytest.approx(EPOCH_SECONDS / 2)
+
+
+def test_what_is_smaller_than_a_pixel_shows(tmp_path: Path) -> None:
+    """Forty pages, each far from everything, beside so much memory that a row is less than half a pixel high."""
+    large, lonely = range(40_000), [1_000_000 + i * 100_000 for i in range(40)]
+    table = [mapping(0, 40_000, "[heap]"), mapping(1_000_000, 6_000_000, "")]
+    make_recording(tmp_path / "r.dtr", [large, lonely], [table])
+    assert main(["heatmap", str(tmp_path / "r.dtr"), "-o", str(tmp_path / "r.html")]) == 0
+    found = opened(tmp_path / "r.html", [(0.25, 10.5)], tmp_path)
+    assert found["all"]["y1"] > 1.5 * HEIGHT
+    assert found["spots"] == [1, 40]
