@@ -99,11 +99,13 @@ def _tell(screen: Screen, pid: int, rates: Sample, mappings: Sequence[Mapping], 
         f"{amount(rates.bytes_per_second)}/s, in {places} of {len(written)} mappings",
         "1",
     )
+    if rates.untracked_bytes:
+        screen.line(f"{amount(rates.untracked_bytes)} of that counts as written because it is not tracked", "1")
     screen.line(_ROW.format("written", "a second", "of it", "size", "address", "mapping"), "2")
     for row in shown:
         name = named(row.mapping.name)
         if row.mapping.state == "untracked":
-            name += f"  (not tracked, so wholly written: {row.mapping.reason})"
+            name += f"  (not tracked: {row.mapping.reason})"
         cells = (
             amount(row.dirty_bytes),
             amount(row.bytes_per_second) + "/s",

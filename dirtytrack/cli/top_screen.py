@@ -75,7 +75,10 @@ def _part(part: float) -> str:
 def _process_name(line: Line, view: View) -> str:
     if line.gone and line.rates is not None:
         return f"[gone] {line.name}"
-    return f"{line.name.partition(' ')[0]} [{line.problem}]".lstrip() if line.problem else line.name
+    if line.problem:
+        return f"{line.name.partition(' ')[0]} [{line.problem}]".lstrip()
+    untracked = line.rates.untracked_bytes if line.rates is not None else 0
+    return f"[{amount(untracked)} untracked] {line.name}" if untracked else line.name
 
 
 _NO_RATES = ""

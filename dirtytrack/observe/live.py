@@ -72,6 +72,11 @@ class Sample:
     history: tuple[float, ...]
     mappings: tuple[MappingSample, ...]
 
+    @property
+    def untracked_bytes(self) -> int:
+        """How much of ``dirty_bytes`` counts as written because it cannot be tracked."""
+        return sum(row.dirty_bytes for row in self.mappings if row.mapping.state == "untracked")
+
 
 class Watch:
     """Watches a source: each `sample` ends an epoch and tells what was written.

@@ -14,6 +14,7 @@ from urllib.request import urlopen
 
 import pytest
 
+from dirtytrack import process
 from dirtytrack.cli import main
 from tests.programs.steady import PAGE, PAGES, Steady
 from tests.programs.terminal import Terminal
@@ -178,6 +179,15 @@ def test_a_choice_that_matches_nothing_is_told(capsys: pytest.CaptureFixture[str
         assert main(["scan", str(steady.pid), "--every", "20ms", "--all", "--exclude", "[heap]"]) == 0
         out = capsys.readouterr().out
         assert "not watched, since not chosen" in out and "[heap]" in out.splitlines()[-1]
+
+
+def test_what_another_tracks_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with Steady() as steady, process.attach(steady.pid):
+        assert main(["scan", str(steady.pid), "--every", "20ms"]) == 0
+        out = capsys.readouterr().out
+        assert "counts as written because it is not tracked" in out.splitlines()[1]
+        (line,) = [line for line in out.splitlines() if f" {steady.address:x}  " in line]
+        assert amounts(line)[0] == PAGES * PAGE and "(not tracked: another userfaultfd has it)" in line
 
 
 def as_nobody() -> None:

@@ -167,7 +167,8 @@ def test_processes_are_shown_sorted_and_chosen() -> None:
     title, head, first, second, third, *_, keys = shown(view)
     assert "28.0 KiB/s" in title and "1 of 3 processes watched" in title
     assert "DIRTY/S↓" in head and "q quit" in keys
-    assert first.split()[:2] == ["30", "28.0"] and "32.0 KiB+" in first and "writer --fast" in first
+    assert first.split()[:2] == ["30", "28.0"] and "32.0 KiB+" in first
+    assert "[16.0 KiB untracked] writer --fast" in first
     assert "[gone] ended one" in second + third and "secret [may not be traced" in second + third
     view.press("<")
     assert [line.split()[0] for line in shown(view)[2:5]] == ["10", "20", "30"]
