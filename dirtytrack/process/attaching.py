@@ -132,7 +132,7 @@ def require_some(pid: int, maps: int, chosen: Filter) -> None:
     rows = targets.mappings_of(pid, maps)
     if not rows:
         raise no_such_process(pid)
-    wanted = [row for row in rows if not chosen.refuses(row)]
+    wanted = [row for row, why in chosen.look(rows) if not why]
     if not wanted:
         names = sorted({row.name or "[anon]" for row in rows if row.writable})
         raise InvalidMemory(
@@ -209,7 +209,8 @@ def _failure(answer: Answer, pid: int, doing: str, timeout: float) -> DirtyTrack
     if answer.step == steps["USERFAULTFD"] and number in (errno.EPERM, errno.EACCES):
         return PermissionDenied(
             f"cannot {doing} process {pid}: it may not make a userfaultfd ({name}): a seccomp filter or security "
-            "module of its own, as containers have by default, forbids it. Allow userfaultfd there (docs/containers.md)",
+            "module of its own, as containers have by default, forbids it. Allow userfaultfd there "
+            "(docs/containers.md)",
             errno=number,
             feature="userfaultfd",
             pid=pid,

@@ -14,7 +14,7 @@ from ..region import Run
 if TYPE_CHECKING:
     from ..kernel.targets import Row
 
-__all__ = ["EXCLUDED", "TRACKED", "UNTRACKED", "Filter", "Mapping", "Pattern", "called", "excluded"]
+__all__ = ["EXCLUDED", "TRACKED", "UNTRACKED", "Filter", "Mapping", "Pattern", "called", "excluded", "is_anonymous"]
 
 Pattern = str | Run | tuple[int, int]
 """A name, in which ``*`` and ``?`` are as in a shell, or (start, end) addresses."""
@@ -94,6 +94,11 @@ def _matches(row: Row, pattern: Pattern) -> bool:
     return row.start < pattern[1] and pattern[0] < row.end
 
 
+def is_anonymous(row: Row) -> bool:
+    """Whether it is private memory without a file."""
+    return not row.shared and (not row.inode or row.name.startswith(_NO_FILE))
+
+
 class Filter:
     """Which mappings are chosen. ``[anon]`` is what has no name.
 
@@ -121,9 +126,24 @@ class Filter:
             return "" if any(_matches(row, pattern) for pattern in self._include) else "not in include="
         if row.shared:
             return "shared: name it in include= to track it (see docs/processes.md)"
-        if row.inode and not row.name.startswith(_NO_FILE):
+        if not is_anonymous(row):
             return "a file's: name it in include= to track it (see docs/processes.md)"
         return ""
+
+    def look(self, rows: list[Row]) -> list[tuple[Row, str]]:
+        """Each mapping, and why it is not chosen. Of private anonymous memory what is read-only is chosen with its
+        neighbour: it may be writable again soon, and the kernel joins only what is registered alike."""
+        out = [(row, self.refuses(row)) for row in rows]
+        for order in (1, -1):
+            before: Row | None = None
+            for i in range(len(out))[::order]:
+                row, why = out[i]
+                touches = before is not None and (before.end == row.start if order > 0 else row.end == before.start)
+                if touches and why and row.readable and not row.writable and is_anonymous(row):
+                    why = self.refuses(row._replace(writable=True))
+                    out[i] = row, why
+                before = row if not why and is_anonymous(row) else None
+        return out
 
     def __str__(self) -> str:
         parts = [f"include={list(self._include)!r}"] if self._include is not None else []

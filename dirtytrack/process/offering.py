@@ -109,7 +109,7 @@ def accept(
 
     Returns:
         A tracker. Its ``pid`` is 0 where the process is in a pid namespace that is not seen from here: all works but
-        `frozen`.
+        `ProcessTracker.frozen`.
 
     Raises:
         PermissionDenied: the peer is another user.

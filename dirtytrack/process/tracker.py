@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
@@ -13,12 +14,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..dirtyset import DirtySet
-from ..errors import DirtyTrackError, InvalidMemory, RangeBusy, RegionGone, TargetGone
+from ..errors import DirtyTrackError, InvalidMemory, KernelRefused, RangeBusy, RegionGone, TargetGone
 from ..kernel import core, engine, sets, targets
 from ..layout import Layout
 from ..memory import pin
 from ..region import Span
-from .mappings import TRACKED, UNTRACKED, Filter, Mapping, called, excluded
+from .mappings import EXCLUDED, TRACKED, UNTRACKED, Filter, Mapping, called, excluded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -172,12 +173,13 @@ class ProcessTracker:
         except TargetGone as error:
             raise self._gone(error) from error
         except DirtyTrackError as error:
-            if not engine.state(self._session[0]) and not targets.is_alive(self._pidfd):
+            gone = error.errno == errno.ESRCH or not targets.is_alive(self._pidfd)
+            if not engine.state(self._session[0]) and gone:
                 raise self._gone(error) from error
             raise
 
     def _gone(self, error: DirtyTrackError) -> TargetGone:
-        how = "replaced itself by exec" if targets.is_alive(self._pidfd) else "ended"
+        how = "replaced itself by exec, or is about to end," if targets.is_alive(self._pidfd) else "ended"
         return TargetGone(
             f"process {self.pid} {how}: what it wrote since the last collect is gone with its memory. Detach; attach "
             "again to a process that runs",
@@ -202,14 +204,23 @@ class ProcessTracker:
             self._look()
 
     def _look(self, *, first: bool = False) -> None:
+        """Until the mappings are what was looked at: what was registered meanwhile may be part of a mapping by now."""
+        for _ in range(_ROUNDS):
+            settled = self._look_once(first=first)
+            first = False
+            if settled and not targets.layout_changed(self._session[0], self.pid):
+                return
+
+    def _look_once(self, *, first: bool) -> bool:
         rows = targets.layout(self._session[0], self.pid, len(self._mappings))
         self._refreshes += not first
-        refused = [(row, self._chosen.refuses(row)) for row in rows]
+        refused = self._chosen.look(rows)
         chosen = [row for row, why in refused if not why]
-        self._drop_gone(chosen)
+        self._drop_gone(rows)
         covered = [(part.start, part.end) for part in self._parts]
         untracked: dict[int, str] = {}
         fresh: list[_Part] = []
+        settled = True
         for row in chosen:
             for start, end in _subtract(row.start, row.end, covered):
                 try:
@@ -218,6 +229,11 @@ class ProcessTracker:
                     untracked[row.start] = "another userfaultfd has it"
                 except InvalidMemory as error:
                     untracked[row.start] = f"the kernel refuses to track it ({error.errno and _named(error.errno)})"
+                except KernelRefused as error:
+                    if error.errno != errno.EAGAIN:
+                        raise
+                    settled = False
+                    untracked[row.start] = "it changes all the time"
                 else:
                     fresh.append(_Part(slot, number, start, end, _identity(row), row.name))
         if first:
@@ -233,7 +249,8 @@ class ProcessTracker:
             for row, why in refused
         )
         self._untracked = [(m.start, m.end) for m in self._mappings if m.state == UNTRACKED]
-        self._layout = Layout(tuple(map(self._span, (m for m in self._mappings if m.state != "excluded"))))
+        self._layout = Layout(tuple(map(self._span, (m for m in self._mappings if m.state != EXCLUDED))))
+        return settled
 
     def _span(self, mapping: Mapping) -> Span:
         span = Span(
@@ -277,11 +294,15 @@ class ProcessTracker:
     def _note_gone(self, number: int) -> None:
         self._gone_number = number
 
-    def _drop_gone(self, chosen: list[Row]) -> None:
-        """Let go of each part that is not wholly there any more; what is left of it is registered anew."""
+    def _drop_gone(self, rows: list[Row]) -> None:
+        """Let go of each part that is not wholly there any more; what is left of it is registered anew.
+
+        What was made read-only stays: the kernel joins it to its neighbours again when it is made writable, and where
+        they were not joined, an mremap() of the process over both would fail because of us.
+        """
         kept = []
         for part in self._parts:
-            same = [(row.start, row.end) for row in chosen if _identity(row) == part.identity]
+            same = [(row.start, row.end) for row in rows if _identity(row) == part.identity]
             if part.number != self._gone_number and not any(_subtract(part.start, part.end, same)):
                 kept.append(part)
                 continue
@@ -296,7 +317,7 @@ class ProcessTracker:
         """Every page of the chosen mappings written since the last collect, or since `attach`; opens the next epoch.
 
         A mapping that is new, has grown or was replaced counts as wholly dirty once; an untracked one always. What is
-        gone is in no set: `mappings` no longer has it.
+        gone is in no set: ``mappings`` no longer has it.
 
         Returns:
             A set of addresses of the process. Its bytes are read by `read`, not by the set's own methods.
@@ -416,6 +437,4 @@ class ProcessTracker:
 
 
 def _named(number: int) -> str:
-    import errno
-
     return errno.errorcode.get(number, str(number))

@@ -294,6 +294,9 @@ bool dt_next_own(const dt_session *s, uint64_t *at, uint64_t end, uint64_t *from
 int dt_target_there(const dt_session *s);     /* 0, or -ESRCH: the process ended, or replaced itself by exec */
 void dt_close_target(dt_session *s);
 void dt_target_finished(dt_session *s);       /* frees what it has of the target */
+/* 0 where [start, end) is whole mappings as of now, but for what is registered before it; else -EAGAIN, or -errno: what
+ * is registered in part is two mappings, and an mremap() of the target over both fails. */
+int dt_target_fits(dt_session *s, uint64_t start, uint64_t end);
 bool dt_target_mapped(const dt_session *s, uint64_t start, uint64_t end);
 
 /* compare.c, plate.c: a session without a userfaultfd and a pagemap. Its part of what the kernel does elsewhere. */

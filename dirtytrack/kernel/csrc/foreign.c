@@ -118,6 +118,29 @@ bool dt_target_mapped(const dt_session *s, uint64_t start, uint64_t end)
     return dt_each_mapping(s->space, start, end, cover, &c) == 0 && c.at >= end;
 }
 
+typedef struct edges { uint64_t start, end; bool any; } edges;
+
+static int widen(void *context, const dt_mapping *m)
+{
+    edges *e = context;
+    if (!e->any)
+        e->start = m->start;
+    e->end = m->end;
+    e->any = true;
+    return 0;
+}
+
+int dt_target_fits(dt_session *s, uint64_t start, uint64_t end)
+{
+    edges e = {0};
+    int rc = dt_each_mapping(s->space, start, end, widen, &e);
+    if (rc)
+        return rc;
+    if (!e.any || e.start > start || e.end > end)
+        return -EAGAIN;
+    return e.start == start || dt_page_armable(s, start) > 0 ? 0 : -EAGAIN;
+}
+
 static uint32_t flags_of(const dt_mapping *m)
 {
     return (m->readable ? K_VMA_READABLE : 0) | (m->writable ? K_VMA_WRITABLE : 0) | (m->shared ? K_VMA_SHARED : 0);
@@ -126,15 +149,19 @@ static uint32_t flags_of(const dt_mapping *m)
 typedef struct reading {
     target_space *target;
     dt_mapping *out;
-    uint64_t room, count;
-    int rc;
+    uint64_t room, count, end;
 } reading;
 
 static int keep_all(void *context, const dt_mapping *m)
 {
     reading *r = context;
-    if (r->count < r->room)
+    uint64_t start = dt_max(m->start, r->end); /* mappings may be joined while they are read: none is told twice */
+    if (r->count < r->room) {
         r->out[r->count] = *m;
+        r->out[r->count].start = start;
+        r->out[r->count].offset += m->inode ? start - m->start : 0;
+    }
+    r->end = m->end;
     r->count++;
     return 0;
 }

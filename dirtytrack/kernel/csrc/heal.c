@@ -180,6 +180,10 @@ int dt_heal(dt_session *s, uint64_t start, uint64_t end)
             return rc;
         if (rc) {
             rc = dt_uffd_owns(s, at, next);
+            if (rc == -EINVAL && s->space) { /* gone since: whatever it is now is found when mappings are looked at anew */
+                dt_mark_all(s->watches, s->watch_count, at, next);
+                rc = 1;
+            }
             if (!rc)
                 rc = note_foreign(s, start, end, at, next);
             if (rc < 0)
@@ -189,11 +193,13 @@ int dt_heal(dt_session *s, uint64_t start, uint64_t end)
             rc = note_kind(s, at, next, &m, &fits, &present);
             if (rc)
                 return rc;
-            dt_mark_all(s->watches, s->watch_count, at, next);
+            /* Of a target the whole mapping, beyond what is watched of it too: see dt_target_fits. */
+            uint64_t first = s->space ? m.start : at, last = s->space ? m.end : next;
+            dt_mark_all(s->watches, s->watch_count, first, last);
             s->statistics.mappings_renewed++;
             /* What cannot be registered (a special mapping, another's userfaultfd) counts as written at each collect:
              * its scan fails with EPERM each time and comes here. */
-            if (fits && !dt_uffd_register(s, at, next) && (rc = arm_anew(s, at, next, present)))
+            if (fits && !dt_uffd_register(s, first, last) && (rc = arm_anew(s, at, next, present)))
                 return rc;
         }
         at = next;

@@ -260,6 +260,10 @@ int dt_register(dt_session *s, uint64_t address, uint64_t nbytes, uint64_t granu
     }
     /* On every register: the address may have been unmapped and mapped again since it was last registered. The kernel
      * skips holes in silence, so they are looked for first. */
+    if (s->space && (rc = dt_target_fits(s, r->start, r->end))) {
+        dt_fail_with(why, rc, -rc, DT_STEP_MAPS, r->start, r->end);
+        goto failed;
+    }
     if (!s->suspended) {
         rc = dt_mapped(s, r->start, r->end) ? dt_uffd_register(s, r->start, r->end) : -EFAULT;
         if (rc) {
@@ -314,7 +318,7 @@ static int unregister_locked(dt_session *s, dt_region *region)
     dt_content_end(s, region);
     if (s->compare)
         dt_compare_adjust(s, region);
-    if (s->uffd < 0)
+    if (s->uffd < 0 || s->space) /* of a target: with the descriptor. To unregister part of a mapping would split it. */
         return 0;
     uint64_t at = region->start, from, to;
     int failed = 0;
