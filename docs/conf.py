@@ -163,7 +163,7 @@ def _process_signature(
 # ---- names that have no page of their own ---------------------------------------------------------------------------
 
 _ALIASES = {"AnyBuffer", "Trackable", "Mirror", "Source"}  # for type checkers; api/index.md explains them
-_UNPAGED = {"NDArray", "np.int64", "np.float64", "dirtytrack.process.mappings.Mapping"}
+_UNPAGED = {"End", "NDArray", "np.int64", "np.float64", "dirtytrack.process.mappings.Mapping"}
 _TYPING = {"Self", "Buffer", "typing_extensions.Self", "typing_extensions.Buffer"}
 
 
