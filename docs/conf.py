@@ -163,8 +163,8 @@ def _process_signature(
 # ---- names that have no page of their own ---------------------------------------------------------------------------
 
 _ALIASES = {"AnyBuffer", "Trackable", "Mirror", "Source"}  # for type checkers; api/index.md explains them
-_ALIASES |= {"Counts", "Shares", "np.uint64"}  # arrays of NumPy
-_UNPAGED = {"NDArray", "np.int64", "np.float64", "dirtytrack.process.mappings.Mapping"}
+_UNPAGED = {"End", "NDArray", "np.int64", "np.float64", "dirtytrack.process.mappings.Mapping"}
+_UNPAGED |= {"Counts", "Shares", "np.uint64"}
 _TYPING = {"Self", "Buffer", "typing_extensions.Self", "typing_extensions.Buffer"}
 
 

@@ -113,7 +113,8 @@ class Recording(Sequence[Epoch]):
         page_bytes: of a page.
         begun: in seconds since 1970.
         sessions: who was recorded, and by whom; one, unless the recording was appended to.
-        ends: how each session ended; none for one that runs still, or was killed.
+        ends: how each session ended; without those that run still, or were killed.
+        ended: how the last one did; None where it runs still, or was killed.
         torn_nbytes: bytes at the end that are no whole record.
 
     Thread safety: everything may be called from any thread.
@@ -129,6 +130,7 @@ class Recording(Sequence[Epoch]):
         self._epochs: list[tuple[Place, Table]] = []
         sessions, ends = list[Session](), list[End]()
         self._table: Table = ()
+        self.ended: End | None = None
         end = FIRST
         for place, what in tables(data, places(data, name), name):
             end = place.end
@@ -139,8 +141,10 @@ class Recording(Sequence[Epoch]):
             elif place.kind == SESSION:
                 self._table = ()
                 sessions.append(what)
+                self.ended = None
             elif place.kind == END:
                 ends.append(what)
+                self.ended = what
         self.sessions, self.ends = tuple(sessions), tuple(ends)
         self.torn_nbytes = len(data) - end
 

@@ -135,6 +135,7 @@ def test_a_recording_is_appended_to(
     assert [epoch.number for epoch in recording] == list(range(1, len(first) + len(second) + 1))
     assert all(before.ended <= after.begun for before, after in pairwise(recording))
     assert (len(recording.sessions), len(recording.ends), recording.torn_nbytes) == (2, 2, 0)
+    assert recording.ended is recording.ends[1]
 
 
 def test_what_is_being_written_is_read_and_a_rewriting_is_not_noticed(tmp_path: Path) -> None:
@@ -183,6 +184,7 @@ def test_cut_short_at_every_byte(whole: bytes) -> None:
         assert recording.torn_nbytes < 400
         counts.add(len(recording))
         assert not recording.ends
+        assert recording.ended is None
     assert counts == set(range(len(epochs) + 1))
 
 
