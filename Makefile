@@ -15,6 +15,7 @@ C_TESTS := $(wildcard tests/c/*.c)
 C_TEST_HEADERS := $(wildcard tests/c/*.h)
 C_FLAGS := -std=gnu11 -g -Wall -Wextra -Werror -fvisibility=hidden -pthread -I$(CSRC)
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+BROWSERS := chromium-headless-shell chromium google-chrome chrome chromium-browser
 PACKAGES := make gcc libc6-dev python3 python3-venv python3-dev
 
 export PIP_ROOT_USER_ACTION := ignore
@@ -71,6 +72,14 @@ build: $(VENV)/.built ## set up .venv with what run-time needs, and build the ex
 
 # ---- running --------------------------------------------------------------------------------------------------------
 
+.PHONY: programs
+programs: ## install the programs that tests/programs attaches to, as root on Debian, where they are not there yet
+	@lacks=""; \
+	command -v redis-server >/dev/null && command -v redis-benchmark >/dev/null || lacks="$$lacks redis-server redis-tools"; \
+	command -v node >/dev/null || lacks="$$lacks nodejs"; \
+	command -v java >/dev/null || lacks="$$lacks default-jre-headless"; \
+	[ -z "$$lacks" ] || RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $$lacks
+
 .PHONY: demo
 demo: $(VENV)/.built ## set up, then index the standard library in tracked memory
 	$(BIN)/dirtytrack demo $(ARGS)
@@ -90,6 +99,15 @@ bench-docs: $(VENV)/.test ## measure everything, then rewrite the numbers, table
 	$(BIN)/python docs/draw_epochs.py docs/benchmarks.json docs/epochs.svg
 	$(BIN)/python docs/draw_density.py docs/benchmarks.json docs/density.svg
 
+.PHONY: draw-observe
+draw-observe: $(VENV)/.test ## run a small program, and draw it for docs/top.md and docs/heatmap.md
+	$(BIN)/python docs/draw_observe.py docs/top.svg docs/heatmap.png
+
+.PHONY: bench-observe
+bench-observe: $(VENV)/.test ## measure what recording costs redis (apt-get install redis-server redis-tools), for docs/observe.md
+	$(BIN)/python -m benchmarks.observe --write docs/observing.json
+	$(BIN)/python docs/draw_observing.py docs/observing.json docs/observe.md
+
 # ---- testing --------------------------------------------------------------------------------------------------------
 
 .PHONY: test
@@ -103,6 +121,15 @@ c-test: $(C_TESTS:tests/c/%.c=build/c/%.ran) ## the C core with its own tests, w
 test-torch: $(VENV)/.test ## pages and tests on PyTorch, which it installs: large, so neither make test nor CI does
 	$(PIP) install "$(TORCH)"
 	$(BIN)/python -m pytest tests/unit/test_docs.py tests/kernel/test_delta_torch.py -m torch $(ARGS)
+
+.PHONY: check-browser
+check-browser: ## say whether there is a browser for test-browser, and the command that installs one
+	@for browser in $(BROWSERS); do ! command -v $$browser >/dev/null || exit 0; done; \
+	echo "No browser. On Debian, as root: apt-get install --no-install-recommends chromium-headless-shell" >&2; exit 1
+
+.PHONY: test-browser
+test-browser: check-browser $(VENV)/.test ## the page of a heat map in Chromium, which must be there (CI installs it)
+	$(BIN)/python -m pytest tests/unit/test_heat_page.py $(ARGS)
 
 .PHONY: soak
 soak: $(VENV)/.test ## the long storms: minutes to an hour

@@ -18,6 +18,7 @@ from .density import density, phases, policy
 from .epoch import epoch
 from .harness import Benchmark, Settings, machine
 from .importing import import_
+from .process import attaching, process, reading
 from .regions import regions
 from .remedies import remedies
 
@@ -37,6 +38,9 @@ BENCHMARKS: dict[str, Benchmark] = {
     "density": density,
     "phases": phases,
     "policy": policy,
+    "process": process,
+    "reading": reading,
+    "attaching": attaching,
 }
 
 

@@ -12,6 +12,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/uio.h>
 #include <time.h>
 
 /* From <linux/fs.h>, Linux 6.7; distributions ship older headers. */
@@ -245,4 +246,50 @@ int64_t bare_changed(const struct run *runs, uint64_t n, uint64_t base, const ui
             differ += memcmp((const void *)(uintptr_t)page, mirror + (page - base), page_bytes) != 0;
     *pages = differ;
     return now() - begin;
+}
+
+/* The runs of another process, one behind the other, in as few calls as the kernel allows: nanoseconds, or -errno. */
+int64_t bare_read(int pid, const uint64_t *runs, uint64_t count, uint8_t *out)
+{
+    enum { MOST = 1024 };
+    struct iovec from[MOST];
+    int64_t begin = now();
+    for (uint64_t i = 0; i < count;) {
+        uint64_t n = 0, bytes = 0;
+        for (; n < MOST && i < count && bytes < (uint64_t)1 << 30; n++, i++) {
+            from[n] = (struct iovec){(void *)runs[2 * i], runs[2 * i + 1] - runs[2 * i]};
+            bytes += from[n].iov_len;
+        }
+        struct iovec to = {out, bytes};
+        ssize_t got = process_vm_readv(pid, &to, 1, from, n, 0);
+        if (got < 0)
+            return -errno;
+        if ((uint64_t)got != bytes)
+            return -EFAULT;
+        out += bytes;
+    }
+    return now() - begin;
+}
+
+/* From <linux/fs.h>, Linux 6.11. */
+struct procmap_query {
+    uint64_t size, query_flags, query_addr;
+    uint64_t vma_start, vma_end, vma_flags, vma_page_size, vma_offset, inode;
+    uint32_t dev_major, dev_minor, vma_name_size, build_id_size;
+    uint64_t vma_name_addr, build_id_addr;
+};
+#define PROCMAP_QUERY _IOWR('f', 17, struct procmap_query)
+
+/* One look at each writable mapping of a process: nanoseconds, or -errno. */
+int64_t bare_mappings(int maps, uint64_t *count)
+{
+    int64_t begin = now();
+    *count = 0;
+    for (uint64_t at = 0;; ++*count) {
+        struct procmap_query q = {.size = sizeof q, .query_flags = 0x12 /* writable, at `at` or the next */, .query_addr = at};
+        if (ioctl(maps, PROCMAP_QUERY, &q))
+            break;
+        at = q.vma_end;
+    }
+    return errno == ENOENT ? now() - begin : -errno;
 }

@@ -75,6 +75,8 @@ class Bare:
             pointer,
         )
         self._declare("bare_ranges", ctypes.c_int64, ctypes.c_int, pointer, u64, pointer, u64, u64, pointer, pointer)
+        self._declare("bare_read", ctypes.c_int64, ctypes.c_int, pointer, u64, pointer)
+        self._declare("bare_mappings", ctypes.c_int64, ctypes.c_int, pointer)
         self._declare("bare_compare", ctypes.c_int64, u64, u64, pointer, u64, pointer, pointer)
         self._declare("bare_gather", ctypes.c_int64, pointer, u64, pointer)
         self._declare("bare_changed", ctypes.c_int64, pointer, u64, u64, pointer, u64, pointer)
@@ -148,13 +150,13 @@ class Bare:
         )
         return elapsed, self._pages.value
 
-    def ranges(self, ranges: array[int]) -> tuple[int, int]:
+    def ranges(self, ranges: array[int], pagemap: int | None = None) -> tuple[int, int]:
         """One scan that re-arms for each of start, end, start, end, ...: (ns, pages found)."""
         count = len(ranges) // 2
         self._room(0, sum(ranges[1::2]) - sum(ranges[::2]) + count * 2 * PAGE, 1)
         elapsed = self._checked(
             self._lib.bare_ranges(
-                self._pagemap,
+                self._pagemap if pagemap is None else pagemap,
                 ranges.buffer_info()[0],
                 count,
                 address_of(self._vector),
@@ -165,6 +167,14 @@ class Bare:
             )
         )
         return elapsed, self._pages.value
+
+    def read(self, pid: int, runs: array[int], out: int) -> int:
+        """The runs of another process, one behind the other: ns."""
+        return self._checked(self._lib.bare_read(pid, runs.buffer_info()[0], len(runs) // 2, out))
+
+    def mappings(self, maps: int) -> int:
+        """One look at each writable mapping of a process: ns."""
+        return self._checked(self._lib.bare_mappings(maps, ctypes.addressof(self._pages)))
 
     def _room(self, start: int, end: int, passes: int) -> int:
         """Makes room for what each pass may find, and returns how many runs that is."""

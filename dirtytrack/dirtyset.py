@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import operator
+from array import array
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from .errors import InvalidMemory
@@ -128,7 +130,35 @@ class DirtySet:
         rest = "" if self.complete else ", incomplete"
         return f"<DirtySet of epoch {self.epoch}: {self.page_count} pages in {len(self)} runs{rest}>"
 
+    @staticmethod
+    def from_runs(runs: AnyBuffer | Iterable[tuple[int, int]], *, epoch: int = 0) -> DirtySet:
+        """A set of these runs, which knows numbers only: what was recorded, or told by somebody else.
+
+        Args:
+            runs: [start, end) addresses, page-aligned, sorted and disjoint: pairs, or a buffer of 64-bit numbers as
+                ``runs`` of another set is.
+            epoch: what ``epoch`` of the new set says.
+
+        Raises:
+            InvalidMemory: they are not so.
+        """
+        core.load()
+        packed, count = _pairs(runs)
+        return DirtySet(sets.from_runs(packed, count, epoch=epoch))
+
     # ---- where
+
+    def page_counts(self, spans: AnyBuffer | Iterable[tuple[int, int]]) -> memoryview:
+        """How many of its pages are in each of n spans of addresses: (n,). One pass in C.
+
+        Args:
+            spans: as ``runs`` of `from_runs`; spans may touch.
+
+        Raises:
+            InvalidMemory: they are not page-aligned, sorted and disjoint.
+        """
+        packed, count = _pairs(spans)
+        return sets.counts(self._set, packed, count)
 
     def in_region(self, region: Region | str) -> DirtySet:
         """The part in a region's page span; its bytes are clipped to that region.
@@ -338,6 +368,23 @@ def _unpickled(runs: bytes, epoch: int, complete: bool, spans: tuple[Any, ...], 
     core.load()
     cset = sets.from_runs(runs, len(runs) // 16, epoch=epoch, complete=complete, assumed=assumed)
     return DirtySet(cset, Layout(spans))
+
+
+def _pairs(runs: Any) -> tuple[Any, int]:
+    """(a buffer of 64-bit numbers, how many pairs) of runs."""
+    try:
+        view = memoryview(runs)
+    except TypeError:
+        try:
+            view = memoryview(array("Q", chain.from_iterable(runs)))
+        except (TypeError, ValueError, OverflowError) as error:
+            raise InvalidMemory(f"runs are pairs of addresses, or a buffer of 64-bit numbers: {error}") from error
+    if view.itemsize != 8 or view.nbytes % 16 or not view.c_contiguous:
+        raise InvalidMemory(
+            f"runs are pairs of 64-bit numbers, one after the other; this buffer has {view.nbytes} bytes in items of "
+            f"{view.itemsize}"
+        )
+    return view, view.nbytes // 16
 
 
 def _writable(out: Any) -> tuple[Any, int, int]:

@@ -10,10 +10,12 @@
     ├── KernelRefused        OSError             an answer of the kernel that nothing above explains
     ├── InvalidMemory        ValueError          read-only, not contiguous, empty, not mappable, unknown here
     ├── InvalidDelta         ValueError          bytes that are no delta, or a damaged one
+    ├── InvalidRecording     ValueError          a file that is no recording, a damaged one, or nothing in it matches
     ├── NotRegistered        ValueError          the memory is not registered, or is no longer
     ├── RangeBusy            OSError             another userfaultfd has the memory
     ├── RegionGone           OSError             a mapping went away beneath its region
     ├── TargetGone           ProcessLookupError  the process ended, or replaced itself by exec
+    ├── TargetBusy           OSError             it does not stop, or a debugger has it
     ├── SessionClosed        RuntimeError        the session is closed
     ├── NotStarted           RuntimeError        the tracker is not running
     ├── AlreadyStarted       RuntimeError        the tracker is running
@@ -41,6 +43,7 @@ __all__ = [
     "GuardPageWarning",
     "InvalidDelta",
     "InvalidMemory",
+    "InvalidRecording",
     "KernelRefused",
     "LimitReached",
     "MissedWrite",
@@ -50,6 +53,7 @@ __all__ = [
     "RangeBusy",
     "RegionGone",
     "SessionClosed",
+    "TargetBusy",
     "TargetGone",
     "UnsupportedKernel",
     "UsedAfterFork",
@@ -132,6 +136,10 @@ class InvalidDelta(DirtyTrackError, ValueError):
     """These bytes are no delta, a damaged one, or one of another version; nothing was written."""
 
 
+class InvalidRecording(DirtyTrackError, ValueError):
+    """The file is no recording, one of another version, or damaged; or it has nothing of what was asked for."""
+
+
 class NotRegistered(DirtyTrackError, ValueError):
     """The memory is not registered (any more), or a scan that insists on it met memory that is not."""
 
@@ -146,6 +154,10 @@ class RegionGone(DirtyTrackError, OSError):
 
 class TargetGone(DirtyTrackError, ProcessLookupError):
     """The process ``pid`` ended, or replaced itself by exec."""
+
+
+class TargetBusy(DirtyTrackError, OSError):
+    """The process ``pid`` did not stop in time, or another tracer has it."""
 
 
 class SessionClosed(DirtyTrackError, RuntimeError):

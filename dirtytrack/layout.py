@@ -168,6 +168,12 @@ def _hold(span: Span) -> tuple[Region | None, Any]:
 
 
 def _refuse(span: Span) -> None:
+    if span.pid:
+        raise NotRegistered(
+            f"the bytes of {span.name!r} are not this process's: `ProcessTracker.read(dirty)` reads them from process "
+            f"{span.pid}",
+            pid=span.pid,
+        )
     if span.owner is None:
         raise NotRegistered(
             f"the bytes of region {span.name!r} are not here: this set came out of a pickle and knows numbers only"

@@ -53,6 +53,7 @@ class Span:
         "name",
         "nbytes",
         "owner",
+        "pid",
         "shape",
         "start",
         "unpinned",
@@ -75,6 +76,7 @@ class Span:
         self.granule_bytes, self.unpinned, self.shape, self.dtype = granule_bytes, unpinned, shape, dtype
         self.start, self.end = start, end
         self.owner: weakref.ref[Region] | None = None
+        self.pid = 0  # of another process, whose memory it is
         self.compared_by = 0  # the number of the session that compares it, where one does
 
     def __reduce__(self) -> tuple[object, ...]:

@@ -66,7 +66,8 @@ def _target(text: str, where: str) -> str | None:
     """What a quoted name means in the docstring of an object: a name of the front door, a member of its class, or a
     method of a session."""
     owner = ".".join(where.split(".")[:2])
-    for prefix in ("dirtytrack", owner, "dirtytrack.Session", "dirtytrack.UffdSession", "dirtytrack.pagemap"):
+    within = ("dirtytrack.Session", "dirtytrack.UffdSession", "dirtytrack.pagemap", "dirtytrack.process")
+    for prefix in ("dirtytrack", owner, ".".join(where.split(".")[:3]), *within):
         name = f"{prefix}.{text}"
         if pydoc.locate(name) is not None:
             return name
@@ -137,6 +138,17 @@ def _process_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any
 
 _MADE_BY_US = {"Session", "Region", "Scan", "DirtySet", "Memory", "InFlight", "Statistics", "KernelSupport", "Check"}
 _MADE_BY_US |= {"PageCategory", "ScanFlag", "UffdFeature", "Delta", "ArrayChanges"}
+_MADE_BY_US |= {
+    "Epoch",
+    "Observed",
+    "RecorderStatistics",
+    "DirtiedBuffer",
+    "MappingShare",
+    "Rate",
+    "WorkingSet",
+    "HotSet",
+}
+_MADE_BY_US |= {"HotRange", "Checkpoint", "Checkpoints", "Precopy", "Round"}
 
 
 def _process_signature(
@@ -151,6 +163,8 @@ def _process_signature(
 # ---- names that have no page of their own ---------------------------------------------------------------------------
 
 _ALIASES = {"AnyBuffer", "Trackable", "Mirror", "Source"}  # for type checkers; api/index.md explains them
+_UNPAGED = {"End", "NDArray", "np.int64", "np.float64", "dirtytrack.process.mappings.Mapping"}
+_UNPAGED |= {"Counts", "Shares", "np.uint64"}
 _TYPING = {"Self", "Buffer", "typing_extensions.Self", "typing_extensions.Buffer"}
 
 
@@ -175,9 +189,9 @@ def _missing_reference(
         return contnode
     name = target.rpartition(".")[2]
     for known, *_ in env.domains["py"].get_objects():  # dirtytrack.tracker.DirtyTracker: documented at the front door
-        if known in (f"dirtytrack.{name}", f"dirtytrack.delta.{name}") and target != known:
+        if known in {f"dirtytrack.{part}{name}" for part in ("", "delta.", "observe.", "process.")} and target != known:
             return env.domains["py"].resolve_xref(env, node["refdoc"], app.builder, "obj", known, node, contnode)
-    return contnode if _is_of_python(target) else None
+    return contnode if target in _UNPAGED or _is_of_python(target) else None
 
 
 def setup(app: Sphinx) -> None:

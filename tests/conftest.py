@@ -9,17 +9,20 @@ import platform
 from collections.abc import Generator
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from dirtytrack.kernel.support import probe
+from tests.unit.browsing import BROWSERS
 
 TESTS = Path(__file__).parent
 NEED_TRACKING = (TESTS / "kernel", TESTS / "programs")
 IN_CI = os.environ.get("CI") == "true"
 SOAK = os.environ.get("DIRTYTRACK_SOAK") == "1"
 TORCH = find_spec("torch") is not None
+BROWSER = any(map(which, BROWSERS))
 SANITIZED = os.environ.get("DIRTYTRACK_SANITIZE") == "1"
 
 # In CI a skip is a failure, so that a green run means that everything ran. Not so for these: the beginning of a test's
@@ -41,6 +44,8 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     lines = [f"kernel: {platform.system()} {os.uname().release} {platform.machine()}; tracking {tracking}"]
     if not TORCH:
         lines.append("PyTorch is not installed: docs/cookbook/torch.md and its tests are NOT run; make test-torch does")
+    if not BROWSER:
+        lines.append("No browser is here: the page of a heat map is NOT opened; make test-browser does")
     if IN_CI:
         lines.append("CI=true: a skipped test is a failure, except " + (", ".join(MAY_BE_SKIPPED) or "none"))
     return lines
@@ -64,6 +69,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=support.why_not))
         runs = SOAK or not item.get_closest_marker("soak")
         runs = runs and (TORCH or not item.get_closest_marker("torch"))
+        runs = runs and (BROWSER or not item.get_closest_marker("browser"))
         runs = runs and not (SANITIZED and item.get_closest_marker("unsanitized"))
         (kept if runs else dropped).append(item)
     items[:] = kept

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import TextIO
 
-__all__ = ["Screen", "heat"]
+__all__ = ["Screen", "can_write", "heat", "wants_colour"]
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _PLAIN = " .:-=+*%#"
@@ -48,8 +48,8 @@ class Screen:
         self._moving = self._progress.isatty() and os.environ.get("TERM") != "dumb"
         self._shown_at = 0.0
         self._shown = False
-        self.colour = self._out.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-        self._levels = _BARS if _can_write(self._out, _BARS) else _PLAIN
+        self.colour = wants_colour(self._out)
+        self._levels = _BARS if can_write(self._out, _BARS) else _PLAIN
         self.columns = shutil.get_terminal_size().columns
 
     def line(self, text: str = "", style: str = "") -> None:
@@ -84,9 +84,15 @@ class Screen:
         return "".join(drawn) + ("\x1b[0m" if current else "")
 
 
-def _can_write(stream: TextIO, text: str) -> bool:
+def can_write(stream: TextIO, text: str) -> bool:
+    """Whether a stream's encoding has all these characters."""
     try:
         text.encode(stream.encoding or "ascii")
     except (UnicodeEncodeError, LookupError):
         return False
     return True
+
+
+def wants_colour(stream: TextIO) -> bool:
+    """Whether colours go to a stream: to a terminal only, and to none that does not want them."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

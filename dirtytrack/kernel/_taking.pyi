@@ -17,3 +17,13 @@ class Failed(Exception):
 
 def new() -> Taken: ...
 def taker(address: int, /) -> Callable[[Taken], Taken]: ...
+def guard(
+    pid: int,
+    channel: int,
+    freeze: int,
+    timeout_ms: int,
+    suspend_seccomp: int,
+    fault_step: int,
+    fault_tracker: int,
+    /,
+) -> int: ...

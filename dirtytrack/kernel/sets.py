@@ -6,6 +6,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..errors import InvalidMemory
 from . import core
 from .failures import raise_failure
 
@@ -25,6 +26,7 @@ __all__ = [
     "combine",
     "contains",
     "copy_out",
+    "counts",
     "equal",
     "extents",
     "from_runs",
@@ -132,6 +134,15 @@ def rows(cset: CData, address: int, stride: int, row_bytes: int, count: int) -> 
     out = core.ffi.new("uint64_t[]", room)
     call(cset, address, stride, row_bytes, count, out, room)
     return numbers(out, out, room, 1)
+
+
+def counts(cset: CData, spans: Any, n: int) -> memoryview:
+    """(n,) pages in each span of a buffer of 64-bit (start, end) pairs: page-aligned, sorted, disjoint."""
+    out = core.ffi.new("uint64_t[]", n)
+    source = core.ffi.from_buffer(spans)
+    if core.lib.dt_set_counts(cset, core.ffi.cast("dt_run *", source), n, out):
+        raise InvalidMemory("pages are counted in spans that are page-aligned, sorted, disjoint and not empty")
+    return numbers(out, out, n, 1)
 
 
 # ---- algebra

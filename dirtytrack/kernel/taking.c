@@ -96,7 +96,19 @@ static PyObject *taker(PyObject *module, PyObject *address)
     return bound;
 }
 
+/* Of the guardian, a process that has loaded nothing but this module. */
+static PyObject *guard(PyObject *module, PyObject *arguments)
+{
+    (void)module;
+    dt_guard_wish wish = {0};
+    if (!PyArg_ParseTuple(arguments, "iiIIIII", &wish.pid, &wish.channel, &wish.freeze, &wish.timeout_ms,
+                          &wish.suspend_seccomp, &wish.fault_step, &wish.fault_tracker))
+        return NULL;
+    return PyLong_FromLong(dt_guard_run(&wish));
+}
+
 static PyMethodDef methods[] = {
+    {"guard", guard, METH_VARARGS, "dt_guard_run of a dt_guard_wish with these fields; returns the exit status."},
     {"new", new_taken, METH_NOARGS, "An empty Taken."},
     {"taker", taker, METH_O, "What collects for the listener at this address, into a Taken: returns it, or raises Failed with it."},
     {NULL, NULL, 0, NULL}};

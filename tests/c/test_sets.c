@@ -222,6 +222,27 @@ static void test_where(void)
         pages[few] = 0xAAAA;
         CHECK(dt_set_pages(&set, address_of(from), address_of(to), pages, few) == n && pages[few] == 0xAAAA);
 
+        dt_run spans[PAGES];
+        uint64_t counts[PAGES + 1], spans_made = 0;
+        for (uint64_t at = random_below(3); at < PAGES && spans_made < PAGES;) { /* some touch, some are apart */
+            uint64_t until = dt_min(at + 1 + random_below(round % 2 ? 3 : PAGES), PAGES);
+            spans[spans_made++] = (dt_run){address_of(at), address_of(until)};
+            at = until + random_below(3);
+        }
+        counts[spans_made] = 0xAAAA;
+        good = !dt_set_counts(&set, spans, spans_made, counts) && counts[spans_made] == 0xAAAA;
+        for (uint64_t k = 0; k < spans_made; k++) {
+            want = 0;
+            for (uint64_t at = spans[k].start; at < spans[k].end; at += page_bytes)
+                want += m.page[(at - BASE) / page_bytes];
+            good = good && counts[k] == want;
+        }
+        CHECK(good);
+        if (spans_made > 1) {
+            spans[0].end = spans[1].start + page_bytes; /* no longer disjoint, or not in order */
+            CHECK(dt_set_counts(&set, spans, spans_made, counts) == -EINVAL);
+        }
+
         uint64_t stride = 1 + random_below(3 * page_bytes), row = random_below(round % 3 ? stride + 1 : 4 * stride);
         uint64_t rows = row < total ? random_below((total - row) / stride + 1) : 0;
         static uint64_t numbers[PAGES * 4096];

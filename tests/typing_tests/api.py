@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import dirtytrack
-from dirtytrack import delta, pagemap
+from dirtytrack import delta, observe, pagemap
 
 if TYPE_CHECKING:
     from typing_extensions import assert_type
@@ -82,6 +82,10 @@ def sets(dirty: dirtytrack.DirtySet, region: dirtytrack.Region, array: np.ndarra
     assert_type(dirty.assumed | dirty.discarded, dirtytrack.DirtySet)
     assert_type(dirty & dirty - dirty <= dirty, bool)
     assert_type(dirtytrack.DirtySet.union([dirty]), dirtytrack.DirtySet)
+    assert_type(dirtytrack.DirtySet.from_runs(dirty.runs, epoch=3), dirtytrack.DirtySet)
+    assert_type(dirtytrack.DirtySet.from_runs([(4096, 8192)]) | dirty, dirtytrack.DirtySet)
+    assert_type(dirty.page_counts([(4096, 8192)]), memoryview)
+    assert_type(dirty.page_counts(array), memoryview)
     assert_type(dirty.in_region("weights"), dirtytrack.DirtySet)
     assert_type(dirty.bitmap(region), bytes)
     assert_type(dirty.gather(out=bytearray(dirty.nbytes)), memoryview)
@@ -133,3 +137,30 @@ def deltas(array: np.ndarray, memory: dirtytrack.Memory, tracker: dirtytrack.Dir
     with delta.array_changes(array, name="weights") as changes:
         assert_type(changes(), memoryview)
         assert_type(changes.update(), delta.Delta)
+
+
+def observing(array: np.ndarray) -> None:
+    with dirtytrack.track(array) as tracker:
+        with observe.Recorder(tracker, "run.dtr", every=0.05, size_budget=1 << 20, append=True) as recorder:
+            array[0] = 1
+        assert_type(recorder.statistics().cpu_share, float)
+        source: observe.Source = observe.source_of(tracker)
+        source.collect()
+    recording = observe.Recording.open("run.dtr")
+    assert_type(recording[0], observe.Epoch)
+    assert_type(recording[1:], list[observe.Epoch])
+    for epoch in observe.only(recording, "[heap]"):
+        assert_type(epoch.runs, memoryview)
+    assert_type(observe.Trace(recording).working_set()(0.5), float)
+    assert_type(observe.precopy(recording, bandwidth=1e9, downtime=0.1).verdict, str)
+    observe.precopy(recording)  # type: ignore[call-arg]
+
+    @observe.dirtied({"array": array}, file=None)
+    def step(at: int) -> str:
+        array[at] += 1
+        return "done"
+
+    assert_type(step(1), str)
+    with observe.dirtied(array) as block:
+        pass
+    assert_type(block.buffers, tuple[observe.DirtiedBuffer, ...])

@@ -6,7 +6,9 @@ from __future__ import annotations
 import pickle
 import struct
 import weakref
+from array import array
 from collections.abc import Iterable
+from itertools import pairwise
 from mmap import PAGESIZE as PAGE
 from typing import Any
 
@@ -264,3 +266,43 @@ def test_runs_outlive_their_set() -> None:
     assert DirtySet.union([]) == empty
     with pytest.raises(TypeError, match="not with a int"):
         DirtySet.union([empty, 1])  # type: ignore[list-item]
+
+
+@given(PAGES, st.lists(st.integers(0, ROOM), unique=True, max_size=9))
+def test_pages_are_counted_in_spans(pages: frozenset[int], edges: list[int]) -> None:
+    spans = [(BASE + a * PAGE, BASE + b * PAGE) for a, b in pairwise(sorted(edges))]
+    counted = make(pages).page_counts(spans)
+    assert listed(counted) == [sum(start <= BASE + page * PAGE < end for page in pages) for start, end in spans]
+    assert listed(make(pages).page_counts(make(pages).runs)) == [(end - start) // PAGE for start, end in runs_of(pages)]
+
+
+@given(PAGES)
+def test_a_set_is_made_of_runs(pages: frozenset[int]) -> None:
+    dirty = make(pages, epoch=3)
+    for runs in (dirty.runs, array("Q", dirty.runs.tobytes()), list(dirty), iter(dirty)):
+        again = DirtySet.from_runs(runs, epoch=3)
+        assert (again, again.epoch) == (dirty, 3)
+    with pytest.raises(InvalidMemory):
+        DirtySet.from_runs(dirty.runs).in_region("r")
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        [(1, 2)],
+        [(PAGE, PAGE)],
+        [(2 * PAGE, 3 * PAGE), (0, PAGE)],
+        [(0, 2 * PAGE), (PAGE, 3 * PAGE)],
+        [1, 2],
+        [(-PAGE, 0)],
+        [(0, 1 << 64)],
+        b"12345678",
+        bytearray(16),
+        7,
+    ],
+)
+def test_what_are_no_runs_is_refused(runs: Any) -> None:
+    with pytest.raises(InvalidMemory):
+        DirtySet.from_runs(runs)
+    with pytest.raises(InvalidMemory):
+        make({1}).page_counts(runs)

@@ -20,14 +20,14 @@ from typing import NamedTuple
 import pytest
 
 import dirtytrack
-from dirtytrack import delta, region
+from dirtytrack import delta, observe, process, region
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 DOCUMENTS += sorted((ROOT / "docs").rglob("*.md"))
 # Commands that are run as they stand; the rest must at least be known.
 RUN = (
-    re.compile(r"dirtytrack (doctor|scan|--version|--help)\b"),
+    re.compile(r"dirtytrack (doctor|--version|--help)\b"),
     re.compile(r"python3? examples/\w+\.py$"),
     re.compile(r"make$"),
 )
@@ -150,6 +150,8 @@ def test_the_api_pages_have_every_public_name() -> None:
     assert names >= {f"pagemap.{name}" for name in dirtytrack.pagemap.__all__} - {"pagemap.Pagemap", "pagemap.Scan"}
     assert names >= set(dirtytrack.errors.__all__)
     assert names >= {f"delta.{name}" for name in delta.__all__}
+    assert names >= {f"process.{name}" for name in process.__all__}
+    assert names >= {f"observe.{name}" for name in observe.__all__}
 
 
 def test_every_blind_spot_is_explained() -> None:

@@ -21,6 +21,7 @@ import pytest
 import dirtytrack
 
 ROOT = Path(__file__).parents[2]
+SHIPPED = {".py", ".pyi", ".c", ".h", ".md", ".svg", ".png", ".html", ".typed"}
 STABLE_ABI = not sysconfig.get_config_var("Py_GIL_DISABLED") and not hasattr(sys, "gettotalrefcount")
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has an extension")
 
@@ -60,7 +61,7 @@ def test_sdist_carries_headers_tests_and_docs(sdist: Path) -> None:
     wanted = {"Makefile", "LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "setup.py", ".ci/run"}
     for folder in ("dirtytrack", "tests", "docs", "examples", "benchmarks"):
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in {".py", ".pyi", ".c", ".h", ".md", ".svg", ".typed"} and path.name != "_core.c":
+            if path.suffix in SHIPPED and path.name != "_core.c":
                 wanted.add(str(path.relative_to(ROOT)))
     assert not wanted - inside
     assert not [name for name in inside if name.endswith((".so", ".pyc", ".o"))]
@@ -74,6 +75,7 @@ def test_wheel_has_the_whole_package_and_no_sources_of_c(wheel: Path) -> None:
     package = ROOT / "dirtytrack"
     wanted = {str(path.relative_to(ROOT)) for path in package.rglob("*.py")}
     wanted |= {"dirtytrack/py.typed", "dirtytrack/kernel/_core.pyi", "dirtytrack/kernel/_taking.pyi"}
+    wanted |= {"dirtytrack/observe/page.html"}
     extensions = {name for name in inside if name.endswith(".so")}
     assert inside - extensions == wanted
     assert len(extensions) == 1

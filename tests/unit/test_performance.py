@@ -29,6 +29,14 @@ def test_no_time_stands_outside_the_tables() -> None:
     assert typed == ["2 µs"], "by hand: only the target is; make bench-docs writes the rest"
 
 
+def test_what_recording_costs_is_what_was_measured() -> None:
+    page = (DOCS / "observe.md").read_text(encoding="utf-8")
+    told = json.loads((DOCS / "observing.json").read_text(encoding="utf-8"))
+    assert runpy.run_path(str(DOCS / "draw_observing.py"))["render"](page, told) == page
+    assert all(f"| {row['load']} |" in page for row in told["rows"])
+    assert told["rows"]
+
+
 @pytest.mark.parametrize(("script", "plot"), [("draw_epochs.py", "epochs.svg"), ("draw_density.py", "density.svg")])
 def test_the_plots_are_what_was_measured(script: str, plot: str) -> None:
     draw = runpy.run_path(str(DOCS / script))["draw"]

@@ -55,7 +55,7 @@ static int search_all(void *context, const dt_mapping *m)
     if (!m->shared || !m->inode)
         return 0;
     q->own = *m;
-    return dt_each_mapping(0, UINT64_MAX, compare, q);
+    return dt_each_mapping(q->s->space, 0, UINT64_MAX, compare, q);
 }
 
 int dt_alias_begin(dt_session *s, dt_region *r)
@@ -64,7 +64,7 @@ int dt_alias_begin(dt_session *s, dt_region *r)
         return 0;
     search q = {.s = s, .region = r};
     r->unseen_aliases = 0;
-    return dt_each_mapping(r->start, r->end, search_all, &q);
+    return dt_each_mapping(s->space, r->start, r->end, search_all, &q);
 }
 
 /* Unregisters what of [start, end) no region and no alias has any more. */
@@ -208,11 +208,11 @@ static int check(void *context, const dt_mapping *m)
 }
 
 /* 1: [start, end) is still what it was; 0 or -errno. */
-static int still_holds(const dt_alias *a)
+static int still_holds(const dt_session *s, const dt_alias *a)
 {
     uint64_t end = a->other + (a->end - a->start);
-    claim c = {a, dt_mapped(a->other, end)};
-    int rc = dt_each_mapping(a->other, end, check, &c);
+    claim c = {a, dt_mapped(s, a->other, end)};
+    int rc = dt_each_mapping(s->space, a->other, end, check, &c);
     return rc ? rc : c.holds;
 }
 
@@ -220,7 +220,7 @@ int dt_alias_verify(dt_session *s, bool *lost)
 {
     for (uint64_t i = 0; i < s->alias_count;) {
         dt_alias *a = &s->aliases[i];
-        int rc = still_holds(a);
+        int rc = still_holds(s, a);
         if (rc > 0)
             rc = dt_uffd_owns(s, a->other, a->other + (a->end - a->start));
         if (rc < 0 && rc != -EINVAL)
@@ -245,7 +245,7 @@ int dt_alias_heal(dt_session *s, uint64_t start, uint64_t end)
             i++;
             continue;
         }
-        int holds = still_holds(a);
+        int holds = still_holds(s, a);
         if (holds < 0)
             return holds;
         dt_mark_all(s->watches, s->watch_count, a->start, a->end);

@@ -45,7 +45,7 @@ static int arm_all(dt_session *s, dt_region *region, dt_failure *why)
 int dt_arm(dt_session *s, dt_region *region, dt_failure *why)
 {
     int rc = dt_look_for_strangers(s);
-    if (!rc && (region->gone_bytes || !dt_mapped(region->start, region->end)))
+    if (!rc && (region->gone_bytes || !dt_mapped(s, region->start, region->end)))
         rc = dt_heal(s, region->start, region->end);
     if (rc)
         return dt_fail_with(why, rc, -rc, DT_STEP_MAPS, region->start, region->end);

@@ -5,12 +5,12 @@
 /* ---- the plan: which spans to scan, and who watches each ------------------------------------------------------------- */
 
 /* One system call finds the holes in a thousand ranges as quickly as in one, where no hole is between them. */
-static void put_together(dt_range *ranges, uint64_t count)
+static void put_together(const dt_session *s, dt_range *ranges, uint64_t count)
 {
     dt_range *first = ranges;
     for (uint64_t i = 0; i < count; i++) {
         ranges[i].together = 1;
-        if (i && ranges[i].start - ranges[i - 1].end < DT_CHUNK_BYTES && dt_mapped(ranges[i - 1].end, ranges[i].start))
+        if (i && ranges[i].start - ranges[i - 1].end < DT_CHUNK_BYTES && dt_mapped(s, ranges[i - 1].end, ranges[i].start))
             first->together++;
         else
             first = &ranges[i];
@@ -104,7 +104,7 @@ static int plan(dt_listener *l)
     }
     for (uint64_t r = 0; r < l->range_count; r++)
         plan_adapting(l, &l->ranges[r]);
-    put_together(l->ranges, l->range_count);
+    put_together(s, l->ranges, l->range_count);
     l->plan_version = s->layout_version;
     return 0;
 }
@@ -184,13 +184,13 @@ static int look_for_holes(dt_session *s, dt_watch *const *watches, uint64_t n, d
     int strange = dt_look_for_strangers(s);
     if (strange)
         return dt_fail_with(why, strange, -strange, DT_STEP_MAPS, 0, 0);
-    for (uint64_t i = 0, next; i < range_count; i = next) {
+    for (uint64_t i = 0, next; i < range_count && !s->space; i = next) { /* of a target, dt_layout_changed tells */
         next = i + ranges[i].together;
-        if (DT_LIKELY(dt_mapped(ranges[i].start, ranges[next - 1].end)))
+        if (DT_LIKELY(dt_mapped(s, ranges[i].start, ranges[next - 1].end)))
             continue;
         bool between = true; /* the hole is in none of them */
         for (uint64_t k = i; k < next; k++) {
-            if (next - i > 1 && dt_mapped(ranges[k].start, ranges[k].end))
+            if (next - i > 1 && dt_mapped(s, ranges[k].start, ranges[k].end))
                 continue;
             between = false;
             int rc = dt_heal(s, ranges[k].start, ranges[k].end);
@@ -198,7 +198,7 @@ static int look_for_holes(dt_session *s, dt_watch *const *watches, uint64_t n, d
                 return dt_fail_with(why, rc, -rc, DT_STEP_MAPS, ranges[k].start, ranges[k].end);
         }
         if (between)
-            put_together(ranges + i, next - i);
+            put_together(s, ranges + i, next - i);
     }
     for (uint64_t i = 0; tell && i < n; i++) {
         dt_watch *w = watches[i];
@@ -438,6 +438,8 @@ static int collect_locked(dt_listener *l, dt_region *only, double budget_seconds
         rc = scan_selection(l, &what, budget_seconds, direct, out);
         if (!rc && (rc = dt_look_for_strangers(s)))
             dt_fail_with(&out->why, rc, -rc, DT_STEP_MAPS, 0, 0);
+        if (!rc && DT_UNLIKELY(s->space != NULL) && (rc = dt_target_there(s)))
+            dt_fail_with(&out->why, rc, -rc, DT_STEP_SCAN, 0, 0);
     }
     /* Either all of it went to the set, or a fold put all of it into the bits. Bits set in both cases (a region of this
      * listener overlaps one that alone was asked for) stay where they are. */

@@ -270,7 +270,7 @@ int dt_compare_survey(dt_region *r)
     r->granule = dt_page_bytes(); /* huge pages too are compared in small ones */
     r->start = dt_down(r->address, r->granule);
     r->end = dt_up(r->address + r->nbytes, r->granule);
-    dt_each_mapping(r->start, r->end, note_kind, &r->kinds); /* to tell of it only */
+    dt_each_mapping(NULL, r->start, r->end, note_kind, &r->kinds); /* to tell of it only */
     r->kinds &= ~(uint32_t)DT_KIND_GIGANTIC;                 /* which another scan would be made for */
     return 0;
 }
@@ -282,14 +282,14 @@ int dt_compare_mapping(uint64_t address, uint64_t end, dt_mapping *out)
     int rc = dt_mapping_at(address, out);
     if (!rc || rc == -ENOENT)
         return rc;
-    while (at < end && !dt_mapped(at, at + page))
+    while (at < end && !dt_mapped(NULL, at, at + page))
         at += page;
     if (at >= end)
         return -ENOENT;
     uint64_t mapped = at + page, beyond = end; /* [at, mapped) is, and [at, beyond + page) is not */
     while (mapped < beyond) {
         uint64_t middle = mapped + dt_up((beyond - mapped) / 2, page);
-        if (dt_mapped(at, middle))
+        if (dt_mapped(NULL, at, middle))
             mapped = middle;
         else
             beyond = middle - page;

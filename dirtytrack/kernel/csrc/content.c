@@ -79,37 +79,42 @@ static bool is_shmem(const char *name)
     return !strncmp(name, "/memfd:", 7) || !strncmp(name, "/SYSV", 5) || !strncmp(name, "/dev/zero", 9);
 }
 
-static bool is_file(int fd, const dt_mapping *m, struct stat *about)
+static bool is_same(const dt_mapping *m, const struct stat *about)
 {
-    return !fstat(fd, about) && about->st_ino == m->inode && major(about->st_dev) == m->device_major &&
+    return about->st_ino == m->inode && major(about->st_dev) == m->device_major &&
            minor(about->st_dev) == m->device_minor;
 }
 
-/* The mapping's file, opened anew so that nobody's file position moves: by its path, by a descriptor that this process
+static bool is_file(int fd, const dt_mapping *m, struct stat *about) { return !fstat(fd, about) && is_same(m, about); }
+
+/* The mapping's file, opened anew so that nobody's file position moves: by its path, by a descriptor that its process
  * has of it, or by the mapping itself, which takes a privilege. -1: it cannot be had. */
-static int open_file(const dt_mapping *m, struct stat *about)
+static int open_file(const dt_space *space, const dt_mapping *m, struct stat *about)
 {
-    char path[300];
-    if (m->name[0] == '/' && (strncmp(m->name, "/dev/", 5) || !strncmp(m->name, "/dev/shm/", 9))) {
+    char path[300], process[32] = "/proc/self";
+    if (space)
+        snprintf(process, sizeof process, "/proc/%d", (int)space->pid);
+    if (!space && m->name[0] == '/' && /* a path of another process may be another file here */ (strncmp(m->name, "/dev/", 5) || !strncmp(m->name, "/dev/shm/", 9))) {
         int fd = open(m->name, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
         if (fd >= 0 && is_file(fd, m, about))
             return fd;
         if (fd >= 0)
             close(fd);
     }
-    snprintf(path, sizeof path, "/proc/self/map_files/%llx-%llx", (unsigned long long)m->start, (unsigned long long)m->end);
+    snprintf(path, sizeof path, "%s/map_files/%llx-%llx", process, (unsigned long long)m->start, (unsigned long long)m->end);
     int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* no doubt whose it is; an overlay tells other numbers */
     if (fd >= 0 && !fstat(fd, about))
         return fd;
     if (fd >= 0)
         close(fd);
-    DIR *list = opendir("/proc/self/fd");
+    snprintf(path, sizeof path, "%s/fd", process);
+    DIR *list = opendir(path);
     fd = -1;
     for (struct dirent *entry; list && fd < 0 && (entry = readdir(list));) {
         int number = atoi(entry->d_name);
-        if (entry->d_name[0] == '.' || number == dirfd(list) || !is_file(number, m, about))
+        snprintf(path, sizeof path, "%s/fd/%d", process, number);
+        if (entry->d_name[0] == '.' || (!space && number == dirfd(list)) || stat(path, about) || !is_same(m, about))
             continue;
-        snprintf(path, sizeof path, "/proc/self/fd/%d", number);
         fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
         if (fd >= 0 && !is_file(fd, m, about)) {
             close(fd);
@@ -201,17 +206,17 @@ static int ask_mapping(void *context, const dt_mapping *m)
     uint64_t start = dt_max(a->start, m->start), end = dt_min(a->end, m->end);
     uint32_t kind = dt_kind_of(m);
     struct stat about;
-    bool certain = dt_swapped_bytes(m->start, m->end) == 0;
+    bool certain = dt_swapped_bytes(a->s->space, m->start, m->end) == 0;
     if (!(kind & DT_KIND_SHARED)) {
         a->tell(a->context, start, end, certain || kind & DT_KIND_HUGETLB ? IS_EMPTY : UNKNOWN);
         return 0;
     }
-    int fd = open_file(m, &about);
+    int fd = open_file(a->s->space, m, &about);
     if (kind & DT_KIND_HUGETLB)
         a->tell(a->context, start, end, all_accounted_for(a->s, m, fd) ? IS_EMPTY : UNKNOWN);
     else if (fd >= 0 && tells_holes(fd))
         by_seeking(fd, m, start, end, a->tell, a->context);
-    else if (is_shmem(m->name))
+    else if (is_shmem(m->name) && !a->s->space) /* mincore() tells of this process alone */
         by_mincore(start, end, certain ? IS_EMPTY : UNKNOWN, a->tell, a->context);
     else
         a->tell(a->context, start, end, UNKNOWN);
@@ -224,7 +229,7 @@ static int ask_mapping(void *context, const dt_mapping *m)
 static int ask(dt_session *s, uint64_t start, uint64_t end, on_answer tell, void *context)
 {
     asking a = {s, start, end, tell, context};
-    return dt_each_mapping(start, end, ask_mapping, &a);
+    return dt_each_mapping(s->space, start, end, ask_mapping, &a);
 }
 
 /* ---- around the first arming -------------------------------------------------------------------------------------- */
@@ -303,7 +308,7 @@ static void populate(void *context, uint64_t start, uint64_t end)
 /* A page may have come between the look before and the arming. */
 int dt_content_after_arming(dt_session *s, dt_region *r, uint64_t start, uint64_t end)
 {
-    if (r->content && (r->kinds & (DT_KIND_SHARED | DT_KIND_HUGETLB)) == DT_KIND_SHARED) {
+    if (r->content && (r->kinds & (DT_KIND_SHARED | DT_KIND_HUGETLB)) == DT_KIND_SHARED && !s->space) {
         int rc = dt_query(s, dt_max(start, r->start), dt_min(end, r->end), &NOT_PRESENT, populate, r->content);
         if (rc)
             return rc;

@@ -136,6 +136,8 @@ void dt_set_bitmap(const dt_set *set, uint64_t start, uint64_t end, uint8_t *out
  * returns how many there are. `stride` > 0. */
 uint64_t dt_set_rows(const dt_set *set, uint64_t address, uint64_t stride, uint64_t row_bytes, uint64_t rows,
                      uint64_t *out, uint64_t room);
+/* How many of its pages are in each of n spans; -EINVAL unless these are page-aligned, sorted and disjoint. */
+int dt_set_counts(const dt_set *set, const dt_run *spans, uint64_t n, uint64_t *out);
 
 /* ---- bytes of a set ----------------------------------------------------------------------------------------- */
 
@@ -307,6 +309,33 @@ uint64_t dt_session_features(dt_session *session);
 int dt_session_suspend(dt_session *session, dt_failure *why);
 int dt_session_resume(dt_session *session, dt_failure *why);
 int dt_session_statistics(dt_session *session, dt_statistics *out);
+/* Descriptors of another process. A session that adopts them closes them with itself; where adopting fails they stay the
+ * caller's. */
+typedef struct dt_target {
+    int32_t pid;
+    int32_t pidfd;
+    int32_t uffd;          /* of userfaultfd(2) in that process; UFFDIO_API is still to be called, or was (ready) */
+    int32_t pagemap, maps; /* /proc/PID/pagemap and maps, of before it could replace itself by exec */
+    int32_t ready;
+} dt_target;
+
+/* A userfaultfd of this process, for another that will track it. */
+int dt_open_userfaultfd(int32_t *out, dt_failure *why);
+
+/* A session for the memory of another process: what it is told of addresses is about that process. */
+int dt_session_adopt(const dt_target *target, uint32_t remedy, dt_session **out, dt_failure *why);
+/* The mappings of the target, sorted, and from now on what dt_layout_changed compares with. At most `room` are written;
+ * their number is returned, or -errno. It compares with nothing, and says 1, until all of them had room. */
+int64_t dt_layout_read(dt_session *session, dt_mapping *out, uint64_t room);
+/* The same, of a process without a session, by its /proc/PID/maps. */
+int64_t dt_mappings_of(int32_t pid, int32_t maps, dt_mapping *out, uint64_t room);
+/* 1: the target's writable mappings are others than at the last dt_layout_read; 0, or -errno. */
+int dt_layout_changed(dt_session *session);
+
+/* Reads the pages of a set from another process, packed in the order of their addresses, by few system calls. `out` has
+ * room for all of them. mem: its /proc/PID/mem, or -1: by process_vm_readv, which takes the right to trace it. A page that cannot be read fails with -EFAULT and why->start; *done bytes before it are there. */
+int dt_read_target(int32_t pid, int32_t mem, const dt_set *set, uint8_t *out, uint64_t room, uint64_t *done, dt_failure *why);
+
 uint64_t dt_session_kept_bytes(dt_session *session);   /* copies or hashes, to compare with; 0 where the kernel tells */
 
 typedef struct dt_region_info {
@@ -362,6 +391,40 @@ int64_t dt_watched(dt_listener *listener, uint64_t *ids, uint64_t room);
 int dt_audit(dt_listener *listener, double fraction);  /* of the clean pages, 0 turns it off; before dt_start */
 int dt_listener_statistics(dt_listener *listener, dt_statistics *out);
 
+/* ---- the guardian: run in a process of its own -------------------------------------------------------------- */
+
+typedef struct dt_guard_wish {
+    int32_t pid;
+    int32_t channel;          /* a socket, for the answer: dt_guard_answer, with the descriptor beside it */
+    uint32_t freeze;          /* 1: stop all threads, answer, go on when the channel closes or something comes by it */
+    uint32_t timeout_ms;
+    uint32_t suspend_seccomp; /* 1: the target's filters do not see the injected calls; takes CAP_SYS_ADMIN */
+    uint32_t fault_step;      /* for tests: after so many steps somebody is killed */
+    uint32_t fault_tracker;   /* 1: the guardian's parent; 0: the guardian */
+    uint32_t reserved;
+} dt_guard_wish;
+
+enum dt_guard_step {
+    DT_GUARD_OPEN = 0,        /* pidfd_open */
+    DT_GUARD_GADGET = 1,      /* looking for a system call instruction in the target's text */
+    DT_GUARD_STOP = 2,        /* PTRACE_SEIZE, and waiting for a stop */
+    DT_GUARD_CALL = 3,        /* changing registers, running the injected call */
+    DT_GUARD_USERFAULTFD = 4, /* what that call answered */
+    DT_GUARD_TAKE = 5         /* pidfd_getfd */
+};
+
+typedef struct dt_guard_answer {
+    int32_t code;             /* 0 or -errno */
+    int32_t step;             /* enum dt_guard_step */
+    uint64_t stall_ns;        /* from the first stop to the last letting go */
+    uint32_t threads;
+    uint32_t reserved;
+    uint64_t steps;           /* how many there were */
+} dt_guard_answer;
+
+/* Does it all, and answers. Blocks all signals of its process. 0, or 1 where it failed. */
+int dt_guard_run(const dt_guard_wish *wish);
+
 /* ---- failures on purpose, for tests -------------------------------------------------------------------------- */
 
 enum dt_site {
@@ -372,7 +435,7 @@ enum dt_site {
 
 /* The nth call (from 1) at any of `sites`, and the `times` - 1 calls after it (0: all of them), fail with os_errno;
  * after = 1: the call is made, then reported as failed. sites = 0 turns it off. Returns how many calls the sites saw
- * since the last dt_fail. Process-wide, not for concurrent use. */
+ * since the last dt_fail. after = 2: the process is killed before that call. Process-wide, not for concurrent use. */
 uint64_t dt_fail(uint32_t sites, uint64_t nth, uint64_t times, int os_errno, int after);
 
 #endif

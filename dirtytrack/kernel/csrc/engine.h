@@ -127,6 +127,9 @@ struct dt_session {
     uint32_t remedy;              /* enum dt_remedy, as given */
     uint64_t block_bytes;         /* what is left unarmed together: see adapt.c */
     int uffd, pagemap, door;
+    dt_space *space;              /* NULL: this process; else another, whose pidfd says whether it is there: see foreign.c */
+    int pidfd;
+    uint64_t chunk_bytes;         /* of address space in one ioctl */
     uint64_t features;
     uint64_t next_id;
     uint64_t layout_version;      /* changes whenever a watch comes or goes */
@@ -178,12 +181,15 @@ void dt_leave(dt_session *s);
 bool dt_forked(const dt_session *s);
 void dt_retain(dt_session *s);
 void dt_release(dt_session *s);
-int dt_room(void **array, uint64_t *room, uint64_t wanted, size_t item_bytes); /* grow an array; -ENOMEM */
+
 int dt_checked_ioctl(enum dt_site site, int fd, unsigned long request, void *argument); /* 0 or -errno */
 int dt_open_door(enum dt_door door);          /* a descriptor or -errno */
 int dt_open_any_door(dt_failure *why, int *door);
 int dt_uffd_api(int fd, uint64_t features, uint64_t *all); /* 0 or -errno */
 int dt_open_pagemap(void);
+int dt_new_session(dt_session **out, dt_failure *why); /* one without a descriptor */
+void dt_choose_remedies(dt_session *s, uint32_t remedy);
+void dt_free_session(dt_session *s);
 
 /* region.c */
 int dt_uffd_register(dt_session *s, uint64_t start, uint64_t end);
@@ -293,10 +299,19 @@ int dt_peek_range(dt_session *s, uint64_t start, uint64_t end, bool present, dt_
                   dt_set *written, dt_set *others, dt_failure *why);
 
 /* heal.c */
-bool dt_mapped(uint64_t start, uint64_t end);
+bool dt_mapped(const dt_session *s, uint64_t start, uint64_t end);
 int dt_heal(dt_session *s, uint64_t start, uint64_t end);
 int dt_look_for_strangers(dt_session *s);     /* 0, or -errno of dt_heal */
 bool dt_next_own(const dt_session *s, uint64_t *at, uint64_t end, uint64_t *from, uint64_t *to);
+
+/* foreign.c */
+int dt_target_there(const dt_session *s);     /* 0, or -ESRCH: the process ended, or replaced itself by exec */
+void dt_close_target(dt_session *s);
+void dt_target_finished(dt_session *s);       /* frees what it has of the target */
+/* 0 where [start, end) is whole mappings as of now, but for what is registered before it; else -EAGAIN, or -errno: what
+ * is registered in part is two mappings, and an mremap() of the target over both fails. */
+int dt_target_fits(dt_session *s, uint64_t start, uint64_t end);
+bool dt_target_mapped(const dt_session *s, uint64_t start, uint64_t end);
 
 /* compare.c, plate.c: a session without a userfaultfd and a pagemap. Its part of what the kernel does elsewhere. */
 int dt_compare_open(uint32_t backend, dt_compare **out);     /* 0 or -errno */

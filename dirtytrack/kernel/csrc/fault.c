@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT
  * Allocations and pages; and the failures that tests order. */
 #include "internal.h"
+#include <signal.h>
 #include <unistd.h>
 
 _Atomic uint32_t dt_fail_sites;
@@ -27,6 +28,8 @@ int dt_fail_check(enum dt_site site)
     if (call < first || (times && call >= first + times))
         return 0;
     int error = atomic_load(&fail_errno);
+    if (atomic_load(&fail_after) == 2)
+        kill(getpid(), SIGKILL);
     return atomic_load(&fail_after) ? -error : error;
 }
 

@@ -11,8 +11,10 @@ static void unmark_all(dt_session *s, uint64_t start, uint64_t end)
 
 /* msync(MS_ASYNC) writes nothing since Linux 2.6.19; it says ENOMEM where part of the range is not mapped, at the cost
  * of one system call. A scan would pass over such a hole in silence. */
-bool dt_mapped(uint64_t start, uint64_t end)
+bool dt_mapped(const dt_session *s, uint64_t start, uint64_t end)
 {
+    if (s && s->space)
+        return dt_target_mapped(s, start, end);
     return msync((void *)start, end - start, MS_ASYNC) == 0 || errno != ENOMEM;
 }
 
@@ -98,7 +100,7 @@ bool dt_next_own(const dt_session *s, uint64_t *at, uint64_t end, uint64_t *from
 int dt_look_for_strangers(dt_session *s)
 {
     uint64_t registrations = atomic_load(&dt_registrations), thefts = atomic_load(&dt_thefts);
-    if (DT_LIKELY(registrations == s->registrations && thefts == s->thefts && !s->foreign_count) || s->suspended || s->compare)
+    if (DT_LIKELY(registrations == s->registrations && thefts == s->thefts && !s->foreign_count) || s->suspended || s->compare || s->space)
         return 0;
     for (uint64_t i = 0; i < s->region_count; i++) {
         int rc = s->regions[i]->registered ? dt_heal(s, s->regions[i]->start, s->regions[i]->end) : 0;
@@ -163,7 +165,7 @@ int dt_heal(dt_session *s, uint64_t start, uint64_t end)
         s->regions[i]->seen_start = s->regions[i]->seen_end = s->regions[i]->seen_bytes = 0;
     for (uint64_t at = start; at < end;) {
         dt_mapping m;
-        int rc = s->compare ? dt_compare_mapping(at, end, &m) : dt_mapping_at(at, &m);
+        int rc = s->compare ? dt_compare_mapping(at, end, &m) : dt_mapping_of(s->space, at, &m);
         if (rc && rc != -ENOENT)
             return rc;
         uint64_t next = rc ? end : dt_min(end, m.start);
@@ -178,6 +180,10 @@ int dt_heal(dt_session *s, uint64_t start, uint64_t end)
             return rc;
         if (rc) {
             rc = dt_uffd_owns(s, at, next);
+            if (rc == -EINVAL && s->space) { /* gone since: whatever it is now is found when mappings are looked at anew */
+                dt_mark_all(s->watches, s->watch_count, at, next);
+                rc = 1;
+            }
             if (!rc)
                 rc = note_foreign(s, start, end, at, next);
             if (rc < 0)
@@ -187,11 +193,13 @@ int dt_heal(dt_session *s, uint64_t start, uint64_t end)
             rc = note_kind(s, at, next, &m, &fits, &present);
             if (rc)
                 return rc;
-            dt_mark_all(s->watches, s->watch_count, at, next);
+            /* Of a target the whole mapping, beyond what is watched of it too: see dt_target_fits. */
+            uint64_t first = s->space ? m.start : at, last = s->space ? m.end : next;
+            dt_mark_all(s->watches, s->watch_count, first, last);
             s->statistics.mappings_renewed++;
             /* What cannot be registered (a special mapping, another's userfaultfd) counts as written at each collect:
              * its scan fails with EPERM each time and comes here. */
-            if (fits && !dt_uffd_register(s, at, next) && (rc = arm_anew(s, at, next, present)))
+            if (fits && !dt_uffd_register(s, first, last) && (rc = arm_anew(s, at, next, present)))
                 return rc;
         }
         at = next;

@@ -9,8 +9,10 @@
 #include <errno.h>
 #include <stdatomic.h>
 #include <stdbool.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/types.h>
 
 #define DT_LIKELY(x) __builtin_expect(!!(x), 1)
 /* What is called in it becomes part of it, for where a system call is made a thousand times in a row: after each the
@@ -31,13 +33,22 @@ static inline int dt_fail_at(enum dt_site site)
 void *dt_alloc(size_t bytes);                     /* zeroed, or NULL */
 void *dt_grow(void *block, size_t old_bytes, size_t bytes); /* the new part is not zeroed; NULL leaves the old block */
 void dt_free(void *block);
+int dt_room(void **array, uint64_t *room, uint64_t wanted, size_t item_bytes); /* grow an array; -ENOMEM */
 
 /* ---- mappings (maps.c) ---- */
+/* Whose memory: NULL is this process. */
+typedef struct dt_space {
+    pid_t pid;
+    int maps; /* its /proc/PID/maps: opened once, so that neither exec nor another process of that number can fool it */
+} dt_space;
+int dt_mapping_of(const dt_space *space, uint64_t address, dt_mapping *out); /* as dt_mapping_at */
 /* Each mapping that touches [start, end), in order, until `visit` returns another number than 0, which is returned. */
-int dt_each_mapping(uint64_t start, uint64_t end, int (*visit)(void *context, const dt_mapping *mapping), void *context);
+int dt_each_mapping(const dt_space *space, uint64_t start, uint64_t end,
+                    int (*visit)(void *context, const dt_mapping *mapping), void *context);
+FILE *dt_open_proc(const dt_space *space, const char *name); /* /proc/PID/name, or NULL with errno */
 bool dt_maps_query(void);                       /* whether PROCMAP_QUERY is there */
 uint32_t dt_kind_of(const dt_mapping *mapping); /* enum dt_kind, or-ed */
-int64_t dt_swapped_bytes(uint64_t start, uint64_t end); /* of the mappings that touch it, in swap; or -errno */
+int64_t dt_swapped_bytes(const dt_space *space, uint64_t start, uint64_t end); /* of the mappings that touch it, in swap; or -errno */
 
 /* ---- pages ---- */
 uint64_t dt_page_bytes(void);    /* asked of the system once */

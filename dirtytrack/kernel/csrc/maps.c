@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT
- * This process's mappings: by PROCMAP_QUERY (Linux 6.11), else from the text of /proc/self/maps and smaps. */
+ * Mappings of this process or another: by PROCMAP_QUERY (Linux 6.11), else from the text of /proc/self/maps and smaps. */
 #include "internal.h" /* first: it asks for GNU names */
 #include "abi.h"
 #include <fcntl.h>
@@ -9,12 +9,30 @@
 #include <sys/sysinfo.h>
 #include <unistd.h>
 
-static int open_maps(void)
+static int open_maps(const dt_space *space)
 {
+    if (space)
+        return space->maps;
     int fd = open("/proc/self/maps", O_RDONLY | O_CLOEXEC);
     if (fd < 0) /* no /proc must not look like no mapping */
         return errno == ENOENT ? -ENODEV : -errno;
     return fd;
+}
+
+static void close_maps(const dt_space *space, int fd)
+{
+    if (!space && fd >= 0)
+        close(fd);
+}
+
+FILE *dt_open_proc(const dt_space *space, const char *name)
+{
+    char path[64];
+    if (space)
+        snprintf(path, sizeof path, "/proc/%d/%s", (int)space->pid, name);
+    else
+        snprintf(path, sizeof path, "/proc/self/%s", name);
+    return fopen(path, "re");
 }
 
 static int query(int fd, struct k_procmap_query *q, uint64_t address, char *name, uint32_t name_bytes)
@@ -140,10 +158,10 @@ static int by_text(int fd, uint64_t address, dt_mapping *out)
 typedef struct smaps { uint64_t start, end, page_bytes, swap_bytes; } smaps;
 
 /* Each mapping that touches [start, end): told at its last line (VmFlags). 0, or -errno. */
-static int read_smaps(uint64_t start, uint64_t end, void (*visit)(void *context, const smaps *mapping), void *context)
+static int read_smaps(const dt_space *space, uint64_t start, uint64_t end, void (*visit)(void *context, const smaps *mapping), void *context)
 {
     int fail = dt_fail_at(DT_SITE_MAPS);
-    FILE *file = fail ? NULL : fopen("/proc/self/smaps", "re");
+    FILE *file = fail ? NULL : dt_open_proc(space, "smaps");
     if (!file)
         return fail ? -abs(fail) : -errno;
     smaps m = {0};
@@ -173,19 +191,19 @@ static int read_smaps(uint64_t start, uint64_t end, void (*visit)(void *context,
 static void note_page_bytes(void *context, const smaps *m) { *(uint64_t *)context = m->page_bytes; }
 static void add_swap(void *context, const smaps *m) { *(uint64_t *)context += m->swap_bytes; }
 
-int64_t dt_swapped_bytes(uint64_t start, uint64_t end)
+int64_t dt_swapped_bytes(const dt_space *space, uint64_t start, uint64_t end)
 {
     struct sysinfo info;
     if (!sysinfo(&info) && info.totalswap == info.freeswap)
         return 0;
     uint64_t bytes = 0;
-    int code = read_smaps(start, end, add_swap, &bytes);
+    int code = read_smaps(space, start, end, add_swap, &bytes);
     return code ? code : (int64_t)bytes;
 }
 
 /* ---- one mapping, or each of many ----------------------------------------------------------------------------- */
 
-static int next_mapping(int fd, uint64_t address, dt_mapping *out)
+static int next_mapping(const dt_space *space, int fd, uint64_t address, dt_mapping *out)
 {
     int code = by_query(fd, address, out);
     /* The answers of kernels without the query, and of filters that forbid it. */
@@ -194,40 +212,42 @@ static int next_mapping(int fd, uint64_t address, dt_mapping *out)
     if (!code && !out->page_bytes) { /* the text does not say; what is no file cannot be a huge page of the pool */
         out->page_bytes = dt_page_bytes();
         if (out->name[0] == '/')
-            code = read_smaps(out->start, out->start + 1, note_page_bytes, &out->page_bytes);
+            code = read_smaps(space, out->start, out->start + 1, note_page_bytes, &out->page_bytes);
     }
     return code;
 }
 
-int dt_mapping_at(uint64_t address, dt_mapping *out)
+int dt_mapping_of(const dt_space *space, uint64_t address, dt_mapping *out)
 {
-    int fd = open_maps();
+    int fd = open_maps(space);
     if (fd < 0)
         return fd;
-    int code = next_mapping(fd, address, out);
-    close(fd);
+    int code = next_mapping(space, fd, address, out);
+    close_maps(space, fd);
     return code;
 }
 
-int dt_each_mapping(uint64_t start, uint64_t end, int (*visit)(void *context, const dt_mapping *mapping), void *context)
+int dt_mapping_at(uint64_t address, dt_mapping *out) { return dt_mapping_of(NULL, address, out); }
+
+int dt_each_mapping(const dt_space *space, uint64_t start, uint64_t end,
+                    int (*visit)(void *context, const dt_mapping *mapping), void *context)
 {
-    int fd = open_maps(), code = fd < 0 ? fd : 0;
+    int fd = open_maps(space), code = fd < 0 ? fd : 0;
     for (uint64_t at = start; at < end && !code;) {
         dt_mapping m;
-        code = next_mapping(fd, at, &m);
+        code = next_mapping(space, fd, at, &m);
         if (code || m.start >= end)
             break;
         at = m.end;
         code = visit(context, &m);
     }
-    if (fd >= 0)
-        close(fd);
+    close_maps(space, fd);
     return code == -ENOENT ? 0 : code;
 }
 
 bool dt_maps_query(void)
 {
-    int fd = open_maps();
+    int fd = open_maps(NULL);
     struct k_procmap_query q;
     int code = fd < 0 ? fd : query(fd, &q, 0, NULL, 0);
     if (fd >= 0)

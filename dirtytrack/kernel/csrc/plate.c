@@ -204,7 +204,7 @@ bool dt_read_empty(dt_reader *r, uint64_t at, uint64_t start, uint64_t end, bool
     if (r->pagemap < 0)
         return false;
     if (r->anonymous < 0)
-        r->anonymous = sure || dt_each_mapping(start, end, is_anonymous, NULL) == 0;
+        r->anonymous = sure || dt_each_mapping(NULL, start, end, is_anonymous, NULL) == 0;
     if (!r->anonymous)
         return false;
     if (at < r->entries_start || at >= r->entries_end) {

@@ -50,7 +50,7 @@ static int unregister_mapping(dt_session *s, const dt_mapping *m, uint64_t start
 {
     dt_mapping left;
     bool held = false;
-    if (m->inode && start == m->start && end == m->end && !dt_mapping_at(start - dt_page_bytes(), &left) && continues(&left, m)) {
+    if (m->inode && start == m->start && end == m->end && !dt_mapping_of(s->space, start - dt_page_bytes(), &left) && continues(&left, m)) {
         int rc = dt_page_armable(s, left.end - dt_page_bytes());
         if (!rc)
             rc = bare_register(s, left.start, left.end), held = !rc;
@@ -79,7 +79,7 @@ int dt_uffd_unregister(dt_session *s, uint64_t start, uint64_t end)
     if (!unregistering_may_crash() && !(s->remedy & DT_REMEDY_FROM_RIGHT))
         return bare_unregister(s, start, end);
     mappings kept = {0};
-    int rc = dt_each_mapping(start, end, keep_mapping, &kept);
+    int rc = dt_each_mapping(s->space, start, end, keep_mapping, &kept);
     for (uint64_t i = rc ? 0 : kept.count; i--;) { /* from the right: the left neighbour of each is still registered */
         const dt_mapping *m = &kept.all[i];
         int failed = unregister_mapping(s, m, dt_max(start, m->start), dt_min(end, m->end));
@@ -94,7 +94,7 @@ int dt_uffd_unregister(dt_session *s, uint64_t start, uint64_t end)
 static int register_ioctl(dt_session *s, uint64_t start, uint64_t end)
 {
     int rc = bare_register(s, start, end);
-    if (!rc && !s->compare) { /* the others look whether it was theirs; we need not look at our own */
+    if (!rc && !s->compare && !s->space) { /* the others look whether it was theirs; we need not look at our own */
         uint64_t before = atomic_fetch_add(&dt_registrations, 1);
         s->registrations += s->registrations == before;
     }
@@ -131,10 +131,10 @@ static int register_with_bridge(dt_session *s, uint64_t start, uint64_t end)
             above = dt_min(above, r->start);
     }
     dt_mapping m;
-    if (below && below < start && !dt_mapping_at(below, &m) && m.start <= below && m.end >= start &&
+    if (below && below < start && !dt_mapping_of(s->space, below, &m) && m.start <= below && m.end >= start &&
         !register_ioctl(s, below, end))
         return add_bridge(s, below, start);
-    if (above != UINT64_MAX && above > end && !dt_mapping_at(end, &m) && m.start <= end && m.end >= above &&
+    if (above != UINT64_MAX && above > end && !dt_mapping_of(s->space, end, &m) && m.start <= end && m.end >= above &&
         !register_ioctl(s, start, above))
         return add_bridge(s, end, above);
     return -ENOMEM;
@@ -203,7 +203,7 @@ int dt_survey(dt_region *r, uint64_t granule)
 {
     uint64_t end = r->address + r->nbytes, page = dt_page_bytes();
     survey seen = {r->address, end, page, page, page, 0};
-    int rc = dt_each_mapping(r->address, end, look_at, &seen);
+    int rc = dt_each_mapping(r->session->space, r->address, end, look_at, &seen);
     if (rc)
         return rc;
     r->kinds = seen.kinds;
@@ -260,8 +260,12 @@ int dt_register(dt_session *s, uint64_t address, uint64_t nbytes, uint64_t granu
     }
     /* On every register: the address may have been unmapped and mapped again since it was last registered. The kernel
      * skips holes in silence, so they are looked for first. */
+    if (s->space && (rc = dt_target_fits(s, r->start, r->end))) {
+        dt_fail_with(why, rc, -rc, DT_STEP_MAPS, r->start, r->end);
+        goto failed;
+    }
     if (!s->suspended) {
-        rc = dt_mapped(r->start, r->end) ? dt_uffd_register(s, r->start, r->end) : -EFAULT;
+        rc = dt_mapped(s, r->start, r->end) ? dt_uffd_register(s, r->start, r->end) : -EFAULT;
         if (rc) {
             dt_fail_with(why, rc, -rc, DT_STEP_REGISTER, r->start, r->end);
             goto failed;
@@ -314,7 +318,7 @@ static int unregister_locked(dt_session *s, dt_region *region)
     dt_content_end(s, region);
     if (s->compare)
         dt_compare_adjust(s, region);
-    if (s->uffd < 0)
+    if (s->uffd < 0 || s->space) /* of a target: with the descriptor. To unregister part of a mapping would split it. */
         return 0;
     uint64_t at = region->start, from, to;
     int failed = 0;

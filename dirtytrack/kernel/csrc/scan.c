@@ -197,14 +197,17 @@ const dt_question DT_ABSENT = {.mask = K_PAGE_IS_PRESENT | K_PAGE_IS_SWAPPED,
                                .inverted = K_PAGE_IS_PRESENT | K_PAGE_IS_SWAPPED};
 
 /* Calls end at multiples of a chunk: one that ended inside a huge page would pass over that page in silence. */
-static uint64_t chunk_end(uint64_t at, uint64_t end) { return dt_min(end, dt_down(at, DT_CHUNK_BYTES) + DT_CHUNK_BYTES); }
+static uint64_t chunk_end(const dt_session *s, uint64_t at, uint64_t end)
+{
+    return dt_min(end, dt_down(at, s->chunk_bytes) + s->chunk_bytes);
+}
 
 /* Resumes at the end of the last run it got: the kernel's walk_end may name a place far before where the walk really was
  * (measured, Linux 6.12-7.3), and is not used at all. */
 int dt_query(dt_session *s, uint64_t start, uint64_t end, const dt_question *question, dt_on_run on_run, void *context)
 {
     for (uint64_t at = start, to; at < end; at = to) {
-        to = chunk_end(at, end);
+        to = chunk_end(s, at, end);
         for (;;) {
             long n = scan_ioctl(s, at, to, question);
             if (n < 0) {
@@ -247,7 +250,7 @@ int dt_protect(dt_session *s, uint64_t start, uint64_t end)
     if (DT_UNLIKELY(s->compare))
         return dt_compare_protect(s, start, end);
     for (uint64_t at = start, length; at < end; at += length) {
-        length = chunk_end(at, end) - at;
+        length = chunk_end(s, at, end) - at;
         int rc;
         do {
             struct k_uffdio_writeprotect wp = {{at, length}, K_UFFDIO_WRITEPROTECT_MODE_WP};
@@ -501,7 +504,7 @@ static int scan_part(dt_pass *pass, uint64_t whole_start, uint64_t whole_end, ui
     uint64_t part = start, from, to;
     while (dt_next_own(pass->session, &part, end, &from, &to))
         for (uint64_t at = from, next; at < to; at = next) {
-            next = chunk_end(at, to);
+            next = chunk_end(pass->session, at, to);
             int rc = scan_span(pass, at, next), step = pass->session->compare ? dt_compare_step(rc) : DT_STEP_SCAN;
             if (rc == -EPERM && tries < 4) {
                 dt_fold(pass);
@@ -528,7 +531,7 @@ int dt_scan_apart(dt_session *s, uint64_t start, uint64_t end, bool arm, uint64_
 {
     uint64_t bytes = 0;
     for (uint64_t at = start, to; at < end; at = to) {
-        to = chunk_end(at, end);
+        to = chunk_end(s, at, end);
         for (long n = DT_VECTOR_LENGTH; n == (long)DT_VECTOR_LENGTH && at < to;) {
             n = scan_ioctl(s, at, to, arm ? &DT_ARM_WRITTEN : &DT_WRITTEN);
             if (n < 0) {

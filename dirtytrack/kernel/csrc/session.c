@@ -103,6 +103,11 @@ static void forget_inherited(dt_session *s)
         dt_compare_abandon(s->compare);
     close_inherited(uffd, "userfaultfd");
     close_inherited(pagemap, "pagemap");
+    if (s->space) {
+        close_inherited(s->space->maps, "maps");
+        close_inherited(s->pidfd, "pid");
+        s->space->maps = s->pidfd = -1;
+    }
 }
 
 /* ---- small things ------------------------------------------------------------------------------------------- */
@@ -222,8 +227,9 @@ static int open_uffd(dt_session *s, dt_failure *why)
 
 /* ---- opening and closing -------------------------------------------------------------------------------------- */
 
-static void free_session(dt_session *s)
+void dt_free_session(dt_session *s)
 {
+    dt_target_finished(s);
     if (s->vector)
         munmap(s->vector, DT_VECTOR_LENGTH * sizeof *s->vector);
     dt_free(s->regions);
@@ -240,15 +246,14 @@ static void free_session(dt_session *s)
     dt_free(s);
 }
 
-int dt_session_open(uint32_t remedy, int events, uint32_t backend, dt_session **out, dt_failure *why)
+int dt_new_session(dt_session **out, dt_failure *why)
 {
-    static _Atomic int needs_remedy = -1; /* asked of the kernel once: a fork keeps the kernel */
     dt_session *s = dt_alloc(sizeof *s);
     if (!s)
         return dt_fail_with(why, -ENOMEM, ENOMEM, DT_STEP_MEMORY, 0, 0);
     s->refs = 1;
-    s->wants_events = events;
-    s->uffd = s->pagemap = -1;
+    s->uffd = s->pagemap = s->pidfd = -1;
+    s->chunk_bytes = DT_CHUNK_BYTES;
     s->generation = this_generation();
     s->registrations = atomic_load(&dt_registrations);
     s->thefts = atomic_load(&dt_thefts);
@@ -269,6 +274,40 @@ int dt_session_open(uint32_t remedy, int events, uint32_t backend, dt_session **
             memset(vector, 0, bytes);
         }
     }
+    if (rc)
+        dt_free_session(s);
+    else
+        *out = s;
+    return rc;
+}
+
+void dt_choose_remedies(dt_session *s, uint32_t remedy)
+{
+    static _Atomic int needs_remedy = -1; /* asked of the kernel once: a fork keeps the kernel */
+    s->remedy = remedy;
+    s->block_bytes = (remedy & DT_REMEDY_EAGER ? 8 : 64) * dt_page_bytes();
+    if (remedy & (DT_REMEDY_ABSENT | DT_REMEDY_NO_ABSENT)) {
+        s->find_absent = remedy & DT_REMEDY_ABSENT;
+        return;
+    }
+    int needs = atomic_load(&needs_remedy);
+    if (needs < 0) {
+        dt_support support;
+        dt_probe(&support);
+        needs = !support.sees_discards || !support.sees_untouched;
+        if (support.sees_stores) /* a probe that could not try (no memory, no descriptor) is not remembered */
+            atomic_store(&needs_remedy, needs);
+    }
+    s->find_absent = needs;
+}
+
+int dt_session_open(uint32_t remedy, int events, uint32_t backend, dt_session **out, dt_failure *why)
+{
+    dt_session *s;
+    int rc = dt_new_session(&s, why);
+    if (rc)
+        return rc;
+    s->wants_events = events;
     if (!rc && backend != DT_BACKEND_KERNEL) {
         if ((rc = dt_compare_open(backend, &s->compare)))
             dt_fail_with(why, rc, -rc, rc == -ENOMEM ? DT_STEP_MEMORY : DT_STEP_NONE, 0, 0);
@@ -287,28 +326,15 @@ int dt_session_open(uint32_t remedy, int events, uint32_t backend, dt_session **
         if (written < 0)
             rc = dt_fail_with(why, written, -written, DT_STEP_SCAN, 0, 0);
     }
-    s->remedy = remedy;
-    s->block_bytes = (remedy & DT_REMEDY_EAGER ? 8 : 64) * dt_page_bytes();
-    if (!rc && !(remedy & (DT_REMEDY_ABSENT | DT_REMEDY_NO_ABSENT))) {
-        int needs = atomic_load(&needs_remedy);
-        if (needs < 0) {
-            dt_support support;
-            dt_probe(&support);
-            needs = !support.sees_discards || !support.sees_untouched;
-            if (support.sees_stores) /* a probe that could not try (no memory, no descriptor) is not remembered */
-                atomic_store(&needs_remedy, needs);
-        }
-        s->find_absent = needs;
-    } else if (!rc) {
-        s->find_absent = remedy & DT_REMEDY_ABSENT;
-    }
+    if (!rc)
+        dt_choose_remedies(s, remedy);
     if (rc) {
         dt_events_stop(s);
         if (s->uffd >= 0)
             close(s->uffd);
         if (s->pagemap >= 0)
             close(s->pagemap);
-        free_session(s);
+        dt_free_session(s);
         return rc;
     }
     *out = s;
@@ -351,6 +377,8 @@ static void close_locked(dt_session *s)
     if (s->pagemap >= 0)
         close(s->pagemap);
     s->pagemap = -1;
+    if (s->space)
+        dt_close_target(s);
     for (uint64_t i = 0; i < s->region_count; i++)
         atomic_store(&s->regions[i]->registered, false);
 }
@@ -395,7 +423,7 @@ void dt_release(dt_session *s)
         dt_free_watch(s, s->watches[s->watch_count - 1]);
     while (s->region_count)
         dt_free_region(s, s->regions[s->region_count - 1]);
-    free_session(s);
+    dt_free_session(s);
 }
 
 void dt_session_drop(dt_session **session)
@@ -486,7 +514,7 @@ int dt_session_resume(dt_session *s, dt_failure *why)
             if (!r->registered)
                 continue;
             rc = dt_uffd_register(s, r->start, r->end);
-            if (rc == -EINVAL && !dt_mapped(r->start, r->end))
+            if (rc == -EINVAL && !dt_mapped(s, r->start, r->end))
                 rc = 0; /* gone meanwhile: its listeners are told at their next collect */
             else if (rc)
                 dt_fail_with(why, rc, -rc, DT_STEP_REGISTER, r->start, r->end);

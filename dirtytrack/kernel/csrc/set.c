@@ -147,14 +147,26 @@ static uint64_t put(dt_run *out, const dt_run *from, uint64_t n)
     return n;
 }
 
-int dt_set_copy(const dt_run *runs, uint64_t count, dt_set *out)
+/* Page-aligned, sorted, disjoint, none empty; else `*wrong`, where asked for, is the first that is not. */
+static bool sound(const dt_run *runs, uint64_t count, uint64_t *wrong)
 {
     uint64_t within = dt_page_bytes() - 1, last = 0;
     for (uint64_t i = 0; i < count; i++) {
-        if (((runs[i].start | runs[i].end) & within) || runs[i].start >= runs[i].end || runs[i].start < last)
-            return dt_fail_with(&out->why, -EINVAL, 0, DT_STEP_NONE, runs[i].start, runs[i].end);
+        if (((runs[i].start | runs[i].end) & within) || runs[i].start >= runs[i].end || runs[i].start < last) {
+            if (wrong)
+                *wrong = i;
+            return false;
+        }
         last = runs[i].end;
     }
+    return true;
+}
+
+int dt_set_copy(const dt_run *runs, uint64_t count, dt_set *out)
+{
+    uint64_t wrong;
+    if (!sound(runs, count, &wrong))
+        return dt_fail_with(&out->why, -EINVAL, 0, DT_STEP_NONE, runs[wrong].start, runs[wrong].end);
     dt_set made;
     int code = begin(&made, count, out);
     if (code)
@@ -422,4 +434,26 @@ uint64_t dt_set_rows(const dt_set *set, uint64_t address, uint64_t stride, uint6
         next = dt_max(next, to);
     }
     return count;
+}
+
+int dt_set_counts(const dt_set *set, const dt_run *spans, uint64_t n, uint64_t *out)
+{
+    unsigned shift = dt_page_shift();
+    if (!sound(spans, n, NULL))
+        return -EINVAL;
+    uint64_t i = 0;
+    for (uint64_t k = 0; k < n; k++) {
+        uint64_t start = spans[k].start, end = spans[k].end, bytes = 0;
+        if (i < set->count && set->runs[i].end <= start) { /* far behind where spans leave much out: search, then walk */
+            dt_set rest = {.runs = set->runs + i, .count = set->count - i};
+            i += dt_set_first(&rest, start);
+        }
+        for (; i < set->count && set->runs[i].start < end; i++) {
+            bytes += dt_min(set->runs[i].end, end) - dt_max(set->runs[i].start, start);
+            if (set->runs[i].end > end) /* the next span may have the rest of it */
+                break;
+        }
+        out[k] = bytes >> shift;
+    }
+    return 0;
 }

@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: MIT
+"""Other processes: the guardian that has one stand still, sessions for its memory, its mappings and its bytes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..errors import KernelRefused, UnsupportedKernel
+from . import core, engine
+from .core import new_failure
+from .failures import error_of, raise_failure
+
+if TYPE_CHECKING:
+    from .core import CData
+
+__all__ = [
+    "Answer",
+    "Fault",
+    "Guardian",
+    "Row",
+    "adopt",
+    "is_alive",
+    "kill_after",
+    "layout",
+    "layout_changed",
+    "mappings_of",
+    "open_in_proc",
+    "open_userfaultfd",
+    "read",
+    "register",
+    "remove",
+    "steps",
+]
+
+_ANSWER_SECONDS = 10.0
+"""Beyond the time-out of what it does: for the start of its interpreter."""
+
+
+# ---- the guardian
+
+
+class Fault(NamedTuple):
+    """For tests: after so many steps the guardian kills itself, or whoever asked it."""
+
+    step: int = 0
+    tracker: bool = False
+
+
+class Answer(NamedTuple):
+    """What a guardian did. ``step`` and ``code`` say what failed: 0, or the negated errno."""
+
+    code: int
+    step: int
+    stall_ns: int
+    threads: int
+    steps: int
+    fd: int
+    """A descriptor that came with it, or -1."""
+
+
+def steps() -> dict[str, int]:
+    """The steps at which a guardian may fail, by name."""
+    names = "OPEN", "GADGET", "STOP", "CALL", "USERFAULTFD", "TAKE"
+    return {name: int(getattr(core.lib, f"DT_GUARD_{name}")) for name in names}
+
+
+def _fork(wish: tuple[int, ...], channel: socket.socket) -> int:
+    child = os.fork()
+    if child:
+        return child
+    try:
+        os.setsid()
+        channel.close()
+        os._exit(core.taking.guard(*map(int, wish)))
+    finally:
+        os._exit(1)
+
+
+class Guardian:
+    """A running guardian. Its end lets its threads go; so does ours, which closes the channel."""
+
+    def __init__(
+        self,
+        pid: int,
+        timeout: float,
+        *,
+        freeze: bool = False,
+        suspend_seccomp: bool = False,
+        fault: Fault | None = None,
+    ) -> None:
+        core.load()
+        fault = fault or Fault()
+        if not sys.executable:
+            raise UnsupportedKernel(
+                "another process is stopped by a guardian, which this interpreter cannot start: sys.executable is "
+                "empty (Python is embedded in a program). Set it to the path of a Python interpreter",
+                feature="sys.executable",
+            )
+        self._timeout = timeout
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            number = theirs.fileno()
+            milliseconds = max(1, int(timeout * 1000))
+            wish = (pid, number, freeze, milliseconds, suspend_seccomp, fault.step, fault.tracker)
+            script = str(Path(__file__).with_name("guardian.py"))
+            extension = str(core.taking.__file__)
+            self._forked = 0
+            try:
+                self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
+                    [sys.executable, "-I", "-S", script, extension, *(str(int(field)) for field in wish)],
+                    pass_fds=[number],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    cwd="/",
+                    start_new_session=True,  # a signal to our group or terminal does not reach it
+                )
+            except OSError:
+                # This process gave away the right to run the interpreter that it runs in: then it is split in two.
+                self._process, self._forked = None, _fork(wish, ours)
+            except BaseException:
+                ours.close()
+                raise
+        self._channel = ours
+
+    def _wait(self) -> int:
+        """For its end: the exit status, or the negated number of the signal that ended it."""
+        if self._process is not None:
+            return self._process.wait()
+        if self._forked:
+            self._status = os.waitstatus_to_exitcode(os.waitpid(self._forked, 0)[1])
+            self._forked = 0
+        return self._status
+
+    def _kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+        elif self._forked:
+            os.kill(self._forked, signal.SIGKILL)
+
+    def answer(self) -> Answer:
+        """Wait for its next answer.
+
+        Raises:
+            KernelRefused: it ended without one.
+        """
+        struct = core.ffi.new("dt_guard_answer *")
+        nbytes = core.ffi.sizeof(struct[0])
+        self._channel.settimeout(self._timeout + _ANSWER_SECONDS)
+        fd = -1
+        try:
+            data, ancillary, _flags, _address = self._channel.recvmsg(
+                nbytes, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC
+            )
+        except TimeoutError:
+            self._kill()
+            data, ancillary = b"", []
+        for _level, kind, content in ancillary:
+            if kind == socket.SCM_RIGHTS:
+                fd = int.from_bytes(content[:4], sys.byteorder)
+        if len(data) != nbytes:
+            status = self._wait()
+            how = f"by {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
+            raise KernelRefused(
+                f"the guardian, the process that was to stop the target, ended {how} before it answered. The target "
+                "runs on; try again"
+            )
+        core.ffi.buffer(struct, nbytes)[:] = data
+        return Answer(struct.code, struct.step, struct.stall_ns, struct.threads, struct.steps, fd)
+
+    def close(self) -> None:
+        """Have it let go of what it holds, and wait for its end. A second call does nothing."""
+        if self._channel.fileno() >= 0:
+            self._channel.shutdown(socket.SHUT_WR)
+            self._wait()
+            self._channel.close()
+
+    def __enter__(self) -> Guardian:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+# ---- sessions
+
+
+def adopt(pid: int, pidfd: int, uffd: int, pagemap: int, maps: int, *, ready: bool = False, remedy: int = 0) -> CData:
+    """A slot with a session that closes these descriptors with itself; where this fails they stay the caller's."""
+    lib = core.lib
+
+    def finish(slot: CData) -> None:
+        if slot[0]:
+            lib.dt_session_close(slot[0])
+        lib.dt_session_drop(slot)
+
+    slot, why = core.ffi.gc(core.ffi.new("dt_session **"), finish), new_failure()
+    target = core.ffi.new("dt_target *", (pid, pidfd, uffd, pagemap, maps, ready))
+    code = lib.dt_session_adopt(target, remedy, slot, why)
+    if code:
+        raise error_of(code, why, f"track process {pid}", pid=pid)
+    return slot
+
+
+class Row(NamedTuple):
+    """A mapping of a process as the kernel tells it."""
+
+    start: int
+    end: int
+    offset: int
+    inode: int
+    device: tuple[int, int]
+    readable: bool
+    writable: bool
+    executable: bool
+    shared: bool
+    page_bytes: int
+    name: str
+
+
+def _rows(out: CData, count: int) -> list[Row]:
+    rows = []
+    for i in range(count):
+        m = out[i]
+        rows.append(
+            Row(
+                m.start,
+                m.end,
+                m.offset,
+                m.inode,
+                (m.device_major, m.device_minor),
+                bool(m.readable),
+                bool(m.writable),
+                bool(m.executable),
+                bool(m.shared),
+                m.page_bytes,
+                core.ffi.string(m.name).decode(errors="surrogateescape"),
+            )
+        )
+    return rows
+
+
+def layout(session: CData, pid: int, expected: int = 64) -> list[Row]:
+    """All mappings of the target; what `layout_changed` compares with from now on."""
+    room = expected + 16
+    while True:
+        out = core.ffi.new("dt_mapping[]", room)
+        count = core.lib.dt_layout_read(session, out, room)
+        if count < 0:
+            _raise_maps(count, pid)
+        if count <= room:
+            return _rows(out, count)
+        room = count + 16
+
+
+def mappings_of(pid: int, maps: int) -> list[Row]:
+    """All mappings of a process, by its open /proc/PID/maps."""
+    room = 64
+    while True:
+        out = core.ffi.new("dt_mapping[]", room)
+        count = core.lib.dt_mappings_of(pid, maps, out, room)
+        if count < 0:
+            _raise_maps(count, pid)
+        if count <= room:
+            return _rows(out, count)
+        room = count + 16
+
+
+def layout_changed(session: CData, pid: int) -> bool:
+    """Whether the target's writable mappings are others than at the last `layout`."""
+    changed = core.lib.dt_layout_changed(session)
+    if changed < 0:
+        _raise_maps(changed, pid)
+    return bool(changed)
+
+
+def _raise_maps(code: int, pid: int) -> None:
+    """Raise what a failed look at the mappings of a process means."""
+    why = new_failure()
+    why.step = core.lib.DT_STEP_SCAN if code == -errno.ESRCH else core.lib.DT_STEP_MAPS
+    raise error_of(code, why, f"look at the mappings of process {pid}", pid=pid)
+
+
+def register(session: CData, start: int, end: int, pid: int) -> tuple[CData, int]:
+    """A slot with a region for part of the target, and its number in the session."""
+    slot, about = engine.register(session, start, end - start, 0, None, f"track a mapping of process {pid}")
+    return slot, about.number
+
+
+def remove(listener: CData, handle: CData) -> None:
+    """Watch a region no longer, and let go of it. What was written to it is forgotten."""
+    cset = core.new_set()
+    code = core.lib.dt_remove(listener, handle, cset)
+    if code:
+        core.give_back(cset)
+        raise_failure(code, cset.why, "remove a mapping")
+    core.lib.dt_settle(cset)
+
+
+def read(pid: int, mem: int, cset: CData, out: CData, room: int) -> int:
+    """Read the pages of a set from a process, by its /proc/PID/mem where mem is not -1; the bytes that were read."""
+    why, done = new_failure(), core.ffi.new("uint64_t *")
+    code = core.lib.dt_read_target(pid, mem, cset, out, room, done, why)
+    if code:
+        raise error_of(code, why, f"read from process {pid}", pid=pid)
+    return int(done[0])
+
+
+def kill_after(sites: int, nth: int) -> None:
+    """For tests: this process kills itself after the nth call at these sites (DT_SITE_)."""
+    core.lib.dt_fail(sites, nth, 1, 0, 2)
+
+
+def open_userfaultfd() -> int:
+    """A userfaultfd of this process, by the first door that opens."""
+    why, out = new_failure(), core.ffi.new("int32_t *")
+    code = core.lib.dt_open_userfaultfd(out, why)
+    if code:
+        raise error_of(code, why, "open a userfaultfd")
+    return int(out[0])
+
+
+def is_alive(pidfd: int) -> bool:
+    """Whether the process of a pidfd has not ended."""
+    try:
+        signal.pidfd_send_signal(pidfd, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    poller = select.poll()
+    poller.register(pidfd, select.POLLIN)
+    return not poller.poll(0)
+
+
+def open_in_proc(pid: int, name: str) -> int:
+    """A descriptor of /proc/PID/name."""
+    return os.open(f"/proc/{pid}/{name}", os.O_RDONLY | os.O_CLOEXEC)

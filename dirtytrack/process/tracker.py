@@ -1,0 +1,440 @@
+# SPDX-License-Identifier: MIT
+"""The tracker of another process: what it wrote, its mappings, its bytes."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+import time
+import weakref
+from array import array
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..dirtyset import DirtySet
+from ..errors import DirtyTrackError, InvalidMemory, KernelRefused, RangeBusy, RegionGone, TargetGone
+from ..kernel import core, engine, sets, targets
+from ..layout import Layout
+from ..memory import pin
+from ..region import Span
+from .mappings import EXCLUDED, TRACKED, UNTRACKED, Filter, Mapping, called, excluded
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+    from ..kernel.targets import Row
+    from ..memory import AnyBuffer
+
+__all__ = ["ProcessStatistics", "ProcessTracker"]
+
+_log = logging.getLogger("dirtytrack.process")
+
+_ROUNDS = 16
+"""How often a collect looks at the mappings anew, where they go away while it looks."""
+
+
+class ProcessStatistics(NamedTuple):
+    """What a `ProcessTracker` did so far."""
+
+    collects: int
+    scans: int
+    """PAGEMAP_SCAN calls."""
+    protects: int
+    """UFFDIO_WRITEPROTECT calls."""
+    pages: int
+    """Base pages that scans found written and armed again: each cost the target one fault."""
+    refreshes: int
+    """How often mappings had come, gone or changed."""
+    seconds: float
+    """Inside collects."""
+
+
+class _Part:
+    """What is registered: [start, end), part of a mapping or all of it."""
+
+    __slots__ = ("end", "identity", "name", "number", "slot", "start")
+
+    def __init__(self, slot: Any, number: int, start: int, end: int, identity: object, name: str) -> None:
+        self.slot, self.number, self.start, self.end, self.identity, self.name = (
+            slot,
+            number,
+            start,
+            end,
+            identity,
+            name,
+        )
+
+
+def _identity(row: Row) -> tuple[object, ...]:
+    """What stays the same of a mapping while it grows, shrinks or is split."""
+    if row.inode:
+        return row.shared, row.device, row.inode, row.offset - row.start
+    return (row.shared,)
+
+
+def _subtract(start: int, end: int, taken: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """What is left of [start, end) without sorted, disjoint ranges."""
+    for low, high in taken:
+        if high <= start:
+            continue
+        if low >= end:
+            break
+        if low > start:
+            yield start, low
+        start = max(start, high)
+    if start < end:
+        yield start, end
+
+
+def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    out: list[tuple[int, int]] = []
+    for start, end in ranges:
+        if out and out[-1][1] == start:
+            out[-1] = (out[-1][0], end)
+        else:
+            out.append((start, end))
+    return out
+
+
+class ProcessTracker:
+    """Tells which pages another process wrote. Made by `attach`; detached by `detach`, by leaving a ``with``, or with
+    the last reference to it.
+
+    Attributes:
+        pid: the process.
+        attach_stall: for how long the process stood still when it was attached to, in seconds.
+
+    Thread safety: everything may be called from any thread; calls of one tracker wait for each other.
+    """
+
+    pid: int
+    attach_stall: float
+
+    def __init__(self, pid: int, session: Any, chosen: Filter, pidfd: int, stall: float, *, memory: int = -1) -> None:
+        self.pid = pid
+        self.attach_stall = stall
+        self._pidfd = os.dup(pidfd)
+        self._memory = memory  # its /proc/PID/mem, where it came with an offer
+        self._close = [weakref.finalize(self, os.close, fd) for fd in (self._pidfd, memory) if fd >= 0]
+        self._session = session
+        self._chosen = chosen
+        self._lock = threading.RLock()
+        self._parts: list[_Part] = []
+        self._mappings: tuple[Mapping, ...] = ()
+        self._untracked: list[tuple[int, int]] = []
+        self._layout = Layout(())
+        self._refreshes = 0
+        self._seconds = 0.0
+        self._gone_number = 0
+        self._listener = engine.new_listener(session[0], adaptive=False, exact=True, page_ns=0)
+        with self._told():
+            self._look(first=True)
+
+    # ---- what it is
+
+    @property
+    def mappings(self) -> tuple[Mapping, ...]:
+        """All mappings of the process as of the last refresh, sorted."""
+        return self._mappings
+
+    @property
+    def epoch(self) -> int:
+        """The open epoch: 1 after `attach`, one more after each collect."""
+        return engine.epoch(self._listener[0])
+
+    def statistics(self) -> ProcessStatistics:
+        """What it did so far.
+
+        Raises:
+            SessionClosed: it is detached.
+        """
+        did = engine.session_statistics(self._session[0])
+        return ProcessStatistics(did.collects, did.scans, did.protects, did.pages_found, self._refreshes, self._seconds)
+
+    def __repr__(self) -> str:
+        if engine.state(self._session[0]):
+            return f"<ProcessTracker of {self.pid}: detached>"
+        count = sum(mapping.state == TRACKED for mapping in self._mappings)
+        return f"<ProcessTracker of {self.pid}: {count} mappings, epoch {self.epoch}>"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        raise TypeError("a ProcessTracker cannot be pickled: it holds descriptors")
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Whatever fails because the target is gone is told as that."""
+        try:
+            yield
+        except TargetGone as error:
+            raise self._gone(error) from error
+        except DirtyTrackError as error:
+            gone = error.errno == errno.ESRCH or not targets.is_alive(self._pidfd)
+            if not engine.state(self._session[0]) and gone:
+                raise self._gone(error) from error
+            raise
+
+    def _gone(self, error: DirtyTrackError) -> TargetGone:
+        how = "replaced itself by exec, or is about to end," if targets.is_alive(self._pidfd) else "ended"
+        return TargetGone(
+            f"process {self.pid} {how}: what it wrote since the last collect is gone with its memory. Detach; attach "
+            "again to a process that runs",
+            errno=error.errno,
+            pid=self.pid,
+        )
+
+    # ---- mappings
+
+    def refresh(self) -> None:
+        """Look at the mappings; `collect` does so by itself. What came or grew counts as dirty in the next collect.
+
+        Raises:
+            TargetGone: the process ended, or replaced itself by exec.
+            SessionClosed: it is detached.
+        """
+        with self._lock, self._told():
+            self._refresh()
+
+    def _refresh(self) -> None:
+        if self._untracked or targets.layout_changed(self._session[0], self.pid):
+            self._look()
+
+    def _look(self, *, first: bool = False) -> None:
+        """Until the mappings are what was looked at: what was registered meanwhile may be part of a mapping by now."""
+        for _ in range(_ROUNDS):
+            settled = self._look_once(first=first)
+            first = False
+            if settled and not targets.layout_changed(self._session[0], self.pid):
+                return
+
+    def _look_once(self, *, first: bool) -> bool:
+        rows = targets.layout(self._session[0], self.pid, len(self._mappings))
+        self._refreshes += not first
+        refused = self._chosen.look(rows)
+        chosen = [row for row, why in refused if not why]
+        self._drop_gone(rows)
+        covered = [(part.start, part.end) for part in self._parts]
+        untracked: dict[int, str] = {}
+        fresh: list[_Part] = []
+        settled = True
+        for row in chosen:
+            for start, end in _subtract(row.start, row.end, covered):
+                try:
+                    slot, number = targets.register(self._session[0], start, end, self.pid)
+                except RangeBusy:
+                    untracked[row.start] = "another userfaultfd has it"
+                except InvalidMemory as error:
+                    untracked[row.start] = f"the kernel refuses to track it ({error.errno and _named(error.errno)})"
+                except KernelRefused as error:
+                    if error.errno != errno.EAGAIN:
+                        raise
+                    settled = False
+                    untracked[row.start] = "it changes all the time"
+                else:
+                    fresh.append(_Part(slot, number, start, end, _identity(row), row.name))
+        if first:
+            self._start(fresh)
+        else:
+            for part in fresh:
+                self._add(part)
+        self._parts.sort(key=lambda part: part.start)
+        self._mappings = tuple(
+            excluded(row, why)
+            if why
+            else called(row, UNTRACKED if row.start in untracked else TRACKED, untracked.get(row.start, ""))
+            for row, why in refused
+        )
+        self._untracked = [(m.start, m.end) for m in self._mappings if m.state == UNTRACKED]
+        self._layout = Layout(tuple(map(self._span, (m for m in self._mappings if m.state != EXCLUDED))))
+        return settled
+
+    def _span(self, mapping: Mapping) -> Span:
+        span = Span(
+            0,
+            mapping.name or "[anon]",
+            mapping.start,
+            mapping.nbytes,
+            mapping.start,
+            mapping.end,
+            core.PAGE_BYTES,
+            True,
+            None,
+            None,
+        )
+        span.pid = self.pid
+        return span
+
+    def _start(self, fresh: list[_Part]) -> None:
+        while True:
+            try:
+                engine.start(self._listener[0], [part.slot[0] for part in fresh], self._note_gone)
+            except DirtyTrackError:
+                left = [part for part in fresh if part.number != self._gone_number]
+                if len(left) == len(fresh) or not targets.is_alive(self._pidfd):
+                    raise
+                fresh = left  # it went away while it was armed
+                continue
+            self._parts = fresh
+            return
+
+    def _add(self, part: _Part) -> None:
+        try:
+            engine.add(self._listener[0], part.slot[0], self._note_gone, None)  # type: ignore[arg-type]
+        except DirtyTrackError:
+            if not targets.is_alive(self._pidfd):
+                raise
+            _log.debug("process %d: [%#x, %#x) went away while it was armed", self.pid, part.start, part.end)
+        else:
+            self._parts.append(part)
+
+    def _note_gone(self, number: int) -> None:
+        self._gone_number = number
+
+    def _drop_gone(self, rows: list[Row]) -> None:
+        """Let go of each part that is not wholly there any more; what is left of it is registered anew.
+
+        What was made read-only stays: the kernel joins it to its neighbours again when it is made writable, and where
+        they were not joined, an mremap() of the process over both would fail because of us.
+        """
+        kept = []
+        for part in self._parts:
+            same = [(row.start, row.end) for row in rows if _identity(row) == part.identity]
+            if part.number != self._gone_number and not any(_subtract(part.start, part.end, same)):
+                kept.append(part)
+                continue
+            targets.remove(self._listener[0], part.slot[0])
+            _log.debug("process %d: [%#x, %#x) is gone, or part of it", self.pid, part.start, part.end)
+        self._gone_number = 0
+        self._parts = kept
+
+    # ---- collecting
+
+    def collect(self) -> DirtySet:
+        """Every page of the chosen mappings written since the last collect, or since `attach`; opens the next epoch.
+
+        A mapping that is new, has grown or was replaced counts as wholly dirty once; an untracked one always. What is
+        gone is in no set: ``mappings`` no longer has it.
+
+        Returns:
+            A set of addresses of the process. Its bytes are read by `read`, not by the set's own methods.
+
+        Raises:
+            TargetGone: the process ended, or replaced itself by exec.
+            SessionClosed: it is detached.
+            UsedAfterFork: this is a child of the process that attached.
+        """
+        with self._lock, self._told():
+            begun = time.perf_counter()
+            self._refresh()
+            for rest in range(_ROUNDS, -1, -1):
+                try:
+                    cset = engine.collect(self._listener[0], None, -1, self._note_gone)
+                    break
+                except RegionGone:
+                    if not rest:
+                        raise
+                    self._look()
+            dirty = DirtySet(self._with_untracked(cset), self._layout)
+            cset.delivered = 1
+            self._seconds += time.perf_counter() - begun
+            return dirty
+
+    def _with_untracked(self, cset: Any) -> Any:
+        if not self._untracked:
+            return cset
+        numbers = array("Q", [number for span in _joined(self._untracked) for number in span])
+        whole = sets.from_runs(numbers, len(numbers) // 2)
+        united = sets.combine("union", cset, whole)
+        united.epoch, united.complete = cset.epoch, cset.complete
+        return united
+
+    # ---- bytes
+
+    def read(self, dirty: DirtySet, out: AnyBuffer | None = None) -> memoryview:
+        """Read the set's pages from the process, as they are now, packed in the order of their addresses.
+
+        Args:
+            dirty: pages; ``dirty.page_span_bytes`` bytes are read.
+            out: a writable buffer of at least that length; left out, a new one is made.
+
+        Returns:
+            A view of the bytes.
+
+        Raises:
+            InvalidMemory: ``out`` is too small.
+            RegionGone: a page is not mapped any more.
+            TargetGone: the process ended, or replaced itself by exec.
+            PermissionDenied: the process may no longer be read.
+        """
+        room = dirty.page_span_bytes
+        if out is None:
+            target = sets.new_bytes(room)
+            view = core.view_of(target, room) if room else memoryview(bytearray())
+        else:
+            pinned = pin(out, what="output")
+            if pinned.nbytes < room:
+                raise InvalidMemory(f"the output has {pinned.nbytes} bytes, the set's pages have {room}")
+            target = pinned.hold if pinned.hold is not None else core.pointer_to(pinned.address)
+            view = core.view_of(target, room) if room else memoryview(bytearray())
+        with self._told():
+            engine.require(self._session[0])
+            targets.read(self.pid, self._memory, dirty._set, target, room)
+            if not targets.is_alive(self._pidfd):  # it may have ended, and its number be another's
+                raise TargetGone("", pid=self.pid)
+        return view
+
+    @contextmanager
+    def frozen(self, *, timeout: float = 2.0) -> Iterator[None]:
+        """A context manager in which every thread of the process stands still: for a consistent cut.
+
+        The threads are stopped by ptrace, by a guardian of their own: they go on when the ``with`` ends, and by
+        themselves if this process or the guardian dies. A process that was stopped before stays so.
+
+        Args:
+            timeout: in seconds.
+
+        Raises:
+            TargetBusy: a thread did not stop in time (it waits for a child of vfork, or for a disk); all go on.
+            TargetGone: the process ended.
+            PermissionDenied: it may not be traced.
+        """
+        from .attaching import refuse_answer
+
+        engine.require(self._session[0])
+        if not self.pid:
+            raise InvalidMemory(
+                "a process in another pid namespace cannot be traced from here: have it stop its threads itself"
+            )
+        with targets.Guardian(self.pid, timeout, freeze=True) as guardian:
+            answer = guardian.answer()
+            if not targets.is_alive(self._pidfd):
+                raise self._gone(TargetGone(""))
+            if answer.code:
+                refuse_answer(answer, self.pid, "freeze", timeout)
+            yield
+
+    # ---- ending
+
+    def detach(self) -> None:
+        """Let go of the process: its memory is unregistered, its pages are no longer protected. A second call does
+        nothing."""
+        with self._lock:
+            engine.close(self._session[0])
+            for close in self._close:
+                close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+
+def _named(number: int) -> str:
+    return errno.errorcode.get(number, str(number))
