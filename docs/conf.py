@@ -135,7 +135,18 @@ def _process_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any
     lines[:] = _links("\n".join(done), name).split("\n")
 
 
-_MADE_BY_US = {"Session", "Region", "Scan", "DirtySet", "Memory", "InFlight", "Statistics", "KernelSupport", "Check"}
+_MADE_BY_US = {
+    "ProcessTracker",
+    "Session",
+    "Region",
+    "Scan",
+    "DirtySet",
+    "Memory",
+    "InFlight",
+    "Statistics",
+    "KernelSupport",
+    "Check",
+}
 _MADE_BY_US |= {"PageCategory", "ScanFlag", "UffdFeature", "Delta", "ArrayChanges"}
 
 
@@ -175,7 +186,8 @@ def _missing_reference(
         return contnode
     name = target.rpartition(".")[2]
     for known, *_ in env.domains["py"].get_objects():  # dirtytrack.tracker.DirtyTracker: documented at the front door
-        if known in (f"dirtytrack.{name}", f"dirtytrack.delta.{name}") and target != known:
+        homes = ("dirtytrack", "dirtytrack.delta", "dirtytrack.process")
+        if known in (f"{home}.{name}" for home in homes) and target != known:
             return env.domains["py"].resolve_xref(env, node["refdoc"], app.builder, "obj", known, node, contnode)
     return contnode if _is_of_python(target) else None
 
