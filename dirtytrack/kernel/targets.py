@@ -90,6 +90,7 @@ class Guardian:
     def __init__(
         self,
         pid: int,
+        pidfd: int,
         timeout: float,
         *,
         freeze: bool = False,
@@ -109,14 +110,14 @@ class Guardian:
         with theirs:
             number = theirs.fileno()
             milliseconds = max(1, int(timeout * 1000))
-            wish = (pid, number, freeze, milliseconds, suspend_seccomp, fault.step, fault.tracker)
+            wish = (pid, pidfd, number, freeze, milliseconds, suspend_seccomp, fault.step, fault.tracker)
             script = str(Path(__file__).with_name("guardian.py"))
             extension = str(core.taking.__file__)
             self._forked = 0
             try:
                 self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
                     [sys.executable, "-I", "-S", script, extension, *(str(int(field)) for field in wish)],
-                    pass_fds=[number],
+                    pass_fds=[number, pidfd],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,

@@ -341,6 +341,29 @@ def test_a_target_that_ends() -> None:
     tracker.detach()
 
 
+def test_a_number_that_is_anothers_by_now() -> None:
+    last = Path("/proc/sys/kernel/ns_last_pid")
+    if os.geteuid() != 0 or not last.exists():
+        return
+    with running("pages") as program:
+        tracker = process.attach(program.pid)
+        dirty = tracker.collect()
+    for _ in range(200):
+        last.write_text(str(program.pid - 1))
+        with running("target", 0) as another:
+            if another.pid != program.pid:  # somebody was quicker
+                continue
+            frozen = tracker.frozen()
+            for call in (tracker.collect, tracker.refresh, lambda: tracker.read(dirty), frozen.__enter__):
+                with pytest.raises(TargetGone):
+                    call()
+            is_unharmed(another)
+            break
+    else:
+        raise AssertionError("the number was never given out again")
+    tracker.detach()
+
+
 def test_a_target_that_is_a_zombie() -> None:
     with running("target", 0) as program:
         tracker = process.attach(program.pid)
