@@ -16,7 +16,6 @@ import pytest
 from dirtytrack import DirtySet, process
 from dirtytrack.errors import InvalidMemory, NotRegistered, RegionGone, SessionClosed, TargetBusy, TargetGone
 from dirtytrack.process import Mapping, ProcessTracker
-from tests.conftest import SOAK
 from tests.programs.targets import Program, descriptors, is_unharmed, running, tracers
 
 PAGE = 4096
@@ -238,10 +237,11 @@ def test_two_trackers_cannot_have_the_same_memory(memory: Memory) -> None:
 # ---- the target does not notice
 
 
-def test_waits_go_on_as_if_nothing_had_happened() -> None:
+@pytest.mark.parametrize("times", [2, pytest.param(100, marks=pytest.mark.soak)])
+def test_waits_go_on_as_if_nothing_had_happened(times: int) -> None:
     with running("target") as program:
         before = descriptors(program)
-        for _ in range(20 if SOAK else 2):
+        for _ in range(times):
             with process.attach(program.pid) as tracker:
                 for _ in range(2):
                     with tracker.frozen():
