@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -155,15 +156,16 @@ class Guardian:
         """
         struct = core.ffi.new("dt_guard_answer *")
         nbytes = core.ffi.sizeof(struct[0])
-        self._channel.settimeout(self._timeout + _ANSWER_SECONDS)
-        fd = -1
-        try:
-            data, ancillary, _flags, _address = self._channel.recvmsg(
-                nbytes, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC
-            )
-        except TimeoutError:
+        data, ancillary = b"", list[tuple[int, int, bytes]]()
+        for seconds in (self._timeout + _ANSWER_SECONDS, 0.0):  # the whole machine may have stood still meanwhile
+            self._channel.settimeout(seconds)
+            with suppress(TimeoutError, BlockingIOError):
+                data, ancillary, _flags, _address = self._channel.recvmsg(
+                    nbytes, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC
+                )
+                break
+        else:
             self._kill()
-            data, ancillary = b"", []
         for _level, kind, content in ancillary:
             if kind == socket.SCM_RIGHTS:
                 fd = int.from_bytes(content[:4], sys.byteorder)
