@@ -136,7 +136,18 @@ def _process_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any
     lines[:] = _links("\n".join(done), name).split("\n")
 
 
-_MADE_BY_US = {"Session", "Region", "Scan", "DirtySet", "Memory", "InFlight", "Statistics", "KernelSupport", "Check"}
+_MADE_BY_US = {
+    "ProcessTracker",
+    "Session",
+    "Region",
+    "Scan",
+    "DirtySet",
+    "Memory",
+    "InFlight",
+    "Statistics",
+    "KernelSupport",
+    "Check",
+}
 _MADE_BY_US |= {"PageCategory", "ScanFlag", "UffdFeature", "Delta", "ArrayChanges"}
 _MADE_BY_US |= {
     "Epoch",

@@ -19,6 +19,7 @@ def new() -> Taken: ...
 def taker(address: int, /) -> Callable[[Taken], Taken]: ...
 def guard(
     pid: int,
+    pidfd: int,
     channel: int,
     freeze: int,
     timeout_ms: int,

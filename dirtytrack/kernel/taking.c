@@ -101,7 +101,7 @@ static PyObject *guard(PyObject *module, PyObject *arguments)
 {
     (void)module;
     dt_guard_wish wish = {0};
-    if (!PyArg_ParseTuple(arguments, "iiIIIII", &wish.pid, &wish.channel, &wish.freeze, &wish.timeout_ms,
+    if (!PyArg_ParseTuple(arguments, "iiiIIIII", &wish.pid, &wish.pidfd, &wish.channel, &wish.freeze, &wish.timeout_ms,
                           &wish.suspend_seccomp, &wish.fault_step, &wish.fault_tracker))
         return NULL;
     return PyLong_FromLong(dt_guard_run(&wish));

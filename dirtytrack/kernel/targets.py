@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -90,6 +91,7 @@ class Guardian:
     def __init__(
         self,
         pid: int,
+        pidfd: int,
         timeout: float,
         *,
         freeze: bool = False,
@@ -109,14 +111,14 @@ class Guardian:
         with theirs:
             number = theirs.fileno()
             milliseconds = max(1, int(timeout * 1000))
-            wish = (pid, number, freeze, milliseconds, suspend_seccomp, fault.step, fault.tracker)
+            wish = (pid, pidfd, number, freeze, milliseconds, suspend_seccomp, fault.step, fault.tracker)
             script = str(Path(__file__).with_name("guardian.py"))
             extension = str(core.taking.__file__)
             self._forked = 0
             try:
                 self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
                     [sys.executable, "-I", "-S", script, extension, *(str(int(field)) for field in wish)],
-                    pass_fds=[number],
+                    pass_fds=[number, pidfd],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
@@ -154,15 +156,16 @@ class Guardian:
         """
         struct = core.ffi.new("dt_guard_answer *")
         nbytes = core.ffi.sizeof(struct[0])
-        self._channel.settimeout(self._timeout + _ANSWER_SECONDS)
-        fd = -1
-        try:
-            data, ancillary, _flags, _address = self._channel.recvmsg(
-                nbytes, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC
-            )
-        except TimeoutError:
+        data, ancillary = b"", list[tuple[int, int, bytes]]()
+        for seconds in (self._timeout + _ANSWER_SECONDS, 0.0):  # the whole machine may have stood still meanwhile
+            self._channel.settimeout(seconds)
+            with suppress(TimeoutError, BlockingIOError):
+                data, ancillary, _flags, _address = self._channel.recvmsg(
+                    nbytes, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC
+                )
+                break
+        else:
             self._kill()
-            data, ancillary = b"", []
         for _level, kind, content in ancillary:
             if kind == socket.SCM_RIGHTS:
                 fd = int.from_bytes(content[:4], sys.byteorder)

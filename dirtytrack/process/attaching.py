@@ -98,7 +98,7 @@ def attach_with_fault(
         maps = _open(lambda: targets.open_in_proc(pid, "maps"), pid)
         opened.callback(os.close, maps)
         require_some(pid, maps, chosen)
-        with Guardian(pid, timeout, suspend_seccomp=suspend_seccomp, fault=fault) as guardian:
+        with Guardian(pid, pidfd, timeout, suspend_seccomp=suspend_seccomp, fault=fault) as guardian:
             answer = guardian.answer()
         if answer.fd >= 0:
             opened.callback(os.close, answer.fd)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..dirtyset import DirtySet
-from ..errors import DirtyTrackError, InvalidMemory, KernelRefused, RangeBusy, RegionGone, TargetGone
+from ..errors import DirtyTrackError, InvalidMemory, KernelRefused, RangeBusy, RegionGone, SessionClosed, TargetGone
 from ..kernel import core, engine, sets, targets
 from ..layout import Layout
 from ..memory import pin
@@ -153,7 +153,8 @@ class ProcessTracker:
         Raises:
             SessionClosed: it is detached.
         """
-        did = engine.session_statistics(self._session[0])
+        with self._told():
+            did = engine.session_statistics(self._session[0])
         return ProcessStatistics(did.collects, did.scans, did.protects, did.pages_found, self._refreshes, self._seconds)
 
     def __repr__(self) -> str:
@@ -173,8 +174,13 @@ class ProcessTracker:
         except TargetGone as error:
             raise self._gone(error) from error
         except DirtyTrackError as error:
-            gone = error.errno == errno.ESRCH or not targets.is_alive(self._pidfd)
-            if not engine.state(self._session[0]) and gone:
+            if engine.state(self._session[0]):
+                if not isinstance(error, SessionClosed):
+                    raise
+                raise SessionClosed(
+                    f"the tracker of process {self.pid} is detached: attach again", pid=self.pid
+                ) from error
+            if error.errno == errno.ESRCH or not targets.is_alive(self._pidfd):
                 raise self._gone(error) from error
             raise
 
@@ -409,7 +415,7 @@ class ProcessTracker:
             raise InvalidMemory(
                 "a process in another pid namespace cannot be traced from here: have it stop its threads itself"
             )
-        with targets.Guardian(self.pid, timeout, freeze=True) as guardian:
+        with targets.Guardian(self.pid, self._pidfd, timeout, freeze=True) as guardian:
             answer = guardian.answer()
             if not targets.is_alive(self._pidfd):
                 raise self._gone(TargetGone(""))

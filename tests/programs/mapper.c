@@ -78,8 +78,14 @@ static void *work(void *unused)
             void *to = mmap(NULL, s->pages * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
             void *at = mremap(s->at, s->pages * PAGE, s->pages * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, to);
             must(at == to || errno == EFAULT, "mremap");
-            if (at == to)
+            if (at == to) {
                 s->at = to;
+                break;
+            }
+            munmap(to, s->pages * PAGE); /* part of it may have been moved: begin anew */
+            must(mmap(s->at, s->pages * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == s->at, "mmap");
+            s->seed++;
+            fill(s, 0);
             break;
         }
         case 3: /* mapped anew at the same place */

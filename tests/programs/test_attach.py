@@ -16,7 +16,6 @@ import pytest
 from dirtytrack import DirtySet, process
 from dirtytrack.errors import InvalidMemory, NotRegistered, RegionGone, SessionClosed, TargetBusy, TargetGone
 from dirtytrack.process import Mapping, ProcessTracker
-from tests.conftest import SOAK
 from tests.programs.targets import Program, descriptors, is_unharmed, running, tracers
 
 PAGE = 4096
@@ -238,10 +237,11 @@ def test_two_trackers_cannot_have_the_same_memory(memory: Memory) -> None:
 # ---- the target does not notice
 
 
-def test_waits_go_on_as_if_nothing_had_happened() -> None:
+@pytest.mark.parametrize("times", [2, pytest.param(100, marks=pytest.mark.soak)])
+def test_waits_go_on_as_if_nothing_had_happened(times: int) -> None:
     with running("target") as program:
         before = descriptors(program)
-        for _ in range(20 if SOAK else 2):
+        for _ in range(times):
             with process.attach(program.pid) as tracker:
                 for _ in range(2):
                     with tracker.frozen():
@@ -338,6 +338,29 @@ def test_a_target_that_ends() -> None:
             call()
         assert caught.value.pid == program.pid
     tracker.detach()
+    tracker.detach()
+
+
+def test_a_number_that_is_anothers_by_now() -> None:
+    last = Path("/proc/sys/kernel/ns_last_pid")
+    if os.geteuid() != 0 or not last.exists():
+        return
+    with running("pages") as program:
+        tracker = process.attach(program.pid)
+        dirty = tracker.collect()
+    for _ in range(200):
+        last.write_text(str(program.pid - 1))
+        with running("target", 0) as another:
+            if another.pid != program.pid:  # somebody was quicker
+                continue
+            frozen = tracker.frozen()
+            for call in (tracker.collect, tracker.refresh, lambda: tracker.read(dirty), frozen.__enter__):
+                with pytest.raises(TargetGone):
+                    call()
+            is_unharmed(another)
+            break
+    else:
+        raise AssertionError("the number was never given out again")
     tracker.detach()
 
 

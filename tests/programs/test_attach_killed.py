@@ -19,7 +19,6 @@ from dirtytrack.errors import KernelRefused
 from dirtytrack.kernel import core, targets
 from dirtytrack.kernel.targets import Fault
 from dirtytrack.process.attaching import attach_with_fault
-from tests.conftest import SOAK
 from tests.programs.targets import Program, descriptors, is_unharmed, running
 from tests.sandbox import check, libc
 
@@ -114,8 +113,9 @@ def test_the_guardian_dies_after_each_of_its_steps() -> None:
         assert set(descriptors(program)) <= {*before, "anon_inode:[userfaultfd]"}
 
 
+@pytest.mark.parametrize("moments", [10, pytest.param(200, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("freeze", [False, True], ids=["tracking", "frozen"])
-def test_the_tracker_dies_at_any_moment(freeze: bool) -> None:
+def test_the_tracker_dies_at_any_moment(freeze: bool, moments: int) -> None:
     chance = random.Random(int(freeze))
 
     def track(pid: int) -> None:
@@ -128,7 +128,7 @@ def test_the_tracker_dies_at_any_moment(freeze: bool) -> None:
 
     with running("target", 4) as program:
         before = descriptors(program)
-        for _ in range(200 if SOAK else 10):
+        for _ in range(moments):
             child = os.fork()
             if not child:
                 try:

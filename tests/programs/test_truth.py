@@ -12,14 +12,18 @@ from pathlib import Path
 import pytest
 
 from dirtytrack import process
-from tests.conftest import SOAK
 from tests.kernel import host
 from tests.programs import truth
 from tests.programs.heap_class import HEAP_CLASS
 from tests.programs.targets import HERE, is_unharmed, python, running
 
-ROUNDS = 10 if SOAK else 1
 INCLUDES = pytest.mark.parametrize("include", [None, "*"], ids=["anonymous", "all"])
+
+
+@pytest.fixture(params=[1, pytest.param(10, marks=pytest.mark.soak)], ids=["once", "ten times"])
+def times(request: pytest.FixtureRequest) -> int:
+    """How often all of it is done."""
+    return int(request.param)
 
 
 def needs(name: str) -> str:
@@ -50,7 +54,7 @@ def redis(tmp_path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 @INCLUDES
-def test_redis_under_its_benchmark(redis: tuple[int, list[str]], include: str | None) -> None:
+def test_redis_under_its_benchmark(redis: tuple[int, list[str]], include: str | None, times: int) -> None:
     pid, client = redis
 
     def ask(*words: str, lines: str = "") -> str:
@@ -64,7 +68,7 @@ def test_redis_under_its_benchmark(redis: tuple[int, list[str]], include: str | 
     try:
         time.sleep(0.3)
         with process.attach(pid, include=include) as tracker:
-            assert truth.rounds(tracker, 2 * ROUNDS, 0.1) > 100
+            assert truth.rounds(tracker, 2 * times, 0.1) > 100
     finally:
         load.kill()
         load.wait()
@@ -158,71 +162,71 @@ for line in sys.stdin: print("wrong" if wrong else "well")
 """
 
 
-def test_a_java_virtual_machine(tmp_path: Path) -> None:
+def test_a_java_virtual_machine(tmp_path: Path, times: int) -> None:
     java = needs("java")
     (tmp_path / "Heap.class").write_bytes(HEAP_CLASS)
     with running(java, "-Xmx64m", "-XX:-UsePerfData", "-cp", tmp_path, "Heap") as program:
         with process.attach(program.pid, include="*") as tracker:
-            assert truth.rounds(tracker, 2 * ROUNDS, 0.1) > 100
+            assert truth.rounds(tracker, 2 * times, 0.1) > 100
             assert program.ask() == "well"
         is_unharmed(program)
 
 
 @INCLUDES
-def test_node(tmp_path: Path, include: str | None) -> None:
+def test_node(tmp_path: Path, include: str | None, times: int) -> None:
     node = needs("node")
     with running(node, "-e", NODE) as program:
         with process.attach(program.pid, include=include) as tracker:
-            assert truth.rounds(tracker, 2 * ROUNDS, 0.1) > 100
+            assert truth.rounds(tracker, 2 * times, 0.1) > 100
             assert program.ask() == "well"
         is_unharmed(program)
 
 
-def test_sqlite_on_a_memory_database() -> None:
+def test_sqlite_on_a_memory_database(times: int) -> None:
     with running(*python(SQLITE)) as program:
         with process.attach(program.pid, include="*") as tracker:
-            assert truth.rounds(tracker, 3 * ROUNDS, 0.1) > 100
+            assert truth.rounds(tracker, 3 * times, 0.1) > 100
             assert program.ask() == "well"
         is_unharmed(program)
 
 
-def test_a_program_that_forks() -> None:
+def test_a_program_that_forks(times: int) -> None:
     with running(*python(FORKING)) as program:
         with process.attach(program.pid, include="*") as tracker:
-            assert truth.rounds(tracker, 3 * ROUNDS, 0.1) > 3
+            assert truth.rounds(tracker, 3 * times, 0.1) > 3
             assert program.ask() == "well"
         is_unharmed(program)
 
 
-def test_a_program_that_maps_and_unmaps_all_the_time() -> None:
+def test_a_program_that_maps_and_unmaps_all_the_time(times: int) -> None:
     with running("mapper") as program:
         with process.attach(program.pid) as tracker:
             for _ in range(50):
                 tracker.collect()
-            assert truth.rounds(tracker, 5 * ROUNDS, 0.03) > 50
+            assert truth.rounds(tracker, 5 * times, 0.03) > 50
             assert tracker.statistics().refreshes > 5
             assert program.ask() == "well"
         is_unharmed(program)
 
 
-def test_a_program_with_huge_pages() -> None:
+def test_a_program_with_huge_pages(times: int) -> None:
     pool = host.Pool(host.HUGE_PAGE)
     with host.machine_lock():
         try:
             pool.ensure(6)
             with running(*python(HUGE)) as program:
                 with process.attach(program.pid, include="*") as tracker:
-                    assert truth.rounds(tracker, 3 * ROUNDS, 0.1) > 100
+                    assert truth.rounds(tracker, 3 * times, 0.1) > 100
                     assert program.ask() == "well"
                 is_unharmed(program)
         finally:
             pool.put_back()
 
 
-def test_a_program_with_thousands_of_threads() -> None:
+def test_a_program_with_thousands_of_threads(times: int) -> None:
     with running("threads", 2000) as program:
         with process.attach(program.pid) as tracker:
-            assert truth.rounds(tracker, 2 * ROUNDS, 0.05) > 100
+            assert truth.rounds(tracker, 2 * times, 0.05) > 100
             assert program.ask() == "well"
         is_unharmed(program)
 

@@ -106,6 +106,7 @@ def rounds(tracker: ProcessTracker, count: int, seconds: float) -> int:
         assert not lost, (
             f"round {number}: {len(lost)} of {differing} pages missed, {list(map(hex, lost[:5]))} of {named}"
         )
+        assert len(missed(before, after, DirtySet())[0]) == differing  # this very look finds what is not reported
         total += differing
         before = after
     return total

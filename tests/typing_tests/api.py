@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import dirtytrack
-from dirtytrack import delta, observe, pagemap
+from dirtytrack import delta, observe, pagemap, process
 
 if TYPE_CHECKING:
     from typing_extensions import assert_type
@@ -164,3 +164,16 @@ def observing(array: np.ndarray) -> None:
     with observe.dirtied(array) as block:
         pass
     assert_type(block.buffers, tuple[observe.DirtiedBuffer, ...])
+
+
+def other_processes(pid: int) -> memoryview:
+    with process.attach(pid, include=["[heap]", (4096, 8192)], exclude="[stack]", timeout=1.5) as tracker:
+        assert_type(tracker, process.ProcessTracker)
+        assert_type(tracker.mappings, tuple[process.Mapping, ...])
+        assert_type(tracker.attach_stall, float)
+        with tracker.frozen():
+            dirty = tracker.collect()
+        assert_type(dirty, dirtytrack.DirtySet)
+        assert_type(tracker.statistics().seconds, float)
+        assert_type(process.Workers([tracker], "/dev/shm/*").collect(), dirtytrack.DirtySet)
+        return tracker.read(dirty)

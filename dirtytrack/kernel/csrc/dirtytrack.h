@@ -395,17 +395,17 @@ int dt_listener_statistics(dt_listener *listener, dt_statistics *out);
 
 typedef struct dt_guard_wish {
     int32_t pid;
+    int32_t pidfd;            /* of that process, which a number alone may not mean any more */
     int32_t channel;          /* a socket, for the answer: dt_guard_answer, with the descriptor beside it */
     uint32_t freeze;          /* 1: stop all threads, answer, go on when the channel closes or something comes by it */
     uint32_t timeout_ms;
     uint32_t suspend_seccomp; /* 1: the target's filters do not see the injected calls; takes CAP_SYS_ADMIN */
     uint32_t fault_step;      /* for tests: after so many steps somebody is killed */
     uint32_t fault_tracker;   /* 1: the guardian's parent; 0: the guardian */
-    uint32_t reserved;
 } dt_guard_wish;
 
 enum dt_guard_step {
-    DT_GUARD_OPEN = 0,        /* pidfd_open */
+    DT_GUARD_OPEN = 0,        /* nothing yet */
     DT_GUARD_GADGET = 1,      /* looking for a system call instruction in the target's text */
     DT_GUARD_STOP = 2,        /* PTRACE_SEIZE, and waiting for a stop */
     DT_GUARD_CALL = 3,        /* changing registers, running the injected call */

@@ -19,9 +19,6 @@
 #include <time.h>
 #include <unistd.h>
 
-#ifndef SYS_pidfd_open
-#define SYS_pidfd_open 434
-#endif
 #ifndef PTRACE_O_SUSPEND_SECCOMP
 #define PTRACE_O_SUSPEND_SECCOMP (1 << 21)
 #endif
@@ -138,6 +135,13 @@ static int stop(dt_guard *g, dt_thread *t, uint64_t deadline)
     return t->stopped ? 0 : rc;
 }
 
+/* Another process may have its number by now. */
+static bool ended(const dt_guard *g)
+{
+    struct pollfd process = {.fd = g->wish->pidfd, .events = POLLIN};
+    return poll(&process, 1, 0) > 0;
+}
+
 /* All threads, those included that were made while we asked. 0 where all stand; -EBUSY where some do not (a thread waits
  * for its vfork, or for a disk): those cannot return to their program either, since they stop before. */
 static int stop_all(dt_guard *g, uint64_t deadline)
@@ -152,7 +156,7 @@ static int stop_all(dt_guard *g, uint64_t deadline)
             late |= rc == -ETIMEDOUT;
         }
     }
-    return late ? -EBUSY : 0;
+    return ended(g) ? -ESRCH : late ? -EBUSY : 0;
 }
 
 static void let_go(dt_guard *g)
@@ -242,9 +246,8 @@ int dt_guard_run(const dt_guard_wish *wish)
     struct pollfd asker = {.fd = wish->channel};
     if (poll(&asker, 1, 0) > 0 && asker.revents & POLLHUP)
         return 1; /* whoever asked is dead: nothing is begun */
-    g.pidfd = (int)syscall(SYS_pidfd_open, wish->pid, 0);
-    if (g.pidfd < 0) {
-        told.code = -errno;
+    if (ended(&g)) {
+        told.code = -ESRCH;
         answer(wish->channel, &told, -1);
         return 1;
     }

@@ -18,7 +18,6 @@ typedef struct dt_guard {
     uint64_t deadline;            /* of dt_now_ns */
     uint64_t stopped_ns;          /* when the first thread was asked to stop */
     uint64_t steps;               /* calls of ptrace and pidfd_getfd so far */
-    int pidfd;
 } dt_guard;
 
 /* guard.c */

@@ -277,7 +277,7 @@ int dt_inject(dt_guard *g, dt_thread *t, const dt_gadget *gadget, int32_t *step)
         fd = (int)made;
     } else if (!rc) {
         *step = DT_GUARD_TAKE;
-        fd = (int)syscall(SYS_pidfd_getfd, g->pidfd, (int)made, 0);
+        fd = (int)syscall(SYS_pidfd_getfd, g->wish->pidfd, (int)made, 0);
         fd = fd < 0 ? -errno : fd;
         dt_guard_step(g);
         r = lent;
