@@ -474,7 +474,7 @@ if sys.argv[2:]:
     ("module", "package", "words", "status"),
     [
         ("numpy", "numpy", ["report", "x"], 1),
-        ("numpy", "numpy", ["plan", "x", "--interval", "1s"], 2),
+        ("numpy", "numpy", ["plan", "x", "--interval", "1s"], 1),
         ("prometheus_client", "prometheus-client", [], 0),
     ],
 )
