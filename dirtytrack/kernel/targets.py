@@ -156,7 +156,8 @@ class Guardian:
         """
         struct = core.ffi.new("dt_guard_answer *")
         nbytes = core.ffi.sizeof(struct[0])
-        data, ancillary, fd = b"", list[tuple[int, int, bytes]](), -1
+        fd = -1
+        data, ancillary = b"", list[tuple[int, int, bytes]]()
         for seconds in (self._timeout + _ANSWER_SECONDS, 0.0):  # the whole machine may have stood still meanwhile
             self._channel.settimeout(seconds)
             with suppress(TimeoutError, BlockingIOError):
