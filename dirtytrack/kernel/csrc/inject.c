@@ -246,7 +246,6 @@ int dt_inject(dt_guard *g, dt_thread *t, const dt_gadget *gadget, int32_t *step)
     registers saved, r;
     uint64_t mask, all = ~(uint64_t)0;
     size_t bytes;
-    dt_frame frame = {0};
     *step = DT_GUARD_CALL;
     int rc = (int)get_registers(g, t->tid, &saved, &bytes);
     if (rc)
@@ -260,6 +259,7 @@ int dt_inject(dt_guard *g, dt_thread *t, const dt_gadget *gadget, int32_t *step)
         return rc;
     r = saved;
 #if defined(__x86_64__)
+    dt_frame frame;
     if (dt_frame_make(g, t->tid, gadget, &saved, mask, &frame))
         r.rsp = frame.at;
 #endif
