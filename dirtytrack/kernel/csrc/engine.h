@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT
  * The session's own structures, shared by session.c, region.c, scan.c, arm.c, peek.c, content.c, alias.c, events.c, heal.c,
- * listener.c, collect.c, adapt.c, costs.c, audit.c, compare.c and plate.c.
+ * listener.c, plan.c, collect.c, doors.c, adapt.c, costs.c, audit.c, compare.c and plate.c.
  *
  * Who owns what. A session lives while a handle to it, to one of its regions or to one of its listeners lives, or a set
  * that one of its listeners delivered. Everything below is guarded by session->lock, but for the three queues, which
@@ -183,6 +183,8 @@ void dt_retain(dt_session *s);
 void dt_release(dt_session *s);
 
 int dt_checked_ioctl(enum dt_site site, int fd, unsigned long request, void *argument); /* 0 or -errno */
+
+/* doors.c */
 int dt_open_door(enum dt_door door);          /* a descriptor or -errno */
 int dt_open_any_door(dt_failure *why, int *door);
 int dt_uffd_api(int fd, uint64_t features, uint64_t *all); /* 0 or -errno */
@@ -244,6 +246,10 @@ int dt_events_start(dt_session *s);
 void dt_events_stop(dt_session *s);                         /* before the userfaultfd is closed */
 void dt_events_forget(dt_session *s);                       /* in a forked child */
 void dt_events_drain(dt_session *s);
+
+/* plan.c */
+int dt_plan(dt_listener *l);                  /* as the layout is now: 0 or -ENOMEM */
+void dt_put_together(const dt_session *s, dt_range *ranges, uint64_t count);
 
 /* scan.c */
 uint64_t dt_now_ns(void);
