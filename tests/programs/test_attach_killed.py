@@ -40,18 +40,24 @@ def killed(status: int) -> bool:
     return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
 
 
+_children_before = set[int]()
+"""Of other tests."""
+
+
 @pytest.fixture(autouse=True)
 def foster_parent() -> Iterator[None]:
     """Guardians whose tracker died become children of this process, so that none is overlooked."""
+    _children_before.update(child.pid for child in psutil.Process().children())
     check(libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
     yield
     check(libc.prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0))
+    _children_before.clear()
 
 
 def settled(program: Program) -> None:
     """A guardian whose tracker died still has its work to do."""
     for child in psutil.Process().children():
-        if child.pid != program.pid:
+        if child.pid not in {program.pid, *_children_before}:
             child.wait(timeout=20)
 
 
