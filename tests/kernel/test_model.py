@@ -42,7 +42,7 @@ EVERY_KIND: tuple[Kind | Mapped, ...] = (*Kind, *Mapped)
 
 @pytest.mark.parametrize("kind", EVERY_KIND, ids=lambda kind: kind.name.lower())
 def test_the_machine_and_the_model_agree(kind: Kind | Mapped, backend: str, other: OtherProcess) -> None:
-    examples = 250 if kind is Kind.PRIVATE else 100
+    examples = 150 if kind is Kind.PRIVATE else 60
     if backend != "kernel":
         examples = 40 if kind is Kind.PRIVATE else 5  # the kinds are all alike to it
     run(kind, settings(max_examples=examples, stateful_step_count=45), other, backend=backend)
