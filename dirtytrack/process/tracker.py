@@ -10,8 +10,8 @@ import threading
 import time
 import weakref
 from array import array
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..dirtyset import DirtySet
 from ..errors import DirtyTrackError, InvalidMemory, KernelRefused, RangeBusy, RegionGone, SessionClosed, TargetGone
@@ -394,34 +394,68 @@ class ProcessTracker:
         return view
 
     @contextmanager
-    def frozen(self, *, timeout: float = 2.0) -> Iterator[None]:
+    def frozen(self, *, timeout: float = 2.0, by: Literal["ptrace", "cgroup"] = "ptrace") -> Iterator[None]:
         """A context manager in which every thread of the process stands still: for a consistent cut.
 
-        The threads are stopped by ptrace, by a guardian of their own: they go on when the ``with`` ends, and by
+        ``"ptrace"``: its threads are stopped by a guardian of their own: they go on when the ``with`` ends, and by
         themselves if this process or the guardian dies. A process that was stopped before stays so.
+
+        ``"cgroup"``: its cgroup is frozen (``cgroup.freeze`` of cgroup v2). **All other processes in it, and in cgroups
+        below it, stand still too.** It needs no right to trace, and a debugger may have the process; a system call that
+        waits may end with EINTR. A watcher thaws it if this process dies; if the watcher is killed as well, it stays
+        frozen until somebody writes 0 to ``cgroup.freeze``. One that was frozen before stays so.
 
         Args:
             timeout: in seconds.
+            by: how it is stopped.
 
         Raises:
-            TargetBusy: a thread did not stop in time (it waits for a child of vfork, or for a disk); all go on.
+            TargetBusy: a thread did not stop in time (it waits for a child of vfork, which only ptrace minds, or for a
+                disk), or another tracker has the cgroup frozen; all go on.
             TargetGone: the process ended.
-            PermissionDenied: it may not be traced.
+            PermissionDenied: it may not be traced; or ``cgroup.freeze`` may not be written.
+            InvalidMemory: it is in the root cgroup, or in one that has this process in it too; or it is in another pid
+                namespace.
+            UnsupportedKernel: there is no cgroup v2.
         """
-        from .attaching import refuse_answer
-
         engine.require(self._session[0])
+        if by not in ("ptrace", "cgroup"):
+            raise InvalidMemory(f"by takes 'ptrace' or 'cgroup', not {by!r}")
         if not self.pid:
             raise InvalidMemory(
-                "a process in another pid namespace cannot be traced from here: have it stop its threads itself"
+                "a process in another pid namespace cannot be stopped from here: have it stop its threads itself"
             )
+        stop = self._frozen_by_cgroup if by == "cgroup" else self._frozen_by_ptrace
+        with stop(timeout):
+            yield
+
+    @contextmanager
+    def _frozen_by_ptrace(self, timeout: float) -> Iterator[None]:
+        from .attaching import refuse_answer
+
         with targets.Guardian(self.pid, self._pidfd, timeout, freeze=True) as guardian:
             answer = guardian.answer()
-            if not targets.is_alive(self._pidfd):
-                raise self._gone(TargetGone(""))
+            self._require_alive()
             if answer.code:
                 refuse_answer(answer, self.pid, "freeze", timeout)
             yield
+
+    @contextmanager
+    def _frozen_by_cgroup(self, timeout: float) -> Iterator[None]:
+        from .freezer import frozen_group
+
+        with ExitStack() as frozen:
+            try:
+                frozen.enter_context(frozen_group(self.pid, timeout))
+            except DirtyTrackError:
+                self._require_alive()
+                raise
+            self._require_alive()
+            yield
+
+    def _require_alive(self) -> None:
+        if not targets.is_alive(self._pidfd):  # then its number may be another's
+            raise self._gone(TargetGone(""))
 
     # ---- ending
 
