@@ -36,6 +36,8 @@ _log = logging.getLogger("dirtytrack.process")
 
 _ROUNDS = 16
 """How often a collect looks at the mappings anew, where they go away while it looks."""
+_ENDING_SECONDS = 0.25
+"""How long a process whose memory is gone is given to end, before it is told that it is ending."""
 
 
 class ProcessStatistics(NamedTuple):
@@ -185,10 +187,9 @@ class ProcessTracker:
             raise
 
     def _gone(self, error: DirtyTrackError) -> TargetGone:
-        how = "replaced itself by exec, or is about to end," if targets.is_alive(self._pidfd) else "ended"
         return TargetGone(
-            f"process {self.pid} {how}: what it wrote since the last collect is gone with its memory. Detach; attach "
-            "again to a process that runs",
+            f"process {self.pid} {_fate_of(self.pid, self._pidfd)}: what it wrote since the last collect is gone with "
+            "its memory. Detach; attach again to a process that runs",
             errno=error.errno,
             pid=self.pid,
         )
@@ -474,6 +475,18 @@ class ProcessTracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.detach()
+
+
+def _fate_of(pid: int, pidfd: int) -> str:
+    """What became of a process whose memory is gone. One that ends tells so only after all of it was given back, which
+    takes a while; one that replaced itself has other memory at once."""
+    until = time.monotonic() + _ENDING_SECONDS
+    while targets.is_alive(pidfd, 0.002):
+        if targets.has_memory(pid) and targets.is_alive(pidfd):  # else its number may be another's
+            return "replaced itself by exec"
+        if time.monotonic() >= until:
+            return "is ending" if pid else "replaced itself by exec, or is ending"
+    return "ended"
 
 
 def _named(number: int) -> str:
