@@ -19,7 +19,7 @@ from ..kernel import core, engine, sets, targets
 from ..layout import Layout
 from ..memory import pin
 from ..region import Span
-from .mappings import EXCLUDED, TRACKED, UNTRACKED, Filter, Mapping, called, excluded
+from .mappings import EXCLUDED, TRACKED, UNTRACKED, Filter, Mapping, called, excluded, named
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -262,7 +262,7 @@ class ProcessTracker:
     def _span(self, mapping: Mapping) -> Span:
         span = Span(
             0,
-            mapping.name or "[anon]",
+            named(mapping.name),
             mapping.start,
             mapping.nbytes,
             mapping.start,
