@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import observe
-from ..errors import InvalidRecording, KernelRefused, PermissionDenied
+from ..errors import KernelRefused, PermissionDenied
+from . import recorded
 from .strip import can_write, wants_colour
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def _count(text: str) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what `dirtytrack heatmap` takes."""
-    parser.add_argument("file", metavar="FILE", help="a recording, as `dirtytrack record` makes it")
+    recorded.add_file(parser)
     parser.add_argument(
         "-o", "--output", metavar="OUT", help="write a picture (.png) or a page (.html) in place of text"
     )
@@ -57,9 +58,7 @@ def run(args: argparse.Namespace) -> int:
     if ending not in _CELLS or (args.output and not ending):
         print(f"dirtytrack heatmap: {args.output} ends in neither .png nor .html", file=sys.stderr)
         return 2
-    recording = observe.Recording.open(args.file)
-    if not len(recording):
-        raise InvalidRecording(f"{args.file} has no epoch: nothing was recorded yet")
+    recording = recorded.opened(args)
     colour = not ending and wants_colour(sys.stdout)
     rows, columns = _CELLS[ending]
     if not ending:

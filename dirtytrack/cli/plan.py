@@ -8,19 +8,17 @@ import json
 import textwrap
 from typing import TYPE_CHECKING, Any
 
-from . import quantities
+from . import quantities, recorded
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from ..observe import Checkpoints, Epoch, Precopy
+    from ..observe import Checkpoints, Precopy
 
 __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare this command's options."""
-    parser.add_argument("file", metavar="FILE", help="what dirtytrack record wrote")
+    recorded.add_file(parser)
     parser.add_argument(
         "--interval", type=quantities.seconds, default=30.0, metavar="TIME", help="of checkpoints (30s)"
     )
@@ -40,20 +38,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TIME",
         help="what the first write to a page costs the program; left out, what was measured where it was recorded",
     )
-    parser.add_argument("--mapping", metavar="NAME", help="only mappings of this name, as in a shell: [heap], [anon]")
+    recorded.add_mapping(parser)
     parser.add_argument("--json", action="store_true", help="for machines")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan."""
-    from ..observe import Recording, checkpoints, only, precopy
-    from ..observe.selecting import require_epochs
+    from ..observe import checkpoints, precopy
 
-    recording = Recording.open(args.file)
-    require_epochs(recording, args.file)
-    epochs: Sequence[Epoch] = recording[:]
-    if args.mapping is not None:
-        epochs = only(epochs, args.mapping)
+    recording = recorded.opened(args)
+    epochs = recorded.epochs_of(recording, args)
     first_write = args.first_write
     if first_write is None:
         first_write = recording.sessions[-1].first_write_ns / 1e9 if recording.sessions else 0.0

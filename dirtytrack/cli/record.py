@@ -18,6 +18,7 @@ import psutil
 
 from ..errors import DirtyTrackError, TargetGone
 from . import quantities
+from .watching import Choice, add_metrics, metrics_at, process_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,7 +31,7 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare this command's options."""
-    parser.add_argument("-p", "--pid", type=int, help="a running process to attach to")
+    parser.add_argument("-p", "--pid", type=process_id, help="a running process to attach to")
     parser.add_argument(
         "-o", "--output", metavar="FILE", required=True, help="the recording; what is there is replaced"
     )
@@ -43,16 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="the most that the file takes: 64MiB; older epochs are coarsened",
     )
-    parser.add_argument("--include", action="append", metavar="NAME", help="only mappings of this name, as in a shell")
-    parser.add_argument(
-        "--exclude", action="append", metavar="NAME", help="not those; may be given several times, as --include"
-    )
-    parser.add_argument(
-        "--metrics",
-        type=quantities.address,
-        metavar="[HOST]:PORT",
-        help="serve them to Prometheus; on the loopback if no host is named",
-    )
+    Choice.add_arguments(parser)
+    add_metrics(parser)
     parser.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="a program to start and record")
     parser.epilog = (
         "Exit status: the command's, where one was started; else 0. Ctrl-C ends the recording of a running process, "
@@ -63,8 +56,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Record until the program ends, the time is over, or somebody says so."""
-    from ..observe import Metrics
-
     words = args.words[1:] if args.words[:1] == ["--"] else args.words
     if (args.pid is None) == (not words):
         args.refuse("either --pid PID or -- COMMAND: one of them says what to record")
@@ -79,9 +70,9 @@ def run(args: argparse.Namespace) -> int:
         target = _Target(args.pid if child is None else child.pid, child, args)
         stack.callback(target.leave)
         target.attach(stack)
-        metrics = None if args.metrics is None else stack.enter_context(Metrics(*args.metrics))
-        if metrics is not None:
-            print(f"metrics: http://{args.metrics[0]}:{metrics.port}/metrics", file=sys.stderr)
+        metrics = None
+        if args.metrics is not None:
+            metrics = stack.enter_context(metrics_at(args.metrics, lambda page: print(page, file=sys.stderr)))
         target.record(stack, metrics)
         print(target.summary(), file=sys.stderr)
         if child is None:

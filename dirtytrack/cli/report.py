@@ -8,6 +8,7 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
+from . import recorded
 from .strip import Screen
 
 if TYPE_CHECKING:
@@ -23,23 +24,15 @@ _HOT_SHARES = (0.5, 0.9)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare this command's options."""
-    parser.add_argument("file", metavar="FILE", help="what dirtytrack record wrote")
-    parser.add_argument(
-        "--mapping", metavar="NAME", help="only mappings of this name, as in a shell: [heap], '*.so*', [anon]"
-    )
+    recorded.add_file(parser)
+    recorded.add_mapping(parser)
     parser.add_argument("--json", action="store_true", help="for machines")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the report."""
-    from ..observe import Recording, only
-    from ..observe.selecting import require_epochs
-
-    recording = Recording.open(args.file)
-    require_epochs(recording, args.file)
-    epochs: Sequence[Epoch] = recording[:]
-    if args.mapping is not None:
-        epochs = only(epochs, args.mapping)
+    recording = recorded.opened(args)
+    epochs = recorded.epochs_of(recording, args)
     found = report(recording, epochs)
     if args.json:
         print(json.dumps(found, indent=2))

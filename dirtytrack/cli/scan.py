@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from .. import process
 from ..errors import TargetGone
 from ..observe import Sample, Watch
-from ..observe.figures import amount, named
+from ..observe.units import show_bytes
+from ..process.mappings import named
 from .strip import Screen
 from .watching import Choice, process_id, seconds
 
@@ -95,27 +96,27 @@ def _tell(screen: Screen, pid: int, rates: Sample, mappings: Sequence[Mapping], 
     shown = [row for row in written if row.dirty_bytes or everything]
     places = sum(bool(row.dirty_bytes) for row in written)
     screen.line(
-        f"process {pid}, epoch {rates.epoch}: {amount(rates.dirty_bytes)} written in {rates.seconds:.3f} s, "
-        f"{amount(rates.bytes_per_second)}/s, in {places} of {len(written)} mappings",
+        f"process {pid}, epoch {rates.epoch}: {show_bytes(rates.dirty_bytes)} written in {rates.seconds:.3f} s, "
+        f"{show_bytes(rates.bytes_per_second)}/s, in {places} of {len(written)} mappings",
         "1",
     )
     if rates.untracked_bytes:
-        screen.line(f"{amount(rates.untracked_bytes)} of that counts as written because it is not tracked", "1")
+        screen.line(f"{show_bytes(rates.untracked_bytes)} of that counts as written because it is not tracked", "1")
     screen.line(_ROW.format("written", "a second", "of it", "size", "address", "mapping"), "2")
     for row in shown:
         name = named(row.mapping.name)
         if row.mapping.state == "untracked":
             name += f"  (not tracked: {row.mapping.reason})"
         cells = (
-            amount(row.dirty_bytes),
-            amount(row.bytes_per_second) + "/s",
+            show_bytes(row.dirty_bytes),
+            show_bytes(row.bytes_per_second) + "/s",
             f"{row.share:.1%}",
-            amount(row.mapping.nbytes),
+            show_bytes(row.mapping.nbytes),
         )
         screen.line(_ROW.format(*cells, f"{row.mapping.start:x}", name))
     left_out = [each for each in mappings if each.state == "excluded" and "w" in each.permissions]
     if left_out:
-        size = amount(sum(each.nbytes for each in left_out))
+        size = show_bytes(sum(each.nbytes for each in left_out))
         names = ": " + ", ".join(sorted({named(each.name) for each in left_out})) if everything else ""
         screen.line(
             f"not watched, since not chosen: {size} in {len(left_out)} writable mappings; see --include{names}", "2"

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""A heat strip (where in memory the dirty pages are, in one line) and the screen that it is drawn on."""
+"""Lines of bars: a heat strip (where in memory the dirty pages are), a sparkline (how much it was of late); and the
+screen that they are drawn on."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import TextIO
 
-__all__ = ["Screen", "can_write", "heat", "wants_colour"]
+__all__ = ["Screen", "can_write", "heat", "sparkline", "wants_colour"]
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _PLAIN = " .:-=+*%#"
@@ -33,6 +34,14 @@ def heat(bitmap: bytes | memoryview, pages: int, cells: int) -> list[float]:
         part = bits >> first & (1 << last - first) - 1
         shares.append(part.bit_count() / (last - first))
     return shares
+
+
+def sparkline(values: Sequence[float], width: int, *, plain: bool = False) -> str:
+    """The last ``width`` values as bars, against the largest of them, right-aligned; what is nothing is blank."""
+    shown = values[-width:] if width > 0 else ()
+    bars, most = _PLAIN if plain else _BARS, max(shown, default=0.0)
+    drawn = (bars[0 if value <= 0 else min(8, 1 + int(value / most * 8))] for value in shown)
+    return "".join(drawn).rjust(width)
 
 
 class Screen:

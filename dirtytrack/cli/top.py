@@ -8,13 +8,13 @@ import signal
 import sys
 import time
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ..errors import UnsupportedKernel
-from . import quantities
 from .keys import Keys
 from .strip import can_write
-from .watching import Choice, Watched, descendants, process_id, seconds
+from .watching import Choice, Watched, add_metrics, descendants, metrics_at, process_id, seconds
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -35,12 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Choice.add_arguments(parser)
     parser.add_argument("--every", type=seconds, default=1.0, metavar="TIME", help="length of an epoch (1s)")
     parser.add_argument("--for", "--seconds", type=seconds, metavar="TIME", dest="seconds", help="end after so long")
-    parser.add_argument(
-        "--metrics",
-        type=quantities.address,
-        metavar="[HOST]:PORT",
-        help="serve them to Prometheus; on the loopback if no host is named",
-    )
+    add_metrics(parser)
     parser.add_argument("--mappings", action="store_true", help="begin with the mappings of the first process")
     parser.epilog = (
         "Each process is stopped once, shortly, when it is attached. DIRTY/S is what the last epoch "
@@ -85,7 +80,9 @@ def run(args: argparse.Namespace) -> int:
             view.mappings_of = next(pid for pid, one in watched.items() if one.watched)
         console = Console(highlight=False)
         with ExitStack() as stack:
-            metrics = None if args.metrics is None else stack.enter_context(_metrics(args, view))
+            metrics = None
+            if args.metrics is not None:
+                metrics = stack.enter_context(metrics_at(args.metrics, partial(setattr, view, "remark")))
             keys = stack.enter_context(Keys())
             live = stack.enter_context(Live(console=console, screen=True, auto_refresh=False, transient=True))
             _loop(args, watched, view, keys, live, metrics)
@@ -100,14 +97,6 @@ def run(args: argparse.Namespace) -> int:
 def _ended(number: int, frame: object) -> None:
     """On a signal that ends us, the terminal is put back first."""
     raise SystemExit(128 + number)
-
-
-def _metrics(args: argparse.Namespace, view: View) -> Metrics:
-    from ..observe import Metrics
-
-    made = Metrics(*args.metrics)
-    view.remark = f"metrics: http://{args.metrics[0]}:{made.port}/metrics"
-    return made
 
 
 def _loop(

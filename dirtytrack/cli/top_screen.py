@@ -12,7 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ..observe import MappingSample, Sample
-from ..observe.figures import amount, named, sparkline
+from ..observe.units import show_bytes
+from ..process.mappings import named
+from .strip import sparkline
 
 __all__ = ["Line", "View"]
 
@@ -63,7 +65,7 @@ def _window(i: int) -> tuple[Callable[[Line, View], str], Callable[[Line], float
     def cell(line: Line, view: View) -> str:
         if line.rates is None:
             return ""
-        return amount(line.rates.windows_bytes[i]) + ("" if line.rates.windows_full[i] else "+")
+        return show_bytes(line.rates.windows_bytes[i]) + ("" if line.rates.windows_full[i] else "+")
 
     return cell, order
 
@@ -78,7 +80,7 @@ def _process_name(line: Line, view: View) -> str:
     if line.problem:
         return f"{line.name.partition(' ')[0]} [{line.problem}]".lstrip()
     untracked = line.rates.untracked_bytes if line.rates is not None else 0
-    return f"[{amount(untracked)} untracked] {line.name}" if untracked else line.name
+    return f"[{show_bytes(untracked)} untracked] {line.name}" if untracked else line.name
 
 
 _NO_RATES = ""
@@ -87,7 +89,7 @@ _PROCESSES: tuple[_Column[Line], ...] = (
     _Column(
         "DIRTY/S",
         10,
-        lambda line, _: amount(line.bytes_per_second) + "/s" if line.rates else _NO_RATES,
+        lambda line, _: show_bytes(line.bytes_per_second) + "/s" if line.rates else _NO_RATES,
         lambda line: line.bytes_per_second,
     ),
     _Column("1 S", 9, *_window(0)),
@@ -112,7 +114,7 @@ _PROCESSES: tuple[_Column[Line], ...] = (
 
 
 def _mapping_window(i: int) -> tuple[Callable[[MappingSample, View], str], Callable[[MappingSample], int]]:
-    return lambda row, _: amount(row.windows_bytes[i]), lambda row: row.windows_bytes[i]
+    return lambda row, _: show_bytes(row.windows_bytes[i]), lambda row: row.windows_bytes[i]
 
 
 def _mapping_name(row: MappingSample, view: View) -> str:
@@ -122,8 +124,8 @@ def _mapping_name(row: MappingSample, view: View) -> str:
 
 _MAPPINGS: tuple[_Column[MappingSample], ...] = (
     _Column("ADDRESS", 14, lambda row, _: f"{row.mapping.start:x}", lambda row: row.mapping.start, descending=False),
-    _Column("SIZE", 8, lambda row, _: amount(row.mapping.nbytes), lambda row: row.mapping.nbytes, spare=2),
-    _Column("DIRTY/S", 10, lambda row, _: amount(row.bytes_per_second) + "/s", lambda row: row.bytes_per_second),
+    _Column("SIZE", 8, lambda row, _: show_bytes(row.mapping.nbytes), lambda row: row.mapping.nbytes, spare=2),
+    _Column("DIRTY/S", 10, lambda row, _: show_bytes(row.bytes_per_second) + "/s", lambda row: row.bytes_per_second),
     _Column("1 S", 8, *_mapping_window(0), spare=4),
     _Column("10 S", 8, *_mapping_window(1), spare=5),
     _Column("60 S", 8, *_mapping_window(2)),
@@ -273,7 +275,7 @@ class View:
     def _title(self) -> Text:
         total = sum(line.bytes_per_second for line in self._lines)
         title = Text("dirtytrack top", style="bold", no_wrap=True, overflow="crop" if self.plain else "ellipsis")
-        title.append(f"  {amount(total)}/s", style="bold")
+        title.append(f"  {show_bytes(total)}/s", style="bold")
         watched = sum(not line.problem for line in self._lines)
         parts = [f"{watched} of {len(self._lines)} processes watched", f"every {self.every_seconds:g} s"]
         if self.mappings_of is not None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..observe import Metrics
     from ..process import ProcessTracker
 
-__all__ = ["Choice", "Watched", "descendants", "process_id", "seconds"]
+__all__ = ["Choice", "Watched", "add_metrics", "descendants", "metrics_at", "process_id", "seconds"]
 
 _LEAST_SECONDS, _MOST_SECONDS = 0.01, 86400
 
@@ -50,6 +50,25 @@ class Choice(NamedTuple):
     def of(args: argparse.Namespace) -> Choice:
         """What was chosen."""
         return Choice(args.include, args.exclude)
+
+
+def add_metrics(parser: argparse.ArgumentParser) -> None:
+    """Declare the option to serve metrics."""
+    parser.add_argument(
+        "--metrics",
+        type=quantities.address,
+        metavar="[HOST]:PORT",
+        help="serve them to Prometheus; on the loopback if no host is named",
+    )
+
+
+def metrics_at(address: tuple[str, int], tell: Callable[[str], object]) -> Metrics:
+    """Serve them, and tell where."""
+    from ..observe import Metrics
+
+    made = Metrics(*address)
+    tell(f"metrics: http://{address[0]}:{made.port}/metrics")
+    return made
 
 
 class Watched:

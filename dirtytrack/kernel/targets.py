@@ -28,6 +28,7 @@ __all__ = [
     "Guardian",
     "Row",
     "adopt",
+    "has_memory",
     "is_alive",
     "kill_after",
     "layout",
@@ -332,8 +333,8 @@ def open_userfaultfd() -> int:
     return int(out[0])
 
 
-def is_alive(pidfd: int) -> bool:
-    """Whether the process of a pidfd has not ended."""
+def is_alive(pidfd: int, wait_seconds: float = 0.0) -> bool:
+    """Whether the process of a pidfd has not ended, nor does within that time."""
     try:
         signal.pidfd_send_signal(pidfd, 0)
     except ProcessLookupError:
@@ -342,7 +343,15 @@ def is_alive(pidfd: int) -> bool:
         pass
     poller = select.poll()
     poller.register(pidfd, select.POLLIN)
-    return not poller.poll(0)
+    return not poller.poll(wait_seconds * 1000)
+
+
+def has_memory(pid: int) -> bool:
+    """Whether a process has memory of its own; not so once it is ending, and while /proc does not tell."""
+    try:
+        return Path(f"/proc/{pid}/statm").read_bytes().split()[0] != b"0"
+    except OSError:
+        return False
 
 
 def open_in_proc(pid: int, name: str) -> int:

@@ -8,8 +8,8 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidRecording, KernelRefused, PermissionDenied, UnsupportedKernel
+from ..process.mappings import named
 from .arrays import np
-from .selecting import name_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -152,7 +152,7 @@ class Metrics:
         pages = (below[:, 1] - below[:, 0]) // page_bytes
         found = dict[str, int]()
         for i in np.flatnonzero(pages).tolist():
-            name = name_of(mappings[i])
+            name = named(mappings[i].name)
             found[name] = found.get(name, 0) + int(pages[i])
         return found
 

@@ -10,9 +10,9 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..process.mappings import named
 from .arrays import np
 from .colours import BACKGROUND, FOLD, INK, NOTHING, PALETTE
-from .figures import named
 
 if TYPE_CHECKING:
     from .heat import HeatMap

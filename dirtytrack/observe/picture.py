@@ -7,9 +7,10 @@ import os
 from typing import TYPE_CHECKING
 
 from ..errors import UnsupportedKernel
+from ..process.mappings import named
 from .arrays import np
 from .colours import BACKGROUND, FOLD, INK, LEVELS, NOTHING, PALETTE, levels
-from .figures import amount, named
+from .units import show_bytes
 
 if TYPE_CHECKING:
     from .heat import HeatMap
@@ -77,6 +78,6 @@ def heat_png(heat: HeatMap, path: str | os.PathLike[str], *, title: str, width: 
         draw.text((at, y + 7), f"{second:.1f} s", INK, font, anchor="mt")
     for level in range(1, LEVELS):  # what the colours mean
         draw.line((_LEFT + 2 * level, y + 34, _LEFT + 2 * level, y + 43), PALETTE[level], 2)
-    words = f"a little … all of it written in each epoch; a row is {amount(heat.row_bytes)}, gaps are folded"
+    words = f"a little … all of it written in each epoch; a row is {show_bytes(heat.row_bytes)}, gaps are folded"
     draw.text((_LEFT + 2 * LEVELS + 12, y + 32), words, INK, font)
     picture.save(path, "PNG", optimize=True)

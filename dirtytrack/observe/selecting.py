@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import InvalidRecording
+from ..process.mappings import named
 from .arrays import np
 from .recording import Epoch
 from .written import Written, union_of
@@ -19,15 +20,9 @@ if TYPE_CHECKING:
     from ..process.mappings import Mapping
     from .written import Numbers
 
-__all__ = ["ANONYMOUS", "GONE", "MappingShare", "by_mapping", "exact_tail", "name_of", "only", "require_epochs"]
+__all__ = ["GONE", "MappingShare", "by_mapping", "exact_tail", "only", "require_epochs"]
 
-ANONYMOUS = "[anon]"  # as process.attach has it
 GONE = "[gone]"
-
-
-def name_of(mapping: Mapping) -> str:
-    """What it is called; memory without a name is [anon]."""
-    return mapping.name or ANONYMOUS
 
 
 def require_epochs(epochs: Sequence[Epoch], name: str) -> None:
@@ -55,8 +50,8 @@ def only(epochs: Sequence[Epoch], pattern: str) -> list[Epoch]:
     for epoch in epochs:
         if epoch.mappings is not last:
             last = epoch.mappings
-            names |= {name_of(mapping) for mapping in last}
-            chosen = tuple(mapping for mapping in last if _matches(name_of(mapping), pattern))
+            names |= {named(mapping.name) for mapping in last}
+            chosen = tuple(mapping for mapping in last if _matches(named(mapping.name), pattern))
         result.append(_clipped(epoch, chosen))
     if not any(epoch.mappings for epoch in result):
         known = ", ".join(sorted(names)[:12]) + (", …" if len(names) > 12 else "")
@@ -141,9 +136,9 @@ class _Table:
 
     def __init__(self, mappings: Sequence[Mapping], shift: int) -> None:
         self.mappings = [mapping for mapping in mappings if mapping.state != "excluded"]
-        self.names = list(dict.fromkeys(map(name_of, self.mappings)))
+        self.names = list(dict.fromkeys(named(mapping.name) for mapping in self.mappings))
         numbers = {name: i for i, name in enumerate(self.names)}
-        self.group = np.array([numbers[name_of(mapping)] for mapping in self.mappings], np.int64)
+        self.group = np.array([numbers[named(mapping.name)] for mapping in self.mappings], np.int64)
         ends = np.array([-(-mapping.end >> shift) for mapping in self.mappings], np.int64)
         self.ends = np.maximum.accumulate(ends)
         self.starts = np.array([mapping.start >> shift for mapping in self.mappings], np.int64)
@@ -176,7 +171,7 @@ def by_mapping(epochs: Sequence[Epoch]) -> list[MappingShare]:
         table = _Table(alike[0].mappings, shift)
         members = dict.fromkeys(table.names, 0)
         for mapping in table.mappings:
-            name = name_of(mapping)
+            name = named(mapping.name)
             members[name] += 1
             sizes[name] = (sizes[name] if members[name] > 1 else 0) + mapping.nbytes
             if mapping.state == "untracked":

@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from ..process.mappings import named
 from .colours import TERMINAL, levels
-from .figures import amount, named
+from .units import show_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,7 +36,7 @@ def heat_text(heat: HeatMap, columns: int, *, colour: bool, plain: bool = False)
     for i, stretch in enumerate(heat.stretches):
         if i:
             gap = stretch.start - heat.stretches[i - 1].end
-            yield f"{amount(gap) + ' not shown':>{LABEL_COLUMNS - 1}} {_styled(fold, '2', colour)}".rstrip()
+            yield f"{show_bytes(gap) + ' not shown':>{LABEL_COLUMNS - 1}} {_styled(fold, '2', colour)}".rstrip()
         step = 2 if colour else 1
         for row in range(stretch.first, stretch.first + stretch.rows, step):
             label = _label(heat, stretch, row, row + step)
@@ -52,8 +53,8 @@ def heat_text(heat: HeatMap, columns: int, *, colour: bool, plain: bool = False)
     yield " " * LABEL_COLUMNS + begun + ended.rjust(columns - len(begun))
     shown_bytes = sum(stretch.end - stretch.start for stretch in heat.stretches)
     yield (
-        f"{amount(shown_bytes)} of memory in rows of {amount(heat.row_bytes)}, {len(heat.columns)} columns of time; "
-        "the more of a row an epoch writes, the " + ("lighter" if colour else "denser")
+        f"{show_bytes(shown_bytes)} of memory in rows of {show_bytes(heat.row_bytes)}, {len(heat.columns)} columns of "
+        "time; the more of a row an epoch writes, the " + ("lighter" if colour else "denser")
     )
 
 

@@ -11,6 +11,7 @@ _NUMBER = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-zµ/]*)\s*", re.I
 _TIMES = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0}
 _PREFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_SHOWN = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _SIZES = {f"{prefix}b": times for prefix, times in _PREFIXES.items()}
 _SIZES |= {f"{prefix}ib": times for prefix, times in _BINARY.items()}
 _RATES = {f"{unit}/s": float(times) for unit, times in _SIZES.items()}
@@ -71,12 +72,17 @@ def show_seconds(seconds: float) -> str:
 
 
 def show_bytes(nbytes: float) -> str:
-    """In the unit that suits it."""
-    for unit, least in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if nbytes >= least:
-            number = nbytes / least
-            return f"{number:.0f} {unit}" if number >= 100 else f"{number:.1f} {unit}"
-    return f"{nbytes:.0f} bytes"
+    """Three digits and a unit: "4.19 MiB". Nothing is "0"."""
+    if nbytes <= 0:
+        return "0"
+    value = float(nbytes)
+    for unit in _SHOWN:
+        if value < 999.5 or unit == _SHOWN[-1]:
+            break
+        value /= 1024
+    if unit == "B":
+        return f"{value:.0f} B"
+    return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f} {unit}"
 
 
 def show_bandwidth(rate: float) -> str:

@@ -13,8 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..process.mappings import named
 from .arrays import np
-from .selecting import GONE, exact_tail, name_of
+from .selecting import GONE, exact_tail
 from .written import union_of
 
 if TYPE_CHECKING:
@@ -220,5 +221,5 @@ class Trace:
             start, end = int(addresses[begins[i]]) * page_bytes, (int(addresses[ends[i]]) + 1) * page_bytes
             at = int(owner[begins[i]])
             inside = at >= 0 and table[at].end > start
-            found.append(HotRange(start, end, name_of(table[at]) if inside else GONE, int(sums[i]) / total))
+            found.append(HotRange(start, end, named(table[at].name) if inside else GONE, int(sums[i]) / total))
         return HotSet(share, len(chosen), self.page_count, tuple(found))

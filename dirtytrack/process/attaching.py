@@ -21,7 +21,7 @@ from ..errors import (
 from ..kernel import core, scans, targets
 from ..kernel.targets import Answer, Fault, Guardian
 from .admission import admit, head_room, no_such_process
-from .mappings import Filter, Pattern
+from .mappings import Filter, Pattern, named
 from .tracker import ProcessTracker
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def require_some(pid: int, maps: int, chosen: Filter) -> None:
         raise no_such_process(pid)
     wanted = [row for row, why in chosen.look(rows) if not why]
     if not wanted:
-        names = sorted({row.name or "[anon]" for row in rows if row.writable})
+        names = sorted({named(row.name) for row in rows if row.writable})
         raise InvalidMemory(
             f"cannot attach to process {pid}: of its {len(rows)} mappings none is chosen by {chosen}. Writable are "
             + ", ".join(names[:12])

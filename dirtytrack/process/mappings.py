@@ -14,7 +14,18 @@ from ..region import Run
 if TYPE_CHECKING:
     from ..kernel.targets import Row
 
-__all__ = ["EXCLUDED", "TRACKED", "UNTRACKED", "Filter", "Mapping", "Pattern", "called", "excluded", "is_anonymous"]
+__all__ = [
+    "EXCLUDED",
+    "TRACKED",
+    "UNTRACKED",
+    "Filter",
+    "Mapping",
+    "Pattern",
+    "called",
+    "excluded",
+    "is_anonymous",
+    "named",
+]
 
 Pattern = str | Run | tuple[int, int]
 """A name, in which ``*`` and ``?`` are as in a shell, or (start, end) addresses."""
@@ -23,6 +34,11 @@ TRACKED, UNTRACKED, EXCLUDED = "tracked", "untracked", "excluded"
 
 _KERNELS_OWN = ("[vvar", "[vdso", "[vsyscall", "[uprobes")
 _NO_FILE = ("/anon_hugepage", "/dev/zero")
+
+
+def named(name: str) -> str:
+    """What a mapping of this name is called: memory without one is [anon]."""
+    return name or "[anon]"
 
 
 @dataclass(frozen=True)
@@ -90,7 +106,7 @@ def _is_range(given: object) -> bool:
 
 def _matches(row: Row, pattern: Pattern) -> bool:
     if isinstance(pattern, str):
-        return fnmatchcase(row.name or "[anon]", pattern.replace("[", "[[]"))
+        return fnmatchcase(named(row.name), pattern.replace("[", "[[]"))
     return row.start < pattern[1] and pattern[0] < row.end
 
 

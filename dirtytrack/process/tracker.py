@@ -10,8 +10,8 @@ import threading
 import time
 import weakref
 from array import array
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..dirtyset import DirtySet
 from ..errors import DirtyTrackError, InvalidMemory, KernelRefused, RangeBusy, RegionGone, SessionClosed, TargetGone
@@ -19,7 +19,7 @@ from ..kernel import core, engine, sets, targets
 from ..layout import Layout
 from ..memory import pin
 from ..region import Span
-from .mappings import EXCLUDED, TRACKED, UNTRACKED, Filter, Mapping, called, excluded
+from .mappings import EXCLUDED, TRACKED, UNTRACKED, Filter, Mapping, called, excluded, named
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,6 +36,8 @@ _log = logging.getLogger("dirtytrack.process")
 
 _ROUNDS = 16
 """How often a collect looks at the mappings anew, where they go away while it looks."""
+_ENDING_SECONDS = 0.25
+"""How long a process whose memory is gone is given to end, before it is told that it is ending."""
 
 
 class ProcessStatistics(NamedTuple):
@@ -185,10 +187,9 @@ class ProcessTracker:
             raise
 
     def _gone(self, error: DirtyTrackError) -> TargetGone:
-        how = "replaced itself by exec, or is about to end," if targets.is_alive(self._pidfd) else "ended"
         return TargetGone(
-            f"process {self.pid} {how}: what it wrote since the last collect is gone with its memory. Detach; attach "
-            "again to a process that runs",
+            f"process {self.pid} {_fate_of(self.pid, self._pidfd)}: what it wrote since the last collect is gone with "
+            "its memory. Detach; attach again to a process that runs",
             errno=error.errno,
             pid=self.pid,
         )
@@ -261,7 +262,7 @@ class ProcessTracker:
     def _span(self, mapping: Mapping) -> Span:
         span = Span(
             0,
-            mapping.name or "[anon]",
+            named(mapping.name),
             mapping.start,
             mapping.nbytes,
             mapping.start,
@@ -394,34 +395,68 @@ class ProcessTracker:
         return view
 
     @contextmanager
-    def frozen(self, *, timeout: float = 2.0) -> Iterator[None]:
+    def frozen(self, *, timeout: float = 2.0, by: Literal["ptrace", "cgroup"] = "ptrace") -> Iterator[None]:
         """A context manager in which every thread of the process stands still: for a consistent cut.
 
-        The threads are stopped by ptrace, by a guardian of their own: they go on when the ``with`` ends, and by
+        ``"ptrace"``: its threads are stopped by a guardian of their own: they go on when the ``with`` ends, and by
         themselves if this process or the guardian dies. A process that was stopped before stays so.
+
+        ``"cgroup"``: its cgroup is frozen (``cgroup.freeze`` of cgroup v2). **All other processes in it, and in cgroups
+        below it, stand still too.** It needs no right to trace, and a debugger may have the process; a system call that
+        waits may end with EINTR. A watcher thaws it if this process dies; if the watcher is killed as well, it stays
+        frozen until somebody writes 0 to ``cgroup.freeze``. One that was frozen before stays so.
 
         Args:
             timeout: in seconds.
+            by: how it is stopped.
 
         Raises:
-            TargetBusy: a thread did not stop in time (it waits for a child of vfork, or for a disk); all go on.
+            TargetBusy: a thread did not stop in time (it waits for a child of vfork, which only ptrace minds, or for a
+                disk), or another tracker has the cgroup frozen; all go on.
             TargetGone: the process ended.
-            PermissionDenied: it may not be traced.
+            PermissionDenied: it may not be traced; or ``cgroup.freeze`` may not be written.
+            InvalidMemory: it is in the root cgroup, or in one that has this process in it too; or it is in another pid
+                namespace.
+            UnsupportedKernel: there is no cgroup v2.
         """
-        from .attaching import refuse_answer
-
         engine.require(self._session[0])
+        if by not in ("ptrace", "cgroup"):
+            raise InvalidMemory(f"by takes 'ptrace' or 'cgroup', not {by!r}")
         if not self.pid:
             raise InvalidMemory(
-                "a process in another pid namespace cannot be traced from here: have it stop its threads itself"
+                "a process in another pid namespace cannot be stopped from here: have it stop its threads itself"
             )
+        stop = self._frozen_by_cgroup if by == "cgroup" else self._frozen_by_ptrace
+        with stop(timeout):
+            yield
+
+    @contextmanager
+    def _frozen_by_ptrace(self, timeout: float) -> Iterator[None]:
+        from .attaching import refuse_answer
+
         with targets.Guardian(self.pid, self._pidfd, timeout, freeze=True) as guardian:
             answer = guardian.answer()
-            if not targets.is_alive(self._pidfd):
-                raise self._gone(TargetGone(""))
+            self._require_alive()
             if answer.code:
                 refuse_answer(answer, self.pid, "freeze", timeout)
             yield
+
+    @contextmanager
+    def _frozen_by_cgroup(self, timeout: float) -> Iterator[None]:
+        from .freezer import frozen_group
+
+        with ExitStack() as frozen:
+            try:
+                frozen.enter_context(frozen_group(self.pid, timeout))
+            except DirtyTrackError:
+                self._require_alive()
+                raise
+            self._require_alive()
+            yield
+
+    def _require_alive(self) -> None:
+        if not targets.is_alive(self._pidfd):  # then its number may be another's
+            raise self._gone(TargetGone(""))
 
     # ---- ending
 
@@ -440,6 +475,18 @@ class ProcessTracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.detach()
+
+
+def _fate_of(pid: int, pidfd: int) -> str:
+    """What became of a process whose memory is gone. One that ends tells so only after all of it was given back, which
+    takes a while; one that replaced itself has other memory at once."""
+    until = time.monotonic() + _ENDING_SECONDS
+    while targets.is_alive(pidfd, 0.002):
+        if targets.has_memory(pid) and targets.is_alive(pidfd):  # else its number may be another's
+            return "replaced itself by exec"
+        if time.monotonic() >= until:
+            return "is ending" if pid else "replaced itself by exec, or is ending"
+    return "ended"
 
 
 def _named(number: int) -> str:

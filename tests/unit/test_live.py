@@ -14,11 +14,12 @@ from rich.console import Console
 
 from dirtytrack import DirtySet
 from dirtytrack.cli.keys import names
+from dirtytrack.cli.strip import sparkline
 from dirtytrack.cli.top_screen import Line, View
 from dirtytrack.kernel.core import PAGE_BYTES as PAGE
 from dirtytrack.observe import windows
-from dirtytrack.observe.figures import amount, sparkline
 from dirtytrack.observe.live import HISTORY, Sample, Watch
+from dirtytrack.observe.units import show_bytes
 from dirtytrack.process import Mapping
 from tests.unit.recordings import dirty_set, mapping
 
@@ -119,7 +120,7 @@ def test_a_mapping_keeps_its_history_while_it_is_there() -> None:
     ],
 )
 def test_amounts(nbytes: int, says: str) -> None:
-    assert amount(nbytes) == says
+    assert show_bytes(nbytes) == says
 
 
 def test_sparklines() -> None:

@@ -395,7 +395,7 @@ def test_sizes() -> None:
 
 def test_numbers_are_shown_in_the_unit_that_suits_them() -> None:
     assert [show_seconds(s) for s in (3e-7, 0.0015, 1.0, 3600)] == ["0.3 µs", "1.5 ms", "1 s", "60 min"]
-    assert [show_bytes(n) for n in (5, 2048, 300 << 20, 1.5 * 2**40)] == ["5 bytes", "2.0 KiB", "300 MiB", "1.5 TiB"]
+    assert [show_bytes(n) for n in (5, 2048, 300 << 20, 1.5 * 2**40)] == ["5 B", "2.00 KiB", "300 MiB", "1.50 TiB"]
     assert [show_bandwidth(r) for r in (1.25e9, 1e3, 1)] == ["10 Gbit/s", "8 kbit/s", "8 bit/s"]
 
 

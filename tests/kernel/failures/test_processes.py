@@ -11,13 +11,24 @@ import subprocess
 import sys
 from array import array
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from dirtytrack import process
 from dirtytrack.dirtyset import _unpickled
-from dirtytrack.errors import InvalidMemory, PermissionDenied, RegionGone, SessionClosed, TargetBusy, TargetGone
-from tests.sandbox import run_in_child
+from dirtytrack.errors import (
+    InvalidMemory,
+    PermissionDenied,
+    RegionGone,
+    SessionClosed,
+    TargetBusy,
+    TargetGone,
+    UnsupportedKernel,
+)
+from tests.cgroups import NO_CGROUP, is_frozen, made
+from tests.sandbox import NOBODY, run_in_child
 
 WAITING = "print(flush=True); input()"
 
@@ -82,6 +93,64 @@ def test_collecting_after_detaching(target: subprocess.Popen[bytes]) -> None:
     tracker.detach()
     with pytest.raises(SessionClosed, match="detached"):
         tracker.collect()
+
+
+def test_a_cgroup_that_cannot_be_frozen(target: subprocess.Popen[bytes]) -> None:
+    with process.attach(target.pid) as tracker:  # it is in our cgroup, root or not
+        with pytest.raises((InvalidMemory, UnsupportedKernel), match='by="ptrace"') as caught:
+            tracker.frozen(by="cgroup").__enter__()
+        assert caught.value.pid == target.pid
+        with pytest.raises(InvalidMemory, match="by takes"):
+            tracker.frozen(by="force").__enter__()  # type: ignore[arg-type]
+
+
+def move(target: subprocess.Popen[bytes], group: Path) -> None:
+    try:
+        (group / "cgroup.procs").write_text(str(target.pid))
+    except OSError as error:
+        pytest.skip(f"{NO_CGROUP}: {error}")
+
+
+@contextmanager
+def in_a_group() -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    command = [sys.executable, "-c", WAITING]
+    with (
+        made(f"dirtytrack-{os.getpid()}") as group,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as started,
+    ):
+        assert started.stdout is not None
+        started.stdout.readline()
+        try:
+            move(started, group)
+            yield started, group
+        finally:
+            started.kill()
+
+
+def freeze_without_permission(tracker: process.ProcessTracker) -> None:
+    with pytest.raises(PermissionDenied, match=r"may not be written.*delegate") as caught:
+        tracker.frozen(by="cgroup").__enter__()
+    assert caught.value.errno in (errno.EACCES, errno.EROFS)
+
+
+def test_freezing_without_permission() -> None:
+    with in_a_group() as (target, group), process.attach(target.pid) as tracker:
+        (group / "cgroup.freeze").chmod(0o444)
+        before = os.geteuid()
+        os.seteuid(before or NOBODY)
+        try:
+            freeze_without_permission(tracker)
+        finally:
+            os.seteuid(before)
+        (group / "cgroup.freeze").chmod(0o644)
+
+
+def test_freezing_one_that_does_not_stop_in_time() -> None:
+    with in_a_group() as (target, group), process.attach(target.pid) as tracker:
+        with pytest.raises(TargetBusy, match="thread of its cgroup") as caught:
+            tracker.frozen(by="cgroup", timeout=0).__enter__()  # no time at all is too short for any
+        assert caught.value.pid == target.pid
+        assert not is_frozen(group)
 
 
 def test_reading_what_is_not_mapped(target: subprocess.Popen[bytes]) -> None:
