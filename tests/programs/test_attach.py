@@ -37,7 +37,7 @@ class Memory:
         )
 
 
-NAMED = {"write", "unmap", "grow", "move", "again", "discard", "punch", "busy"}
+NAMED = {"write", "over", "unmap", "grow", "move", "again", "discard", "punch", "busy"}
 
 
 @pytest.fixture
@@ -186,6 +186,22 @@ def test_shared_memory_and_files_are_for_who_asks(memory: Memory, tmp_path: Path
         dirty = tracker.collect()
         assert 5 in pages_of(dirty, file, 16)
         assert 6 in pages_of(dirty, shared, 16)
+
+
+def test_shared_memory_that_is_mapped_once_more(memory: Memory) -> None:
+    shared, other = memory.do("share", 16), memory.do("map", 4)
+    with process.attach(memory.pid, include=["*"]) as tracker:
+        tracker.collect()
+        for _ in range(2):  # over memory that is tracked; over itself
+            memory.do("over", shared + 8 * PAGE, 4, other)
+            memory.do("write", other, 3)  # before anybody knows of that mapping
+            dirty = tracker.collect()
+            assert len(pages_of(dirty, other, 4)) == 4
+            assert 11 in pages_of(dirty, shared, 16)
+        memory.do("write", other, 1)
+        dirty = tracker.collect()
+        assert pages_of(dirty, other, 4) == [1]
+        assert pages_of(dirty, shared, 16) == [9]
 
 
 def test_filters(memory: Memory) -> None:

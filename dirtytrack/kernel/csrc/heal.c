@@ -196,6 +196,7 @@ int dt_heal(dt_session *s, uint64_t start, uint64_t end)
             /* Of a target the whole mapping, beyond what is watched of it too: see dt_target_fits. */
             uint64_t first = s->space ? m.start : at, last = s->space ? m.end : next;
             dt_mark_all(s->watches, s->watch_count, first, last);
+            dt_alias_tell(s, first, last);
             s->statistics.mappings_renewed++;
             /* What cannot be registered (a special mapping, another's userfaultfd) counts as written at each collect:
              * its scan fails with EPERM each time and comes here. */
