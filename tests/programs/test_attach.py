@@ -250,6 +250,25 @@ def test_two_trackers_cannot_have_the_same_memory(memory: Memory) -> None:
         assert pages_of(second.collect(), at, 8) == [2]
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_memory_that_one_tracker_has_and_the_process_maps_anew(memory: Memory, alone: bool) -> None:
+    at = memory.do("map", 8)
+    include = (at, at + 8 * PAGE) if alone else None
+    with process.attach(memory.pid, include=include) as first, process.attach(memory.pid, include=include) as second:
+        first.collect()
+        second.collect()
+        memory.do("again", at, 8)
+        assert len(pages_of(second.collect(), at, 8)) == 8  # before the first has seen that
+        memory.do("write", at, 3)
+        for tracker in (first, second):
+            assert 3 in pages_of(tracker.collect(), at, 8)
+        memory.do("write", at, 5)
+        for tracker in (second, first):
+            assert 5 in pages_of(tracker.collect(), at, 8)
+        assert mapping_at(first, at).state == "untracked"
+        assert mapping_at(second, at).state == ("tracked" if alone else "untracked")
+
+
 # ---- the target does not notice
 
 
