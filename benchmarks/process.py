@@ -28,10 +28,10 @@ TARGET = """
 import ctypes, mmap, sys
 count, nbytes = int(sys.argv[1]), int(sys.argv[2])
 private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-memory, between = [], []
+memory = []
 for _ in range(count):
     memory.append(mmap.mmap(-1, nbytes, flags=private))
-    between.append(mmap.mmap(-1, 4096))  # of another kind, so that neighbours are not joined
+    if len(memory) % 2: memory[-1].madvise(mmap.MADV_DONTFORK)  # else neighbours are joined
     memory[-1][:] = bytes(nbytes)
 for m in memory: print(ctypes.addressof(ctypes.c_char.from_buffer(m)))
 print(flush=True)

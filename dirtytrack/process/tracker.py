@@ -38,6 +38,7 @@ _ROUNDS = 16
 """How often a collect looks at the mappings anew, where they go away while it looks."""
 _ENDING_SECONDS = 0.25
 """How long a process whose memory is gone is given to end, before it is told that it is ending."""
+_BUSY = "another userfaultfd has it"
 
 
 class ProcessStatistics(NamedTuple):
@@ -233,7 +234,7 @@ class ProcessTracker:
                 try:
                     slot, number = targets.register(self._session[0], start, end, self.pid)
                 except RangeBusy:
-                    untracked[row.start] = "another userfaultfd has it"
+                    untracked[row.start] = _BUSY
                 except InvalidMemory as error:
                     untracked[row.start] = f"the kernel refuses to track it ({error.errno and _named(error.errno)})"
                 except KernelRefused as error:
@@ -243,6 +244,8 @@ class ProcessTracker:
                     untracked[row.start] = "it changes all the time"
                 else:
                     fresh.append(_Part(slot, number, start, end, _identity(row), row.name))
+        if any(why == _BUSY for why in untracked.values()):
+            fresh = self._left_to_others(fresh, chosen, untracked)
         if first:
             self._start(fresh)
         else:
@@ -258,6 +261,17 @@ class ProcessTracker:
         self._untracked = [(m.start, m.end) for m in self._mappings if m.state == UNTRACKED]
         self._layout = Layout(tuple(map(self._span, (m for m in self._mappings if m.state != EXCLUDED))))
         return settled
+
+    def _left_to_others(self, fresh: list[_Part], chosen: list[Row], untracked: dict[int, str]) -> list[_Part]:
+        """Without those that others had, who have more: they may not know yet that these were mapped anew, and no scan
+        would tell them that they are ours. Registered and never scanned, they do no harm."""
+        kept = []
+        for part in fresh:
+            if any(low < part.end and part.start < high for low, high in self._untracked):
+                untracked.update((row.start, _BUSY) for row in chosen if row.start <= part.start < row.end)
+            else:
+                kept.append(part)
+        return kept
 
     def _span(self, mapping: Mapping) -> Span:
         span = Span(

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT
  * Does to its memory what its standard input says, and answers each line with an address in hex:
  *   map PAGES | write ADDRESS PAGE | unmap ADDRESS PAGES | grow ADDRESS FROM TO | move ADDRESS PAGES | again ADDRESS PAGES
- *   discard ADDRESS PAGE | share PAGES | file PATH PAGES | vfork MILLISECONDS | exec | guard ADDRESS PAGE | busy ADDRESS PAGES */
+ *   discard ADDRESS PAGE | share PAGES | file PATH PAGES | vfork MILLISECONDS | exec | guard ADDRESS PAGE | busy ADDRESS PAGES
+ *   over ADDRESS PAGES OTHER (in decimal): the shared memory of one place is mapped at the other too */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
@@ -78,6 +79,8 @@ int main(int count, char **arguments)
                 at = mremap(at, b * PAGE, c * PAGE, MREMAP_MAYMOVE);
             else if (!strcmp(word, "move"))
                 at = mremap(at, b * PAGE, b * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, mapped(b, MAP_PRIVATE | MAP_ANONYMOUS, -1));
+            else if (!strcmp(word, "over"))
+                at = mremap(at, 0, b * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, (void *)c);
             else if (!strcmp(word, "again"))
                 at = mmap(at, b * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
             else if (!strcmp(word, "discard"))

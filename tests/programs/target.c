@@ -17,7 +17,11 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
+#include <sys/un.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -140,6 +144,85 @@ static void *write_(void *which)
     return NULL;
 }
 
+/* Calls on sockets with a time-out. Each must take it, and say so. */
+static const struct timeval five = {0, 5000};
+
+static void timed_out(const char *call, ssize_t n, void *which)
+{
+    if (n != -1 || (errno != EAGAIN && !(lenient && errno == EINTR)))
+        wrong(call);
+    rounds[(uintptr_t)which]++;
+}
+
+static void *wait_in_readv(void *which)
+{
+    int ends[2];
+    char byte;
+    struct iovec to = {&byte, 1};
+    if (socketpair(AF_UNIX, SOCK_STREAM, 0, ends) || setsockopt(ends[0], SOL_SOCKET, SO_RCVTIMEO, &five, sizeof five))
+        wrong("socketpair");
+    for (;;)
+        timed_out("readv", readv(ends[0], &to, 1), which);
+    return NULL;
+}
+
+static int full_socket(void)
+{
+    int ends[2];
+    static char some[4096];
+    if (socketpair(AF_UNIX, SOCK_STREAM, 0, ends) || setsockopt(ends[0], SOL_SOCKET, SO_SNDTIMEO, &five, sizeof five))
+        wrong("socketpair");
+    while (send(ends[0], some, sizeof some, MSG_DONTWAIT) > 0)
+        ;
+    return ends[0];
+}
+
+static void *wait_in_write(void *which)
+{
+    static char some[4096];
+    for (int fd = full_socket();;)
+        timed_out("write", write(fd, some, sizeof some), which);
+    return NULL;
+}
+
+static void *wait_in_send(void *which)
+{
+    static char some[4096];
+    for (int fd = full_socket();;)
+        timed_out("send", send(fd, some, sizeof some, 0), which);
+    return NULL;
+}
+
+static void *wait_in_connect(void *which)
+{
+    struct sockaddr_un name = {.sun_family = AF_UNIX};
+    socklen_t bytes = sizeof name;
+    int server = socket(AF_UNIX, SOCK_STREAM, 0), first = socket(AF_UNIX, SOCK_STREAM, 0), fd = socket(AF_UNIX, SOCK_STREAM, 0);
+    if (bind(server, (void *)&name, sizeof(sa_family_t)) || listen(server, 0) || getsockname(server, (void *)&name, &bytes) ||
+        connect(first, (void *)&name, bytes) || setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &five, sizeof five))
+        wrong("listen");
+    for (;;)
+        timed_out("connect", connect(fd, (void *)&name, bytes), which);
+    return NULL;
+}
+
+/* The end of each is a signal, which the process does not ask for. */
+static void *have_children(void *which)
+{
+    for (;;) {
+        pid_t child = fork();
+        if (!child) {
+            usleep(3000);
+            _exit(3);
+        }
+        int status;
+        if (child < 0 || waitpid(child, &status, 0) != child || WEXITSTATUS(status) != 3)
+            wrong("waitpid");
+        rounds[(uintptr_t)which]++;
+    }
+    return NULL;
+}
+
 static void on_signal(int number) { signals += number == SIGUSR1; }
 
 /* Signals that arrive are handled, each once. */
@@ -160,7 +243,8 @@ static void *be_signalled(void *which)
 int main(int count, char **arguments)
 {
     void *(*const bodies[])(void *) = {compute, compute, sleep_, wait_in_poll, wait_in_epoll, wait_in_futex, read_, write_,
-                                       be_signalled};
+                                       be_signalled, wait_in_readv, wait_in_write, wait_in_send, wait_in_connect,
+                                       have_children};
     enum { THREADS = sizeof bodies / sizeof *bodies };
     unsigned used = count > 1 ? (unsigned)atoi(arguments[1]) : THREADS;
     lenient = count > 2;

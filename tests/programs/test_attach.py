@@ -37,7 +37,7 @@ class Memory:
         )
 
 
-NAMED = {"write", "unmap", "grow", "move", "again", "discard", "punch", "busy"}
+NAMED = {"write", "over", "unmap", "grow", "move", "again", "discard", "punch", "busy"}
 
 
 @pytest.fixture
@@ -189,6 +189,22 @@ def test_shared_memory_and_files_are_for_who_asks(memory: Memory, tmp_path: Path
         assert 6 in pages_of(dirty, shared, 16)
 
 
+def test_shared_memory_that_is_mapped_once_more(memory: Memory) -> None:
+    shared, other = memory.do("share", 16), memory.do("map", 4)
+    with process.attach(memory.pid, include=["*"]) as tracker:
+        tracker.collect()
+        for _ in range(2):  # over memory that is tracked; over itself
+            memory.do("over", shared + 8 * PAGE, 4, other)
+            memory.do("write", other, 3)  # before anybody knows of that mapping
+            dirty = tracker.collect()
+            assert len(pages_of(dirty, other, 4)) == 4
+            assert 11 in pages_of(dirty, shared, 16)
+        memory.do("write", other, 1)
+        dirty = tracker.collect()
+        assert pages_of(dirty, other, 4) == [1]
+        assert pages_of(dirty, shared, 16) == [9]
+
+
 def test_filters(memory: Memory) -> None:
     at = memory.do("map", 8)
     with process.attach(memory.pid, include=["[stack]", (at, at + PAGE)], exclude="[heap]") as tracker:
@@ -235,6 +251,25 @@ def test_two_trackers_cannot_have_the_same_memory(memory: Memory) -> None:
         assert pages_of(second.collect(), at, 8) == [2]
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_memory_that_one_tracker_has_and_the_process_maps_anew(memory: Memory, alone: bool) -> None:
+    at = memory.do("map", 8)
+    include = (at, at + 8 * PAGE) if alone else None
+    with process.attach(memory.pid, include=include) as first, process.attach(memory.pid, include=include) as second:
+        first.collect()
+        second.collect()
+        memory.do("again", at, 8)
+        assert len(pages_of(second.collect(), at, 8)) == 8  # before the first has seen that
+        memory.do("write", at, 3)
+        for tracker in (first, second):
+            assert 3 in pages_of(tracker.collect(), at, 8)
+        memory.do("write", at, 5)
+        for tracker in (second, first):
+            assert 5 in pages_of(tracker.collect(), at, 8)
+        assert mapping_at(first, at).state == "untracked"
+        assert mapping_at(second, at).state == ("tracked" if alone else "untracked")
+
+
 # ---- the target does not notice
 
 
@@ -247,6 +282,7 @@ def test_waits_go_on_as_if_nothing_had_happened(times: int) -> None:
                 for _ in range(2):
                     with tracker.frozen():
                         tracker.collect()
+                        time.sleep(0.005)  # a child of its ends
             is_unharmed(program, fds=before)
 
 

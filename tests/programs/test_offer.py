@@ -149,16 +149,16 @@ def test_what_is_no_offer() -> None:
 
 def offer_to_another() -> None:
     ours, theirs = socket.socketpair()
-    child = os.fork()
-    if not child:
-        os.setresuid(NOBODY, NOBODY, NOBODY)
-        mine = socket.socket(socket.AF_UNIX)
-        mine.connect("\0dirtytrack-test")
-        theirs.recv(1)
-        os._exit(0)
     with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind("\0dirtytrack-test")
+        listening.bind("")  # the kernel chooses a name
         listening.listen()
+        child = os.fork()
+        if not child:
+            os.setresuid(NOBODY, NOBODY, NOBODY)
+            mine = socket.socket(socket.AF_UNIX)
+            mine.connect(listening.getsockname())
+            theirs.recv(1)
+            os._exit(0)
         connection, _ = listening.accept()
         try:
             process.offer(connection)

@@ -147,6 +147,7 @@ struct dt_session {
     dt_events *events;            /* what the kernel tells by itself, NULL where it was not asked to */
     dt_run *foreign;              /* beneath our regions, but by now registered by another session */
     uint64_t foreign_count, foreign_room;
+    bool met_strangers;           /* another userfaultfd has, or had, some of a target's memory */
     uint64_t registrations, thefts; /* what of dt_registrations and dt_thefts has been looked at */
     dt_compare *compare;          /* what memory is compared with; NULL where the kernel tells */
     struct k_page_region *vector; /* zeroed and faulted in whenever a scan begins */

@@ -96,11 +96,13 @@ bool dt_next_own(const dt_session *s, uint64_t *at, uint64_t end, uint64_t *from
 
 /* Where an address that went away beneath a region was used again and registered by another session, the kernel lets us
  * scan and arm it all the same, and take that session's bits. So whenever another session registered something, ours is
- * looked at again before it is scanned; and after, since it may have been meanwhile. */
+ * looked at again before it is scanned; and after, since it may have been meanwhile. What another process registers in a
+ * target is not heard of: once one was met there, each time. To look costs 2 us a region and more: see
+ * ProcessTracker._look_once for why those who have met nobody need not. */
 int dt_look_for_strangers(dt_session *s)
 {
     uint64_t registrations = atomic_load(&dt_registrations), thefts = atomic_load(&dt_thefts);
-    if (DT_LIKELY(registrations == s->registrations && thefts == s->thefts && !s->foreign_count) || s->suspended || s->compare || s->space)
+    if (DT_LIKELY(registrations == s->registrations && thefts == s->thefts && !s->foreign_count && !s->met_strangers) || s->suspended || s->compare)
         return 0;
     for (uint64_t i = 0; i < s->region_count; i++) {
         int rc = s->regions[i]->registered ? dt_heal(s, s->regions[i]->start, s->regions[i]->end) : 0;
@@ -196,6 +198,7 @@ int dt_heal(dt_session *s, uint64_t start, uint64_t end)
             /* Of a target the whole mapping, beyond what is watched of it too: see dt_target_fits. */
             uint64_t first = s->space ? m.start : at, last = s->space ? m.end : next;
             dt_mark_all(s->watches, s->watch_count, first, last);
+            dt_alias_tell(s, first, last);
             s->statistics.mappings_renewed++;
             /* What cannot be registered (a special mapping, another's userfaultfd) counts as written at each collect:
              * its scan fails with EPERM each time and comes here. */

@@ -305,20 +305,23 @@ static bool gives_up(long number)
 {
     static const int calls[] = {SYS_epoll_wait, SYS_epoll_pwait, 441 /* epoll_pwait2 */, SYS_semop, SYS_semtimedop,
                                 SYS_rt_sigtimedwait, SYS_io_getevents, 333 /* io_pgetevents */, 426 /* io_uring_enter */,
-                                SYS_read, SYS_recvfrom, SYS_recvmsg, 299 /* recvmmsg */, SYS_accept, SYS_accept4};
+                                SYS_read, SYS_readv, SYS_recvfrom, SYS_recvmsg, SYS_recvmmsg, SYS_accept, SYS_accept4,
+                                SYS_connect, SYS_write, SYS_writev, SYS_sendto, SYS_sendmsg, SYS_sendmmsg, SYS_sendfile,
+                                SYS_splice};
     for (size_t i = 0; i < sizeof calls / sizeof *calls; i++)
         if (calls[i] == number)
             return true;
     return false;
 }
 
-/* A signal that the thread would take is what has the call give up. */
+/* A signal that the thread would handle is what has the call give up. One that it does not ask for waits only since the
+ * thread is traced: a child's end, for one. */
 static bool signal_waits(pid_t tid)
 {
     dt_space thread = {tid, -1};
     FILE *status = dt_open_proc(&thread, "status");
     char line[256];
-    unsigned long long pending = 0, blocked = 0, word;
+    unsigned long long pending = 0, blocked = 0, caught = 0, word;
     if (!status)
         return true;
     while (fgets(line, sizeof line, status)) {
@@ -326,9 +329,11 @@ static bool signal_waits(pid_t tid)
             pending |= word;
         else if (sscanf(line, "SigBlk: %llx", &word) == 1)
             blocked = word;
+        else if (sscanf(line, "SigCgt: %llx", &word) == 1)
+            caught = word;
     }
     fclose(status);
-    return pending & ~blocked;
+    return pending & ~blocked & caught;
 }
 
 void dt_mend_call(dt_guard *g, dt_thread *t)

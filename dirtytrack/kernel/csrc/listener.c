@@ -341,9 +341,11 @@ int dt_add(dt_listener *l, dt_region *region, dt_failure *why)
         rc = watch_region(l, region, why);
         if (!rc && l->audit_fraction > 0 && (rc = dt_audit_add(l, dt_watch_of(l, region))))
             dt_fail_with(why, rc, ENOMEM, DT_STEP_MEMORY, region->start, region->end);
-        if (!rc)
+        if (!rc) {
             dt_mark_whole(dt_watch_of(l, region)); /* nobody knows its past */
-        else if (rc != DT_WATCHED)
+            if (l->session->space) /* it may have come since the last collect, and have been written before it was armed */
+                dt_alias_tell(l->session, region->start, region->end);
+        } else if (rc != DT_WATCHED)
             unwatch_region(l, region);
     }
     dt_leave(l->session);

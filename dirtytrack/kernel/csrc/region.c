@@ -94,7 +94,8 @@ int dt_uffd_unregister(dt_session *s, uint64_t start, uint64_t end)
 static int register_ioctl(dt_session *s, uint64_t start, uint64_t end)
 {
     int rc = bare_register(s, start, end);
-    if (!rc && !s->compare && !s->space) { /* the others look whether it was theirs; we need not look at our own */
+    s->met_strangers |= rc == -EBUSY && s->space;
+    if (!rc && !s->compare) { /* the others look whether it was theirs; we need not look at our own */
         uint64_t before = atomic_fetch_add(&dt_registrations, 1);
         s->registrations += s->registrations == before;
     }
