@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .core import CData
 
 __all__ = [
+    "ENDING_SECONDS",
     "Answer",
     "Fault",
     "Guardian",
@@ -36,12 +37,15 @@ __all__ = [
     "mappings_of",
     "open_in_proc",
     "open_userfaultfd",
+    "outlives",
     "read",
     "register",
     "remove",
     "steps",
 ]
 
+ENDING_SECONDS = 0.25
+"""How long a process that is ending, by its looks, is given to end."""
 _ANSWER_SECONDS = 10.0
 """Beyond the time-out of what it does: for the start of its interpreter."""
 
@@ -344,6 +348,11 @@ def is_alive(pidfd: int, wait_seconds: float = 0.0) -> bool:
     poller = select.poll()
     poller.register(pidfd, select.POLLIN)
     return not poller.poll(wait_seconds * 1000)
+
+
+def outlives(pidfd: int, answer: Answer) -> bool:
+    """Whether the process of a pidfd has not ended. One that is ending may not be traced: it is given some time."""
+    return is_alive(pidfd, ENDING_SECONDS if answer.code == -errno.EPERM else 0.0)
 
 
 def has_memory(pid: int) -> bool:

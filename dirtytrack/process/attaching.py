@@ -102,7 +102,7 @@ def attach_with_fault(
             answer = guardian.answer()
         if answer.fd >= 0:
             opened.callback(os.close, answer.fd)
-        if not targets.is_alive(pidfd):  # to trace one that is about to end is not permitted
+        if not targets.outlives(pidfd, answer):
             raise no_such_process(pid)
         if answer.code:
             refuse_answer(answer, pid, "attach to", timeout)

@@ -36,8 +36,6 @@ _log = logging.getLogger("dirtytrack.process")
 
 _ROUNDS = 16
 """How often a collect looks at the mappings anew, where they go away while it looks."""
-_ENDING_SECONDS = 0.25
-"""How long a process whose memory is gone is given to end, before it is told that it is ending."""
 _BUSY = "another userfaultfd has it"
 
 
@@ -450,7 +448,8 @@ class ProcessTracker:
 
         with targets.Guardian(self.pid, self._pidfd, timeout, freeze=True) as guardian:
             answer = guardian.answer()
-            self._require_alive()
+            if not targets.outlives(self._pidfd, answer):  # then its number may be another's
+                raise self._gone(TargetGone(""))
             if answer.code:
                 refuse_answer(answer, self.pid, "freeze", timeout)
             yield
@@ -494,7 +493,7 @@ class ProcessTracker:
 def _fate_of(pid: int, pidfd: int) -> str:
     """What became of a process whose memory is gone. One that ends tells so only after all of it was given back, which
     takes a while; one that replaced itself has other memory at once."""
-    until = time.monotonic() + _ENDING_SECONDS
+    until = time.monotonic() + targets.ENDING_SECONDS
     while targets.is_alive(pidfd, 0.002):
         if targets.has_memory(pid) and targets.is_alive(pidfd):  # else its number may be another's
             return "replaced itself by exec"
