@@ -154,10 +154,13 @@ def test_threads_in_cgroups_of_their_own(group: Path) -> None:
             ((one, two)[i % 2] / "cgroup.threads").write_text(task.name)
         assert Path(f"/proc/{program.pid}/cgroup").read_text().rstrip().endswith("/one")
         assert group_of(program.pid) == group
-        with process.attach(program.pid) as tracker, tracker.frozen(by="cgroup"):
-            tracker.collect()
-            time.sleep(0.02)
-            assert not tracker.collect()
+        with process.attach(program.pid) as tracker:
+            for _ in range(5):
+                with tracker.frozen(by="cgroup"):
+                    assert is_frozen(one) and is_frozen(two)
+                    tracker.collect()
+                    time.sleep(0.005)
+                    assert not tracker.collect()
         is_unharmed(program)
 
 
