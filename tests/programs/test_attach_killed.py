@@ -23,6 +23,8 @@ from tests.programs.targets import Program, descriptors, is_unharmed, running
 from tests.sandbox import check, libc
 
 _PR_SET_CHILD_SUBREAPER = 36
+STAY = set[int]()
+"""Children of this process that were there before, such as multiprocessing's resource tracker."""
 
 
 def in_child(what: Callable[[], object]) -> int:
@@ -44,6 +46,8 @@ def killed(status: int) -> bool:
 def foster_parent() -> Iterator[None]:
     """Guardians whose tracker died become children of this process, so that none is overlooked."""
     check(libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
+    STAY.clear()
+    STAY.update(child.pid for child in psutil.Process().children())
     yield
     check(libc.prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0))
 
@@ -51,7 +55,7 @@ def foster_parent() -> Iterator[None]:
 def settled(program: Program) -> None:
     """A guardian whose tracker died still has its work to do."""
     for child in psutil.Process().children():
-        if child.pid != program.pid:
+        if child.pid not in {program.pid, *STAY}:
             child.wait(timeout=20)
 
 
