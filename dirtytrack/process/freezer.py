@@ -25,6 +25,7 @@ __all__ = ["frozen_group", "group_of"]
 
 _BY_PTRACE = 'by="ptrace" stops the process alone, and needs no cgroup'
 _FREEZE = "cgroup.freeze"
+_REMOVED = (errno.ENOENT, errno.ENODEV)  # as a cgroup can be once nobody is in it
 
 
 def group_of(pid: int) -> Path:
@@ -114,10 +115,8 @@ def frozen_group(pid: int, timeout: float) -> Iterator[None]:
     """Have all processes of a process's cgroup stand still; as `ProcessTracker.frozen` says."""
     folder = group_of(pid)
     with ExitStack() as opened:
-        freeze = _open(folder / _FREEZE, os.O_RDWR, pid)
+        freeze = _open(folder / _FREEZE, pid)
         opened.callback(os.close, freeze)
-        events = _open(folder / "cgroup.events", os.O_RDONLY, pid)
-        opened.callback(os.close, events)
         try:
             fcntl.flock(freeze, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the first to leave would thaw it for the second
         except BlockingIOError as error:
@@ -128,7 +127,7 @@ def frozen_group(pid: int, timeout: float) -> Iterator[None]:
             ) from error
         if os.pread(freeze, 1, 0) != b"1":
             opened.enter_context(_thawed_at_the_end(freeze, folder, pid))
-        _wait(events, folder, pid, timeout)
+        _wait(folder, pid, timeout)
         if str(pid) not in _read(folder / "cgroup.procs").split():
             raise _left(folder, pid)
         yield
@@ -140,9 +139,9 @@ def _left(folder: Path, pid: int) -> TargetBusy:
     )
 
 
-def _open(file: Path, flags: int, pid: int) -> int:
+def _open(file: Path, pid: int) -> int:
     try:
-        return os.open(file, flags | os.O_CLOEXEC)
+        return os.open(file, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise PermissionDenied(
@@ -157,34 +156,48 @@ def _open(file: Path, flags: int, pid: int) -> int:
 
 
 def _refuse(error: OSError, file: Path, pid: int) -> NoReturn:
-    if error.errno in (errno.ENOENT, errno.ENODEV):  # a cgroup can be removed once nobody is in it
+    if error.errno in _REMOVED:
         raise _left(file.parent, pid) from error
     raise KernelRefused(
         f"cannot freeze process {pid}: {file}: {error.strerror}", errno=error.errno, feature=_FREEZE, pid=pid
     ) from error
 
 
-def _wait(events: int, folder: Path, pid: int, timeout: float) -> None:
-    """For "frozen 1" in cgroup.events: the kernel wakes who polls that file when it changes (cgroup-v2.rst)."""
-    poller = select.poll()
-    poller.register(events, select.POLLPRI)
+def _wait(folder: Path, pid: int, timeout: float) -> None:
+    """Until all of it stands still. A cgroup that has processes of its own says so without a look at those below it
+    (kernel/cgroup/freezer.c), so each is asked; what is made below a frozen one is frozen from the first."""
     deadline = time.monotonic() + timeout
-    while True:
+    for place, _, _ in os.walk(folder):
+        file = Path(place, "cgroup.events")
         try:
-            told = os.pread(events, 4096, 0)
+            events = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                still = _stands_still(events, deadline)
+            finally:
+                os.close(events)
         except OSError as error:
-            _refuse(error, folder / "cgroup.events", pid)
-        if b"frozen 1" in told.splitlines():
-            return
-        left = deadline - time.monotonic()
-        if left <= 0:
+            if error.errno in _REMOVED and file.parent != folder:
+                continue
+            _refuse(error, file, pid)
+        if not still:
             raise TargetBusy(
-                f"cannot freeze process {pid}: some thread of its cgroup {folder} waits in the kernel where it cannot "
+                f"cannot freeze process {pid}: some thread of its cgroup {place} waits in the kernel where it cannot "
                 f"be stopped (for a disk), for {timeout:g} s; all go on. Try again later, or with a longer timeout=",
                 errno=errno.ETIMEDOUT,
                 pid=pid,
             )
+
+
+def _stands_still(events: int, deadline: float) -> bool:
+    """Wait for "frozen 1" in cgroup.events: the kernel wakes who polls that file when it changes (cgroup-v2.rst)."""
+    poller = select.poll()
+    poller.register(events, select.POLLPRI)
+    while b"frozen 1" not in os.pread(events, 4096, 0).splitlines():
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return False
         poller.poll(left * 1000)
+    return True
 
 
 @contextmanager

@@ -95,8 +95,7 @@ def test_nothing_is_written_while_it_is_frozen(group: Path) -> None:
 def test_its_neighbours_stand_still_too(group: Path) -> None:
     with made("below", group) as below, member(group, "pages") as program, member(below, "pages") as neighbour:
         with process.attach(program.pid) as tracker, tracker.frozen(by="cgroup"):
-            while not is_frozen(below):  # a group says that it is frozen before those below it are
-                time.sleep(0.002)
+            assert is_frozen(below)
             assert neighbour.process.stdin is not None
             assert neighbour.process.stdout is not None
             neighbour.process.stdin.write("map 3\n")
@@ -155,10 +154,13 @@ def test_threads_in_cgroups_of_their_own(group: Path) -> None:
             ((one, two)[i % 2] / "cgroup.threads").write_text(task.name)
         assert Path(f"/proc/{program.pid}/cgroup").read_text().rstrip().endswith("/one")
         assert group_of(program.pid) == group
-        with process.attach(program.pid) as tracker, tracker.frozen(by="cgroup"):
-            tracker.collect()
-            time.sleep(0.02)
-            assert not tracker.collect()
+        with process.attach(program.pid) as tracker:
+            for _ in range(5):
+                with tracker.frozen(by="cgroup"):
+                    assert is_frozen(one) and is_frozen(two)
+                    tracker.collect()
+                    time.sleep(0.005)
+                    assert not tracker.collect()
         is_unharmed(program)
 
 
