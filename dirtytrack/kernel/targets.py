@@ -332,8 +332,8 @@ def open_userfaultfd() -> int:
     return int(out[0])
 
 
-def is_alive(pidfd: int) -> bool:
-    """Whether the process of a pidfd has not ended."""
+def is_alive(pidfd: int, *, patience: float = 0.0) -> bool:
+    """Whether the process of a pidfd has not ended; nor does within so many seconds."""
     try:
         signal.pidfd_send_signal(pidfd, 0)
     except ProcessLookupError:
@@ -342,7 +342,7 @@ def is_alive(pidfd: int) -> bool:
         pass
     poller = select.poll()
     poller.register(pidfd, select.POLLIN)
-    return not poller.poll(0)
+    return not poller.poll(int(patience * 1000))
 
 
 def open_in_proc(pid: int, name: str) -> int:

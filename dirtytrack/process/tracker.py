@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from array import array
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..dirtyset import DirtySet
@@ -400,7 +400,7 @@ class ProcessTracker:
                 raise InvalidMemory(f"the output has {pinned.nbytes} bytes, the set's pages have {room}")
             target = pinned.hold if pinned.hold is not None else core.pointer_to(pinned.address)
             view = core.view_of(target, room) if room else memoryview(bytearray())
-        with self._told():
+        with self._lock, self._told():
             engine.require(self._session[0])
             targets.read(self.pid, self._memory, dirty._set, target, room)
             if not targets.is_alive(self._pidfd):  # it may have ended, and its number be another's
@@ -422,17 +422,22 @@ class ProcessTracker:
             TargetGone: the process ended.
             PermissionDenied: it may not be traced.
         """
-        from .attaching import refuse_answer
+        from .attaching import ENDING_SECONDS, refuse_answer, require_seconds, start_guardian
 
-        engine.require(self._session[0])
-        if not self.pid:
-            raise InvalidMemory(
-                "a process in another pid namespace cannot be traced from here: have it stop its threads itself"
-            )
-        with targets.Guardian(self.pid, self._pidfd, timeout, freeze=True) as guardian:
+        require_seconds(timeout)
+        with ExitStack() as held:
+            with self._lock, self._told():
+                engine.require(self._session[0])
+                if not self.pid:
+                    raise InvalidMemory(
+                        "a process in another pid namespace cannot be traced from here: have it stop its threads itself"
+                    )
+                guardian = held.enter_context(start_guardian(self.pid, self._pidfd, timeout, freeze=True))
             answer = guardian.answer()
-            if not targets.is_alive(self._pidfd):
-                raise self._gone(TargetGone(""))
+            with self._lock, self._told():  # it may have been detached meanwhile
+                engine.require(self._session[0])
+                if not targets.is_alive(self._pidfd, patience=ENDING_SECONDS if answer.code else 0.0):
+                    raise self._gone(TargetGone(""))
             if answer.code:
                 refuse_answer(answer, self.pid, "freeze", timeout)
             yield
