@@ -194,20 +194,31 @@ static int stop_all(dt_guard *g, uint64_t deadline)
     return ended(g) ? -ESRCH : late ? -EBUSY : 0;
 }
 
+static void let_one_go(dt_guard *g, dt_thread *t, uint64_t deadline)
+{
+    if (t->stopped || !stop(g, t, deadline)) {
+        dt_mend_call(g, t);
+        dt_ptrace(g, PTRACE_DETACH, t->tid, NULL, NULL);
+        t->gone = true;
+    }
+}
+
+/* Those that stand, then those that were late. A thread that is let go of by our end alone has its system call given up,
+ * with nobody to mend it: so whoever had no processor in time is waited for. Who waits in the kernel for a vfork or a disk
+ * has nothing to be mended, and goes on when this process ends. */
 static void let_go(dt_guard *g)
 {
     for (uint64_t i = 0; i < g->count; i++) {
         dt_thread *t = &g->threads[i];
-        if (t->gone)
-            continue;
-        if (t->owed)
+        if (!t->gone && t->owed)
             syscall(SYS_tgkill, g->wish->pid, t->tid, t->owed);
-        if (t->stopped || !stop(g, t, 0)) {
-            dt_mend_call(g, t);
-            dt_ptrace(g, PTRACE_DETACH, t->tid, NULL, NULL);
-        }
+        if (!t->gone)
+            let_one_go(g, t, 0);
     }
-    /* Whoever has not stopped by now goes on when this process ends. */
+    g->freed_ns = dt_now_ns();
+    for (uint64_t i = 0; i < g->count; i++)
+        if (!g->threads[i].gone)
+            let_one_go(g, &g->threads[i], g->freed_ns + 4 * PATIENCE_NS);
 }
 
 /* ---- what it is for -------------------------------------------------------------------------------------------------- */
@@ -267,7 +278,7 @@ static void hold(dt_guard *g, dt_guard_answer *told)
             ;
     }
     let_go(g);
-    told->stall_ns = g->stopped_ns ? dt_now_ns() - g->stopped_ns : 0;
+    told->stall_ns = g->stopped_ns ? g->freed_ns - g->stopped_ns : 0;
     answer(g->wish->channel, told, -1);
 }
 
@@ -293,7 +304,7 @@ int dt_guard_run(const dt_guard_wish *wish)
     int fd = fetch(&g, &told.step);
     let_go(&g);
     told.code = fd < 0 ? fd : 0;
-    told.stall_ns = g.stopped_ns ? dt_now_ns() - g.stopped_ns : 0;
+    told.stall_ns = g.stopped_ns ? g.freed_ns - g.stopped_ns : 0;
     told.threads = (uint32_t)g.count;
     told.steps = g.steps;
     answer(wish->channel, &told, fd);
