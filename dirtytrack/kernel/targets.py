@@ -352,7 +352,7 @@ def is_alive(pidfd: int, wait_seconds: float = 0.0) -> bool:
 
 def outlives(pidfd: int, answer: Answer) -> bool:
     """Whether the process of a pidfd has not ended. One that is ending may not be traced: it is given some time."""
-    return is_alive(pidfd, ENDING_SECONDS if answer.code == -errno.EPERM else 0.0)
+    return is_alive(pidfd, ENDING_SECONDS if answer.code else 0.0)
 
 
 def has_memory(pid: int) -> bool:

@@ -8,9 +8,17 @@ import platform
 import struct
 from pathlib import Path
 
-from ..errors import InvalidMemory, LimitReached, PermissionDenied, TargetBusy, TargetGone, UnsupportedKernel
+from ..errors import (
+    DirtyTrackError,
+    InvalidMemory,
+    LimitReached,
+    PermissionDenied,
+    TargetBusy,
+    TargetGone,
+    UnsupportedKernel,
+)
 
-__all__ = ["admit", "head_room", "no_such_process"]
+__all__ = ["admit", "head_room", "no_such_process", "tracer_of"]
 
 _MACHINES = {"x86_64": 62, "aarch64": 183}
 _64_BIT = 2
@@ -40,6 +48,14 @@ def _status(pid: int) -> dict[str, str]:
         ) from error
     fields = (line.partition(":") for line in text.splitlines())
     return {key: value.strip() for key, _, value in fields}
+
+
+def tracer_of(pid: int) -> int:
+    """The process that traces this one now; 0: none, or it cannot be told."""
+    try:
+        return int(_status(pid).get("TracerPid", "0"))
+    except DirtyTrackError:
+        return 0
 
 
 def _machine(pid: int) -> tuple[int, int] | None:

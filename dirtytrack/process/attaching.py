@@ -6,8 +6,8 @@ from __future__ import annotations
 import errno
 import operator
 import os
-from contextlib import ExitStack
-from typing import TYPE_CHECKING, NoReturn
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import (
     DirtyTrackError,
@@ -20,14 +20,24 @@ from ..errors import (
 )
 from ..kernel import core, scans, targets
 from ..kernel.targets import Answer, Fault, Guardian
-from .admission import admit, head_room, no_such_process
+from .admission import admit, head_room, no_such_process, tracer_of
 from .mappings import Filter, Pattern, named
 from .tracker import ProcessTracker
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
-__all__ = ["attach", "attach_with_fault", "refuse_answer", "require_some"]
+__all__ = [
+    "attach",
+    "attach_with_fault",
+    "refuse_answer",
+    "require_seconds",
+    "require_some",
+    "start_guardian",
+]
+
+_MOST_SECONDS = 86400.0
+_MOST_PID = (1 << 31) - 1
 
 
 def attach(
@@ -83,10 +93,11 @@ def attach_with_fault(
         raise InvalidMemory(f"a pid is a positive number, not {pid}")
     if seccomp not in (None, "accepted"):
         raise InvalidMemory(f"seccomp takes None or 'accepted', not {seccomp!r}")
-    if not timeout > 0:
-        raise InvalidMemory(f"timeout takes a positive number of seconds, not {timeout!r}")
+    if pid > _MOST_PID:
+        raise no_such_process(pid)
+    require_seconds(timeout)
     chosen = Filter(include, exclude)
-    with ExitStack() as opened:
+    with _descriptors_left(pid), ExitStack() as opened:
         pidfd = _open(lambda: os.pidfd_open(pid), pid)
         opened.callback(os.close, pidfd)
         suspend_seccomp = admit(pid, seccomp)
@@ -98,7 +109,7 @@ def attach_with_fault(
         maps = _open(lambda: targets.open_in_proc(pid, "maps"), pid)
         opened.callback(os.close, maps)
         require_some(pid, maps, chosen)
-        with Guardian(pid, pidfd, timeout, suspend_seccomp=suspend_seccomp, fault=fault) as guardian:
+        with start_guardian(pid, pidfd, timeout, suspend_seccomp=suspend_seccomp, fault=fault) as guardian:
             answer = guardian.answer()
         if answer.fd >= 0:
             opened.callback(os.close, answer.fd)
@@ -108,7 +119,47 @@ def attach_with_fault(
             refuse_answer(answer, pid, "attach to", timeout)
         session = targets.adopt(pid, pidfd, answer.fd, pagemap, maps)
         opened.pop_all()  # they are the session's from here on
-    return ProcessTracker(pid, session, chosen, pidfd, answer.stall_ns / 1e9)
+        return ProcessTracker(pid, session, chosen, pidfd, answer.stall_ns / 1e9)
+
+
+def require_seconds(timeout: float) -> None:
+    """Refuse what is no time-out."""
+    if not 0 < timeout <= _MOST_SECONDS:
+        raise InvalidMemory(f"timeout takes a positive number of seconds, a day at most, not {timeout!r}")
+
+
+def start_guardian(pid: int, pidfd: int, timeout: float, **options: Any) -> Guardian:
+    """A running guardian.
+
+    Raises:
+        LimitReached: there is no descriptor, process or memory left here.
+    """
+    try:
+        return Guardian(pid, pidfd, timeout, **options)
+    except OSError as error:
+        if isinstance(error, DirtyTrackError):
+            raise
+        raise LimitReached(
+            f"cannot stop process {pid}: the guardian that does it cannot be started ({error.strerror}); raise ulimit "
+            "-n or -u",
+            errno=error.errno,
+            pid=pid,
+        ) from error
+
+
+@contextmanager
+def _descriptors_left(pid: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, DirtyTrackError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        raise LimitReached(
+            f"cannot attach to process {pid}: no file descriptor is left here ({error.strerror}); raise ulimit -n",
+            errno=error.errno,
+            feature="RLIMIT_NOFILE",
+            pid=pid,
+        ) from error
 
 
 def _open(opening: object, pid: int) -> int:
@@ -118,12 +169,7 @@ def _open(opening: object, pid: int) -> int:
         if error.errno in (errno.ESRCH, errno.ENOENT, errno.EINVAL):
             raise no_such_process(pid, error) from error
         if error.errno in (errno.EMFILE, errno.ENFILE):
-            raise LimitReached(
-                f"cannot attach to process {pid}: no file descriptor is left here ({error.strerror}); raise ulimit -n",
-                errno=error.errno,
-                feature="RLIMIT_NOFILE",
-                pid=pid,
-            ) from error
+            raise
         raise _not_permitted(pid, "attach to", error.errno or 0) from error
 
 
@@ -188,6 +234,13 @@ def _failure(answer: Answer, pid: int, doing: str, timeout: float) -> DirtyTrack
             pid=pid,
         )
     if answer.step == steps["STOP"] and number in (errno.EPERM, errno.EACCES):
+        if tracer := tracer_of(pid):
+            return TargetBusy(
+                f"cannot {doing} process {pid}: it is traced by process {tracer}, a debugger or another tracker that "
+                "attaches to it or has it frozen. Try again when that is over",
+                errno=number,
+                pid=pid,
+            )
         return _not_permitted(pid, doing, number)
     if answer.step == steps["GADGET"] and number in (errno.EPERM, errno.EACCES):
         return _not_permitted(pid, doing, number)

@@ -399,7 +399,7 @@ class ProcessTracker:
                 raise InvalidMemory(f"the output has {pinned.nbytes} bytes, the set's pages have {room}")
             target = pinned.hold if pinned.hold is not None else core.pointer_to(pinned.address)
             view = core.view_of(target, room) if room else memoryview(bytearray())
-        with self._told():
+        with self._lock, self._told():
             engine.require(self._session[0])
             targets.read(self.pid, self._memory, dirty._set, target, room)
             if not targets.is_alive(self._pidfd):  # it may have ended, and its number be another's
@@ -431,25 +431,34 @@ class ProcessTracker:
                 namespace.
             UnsupportedKernel: there is no cgroup v2.
         """
-        engine.require(self._session[0])
+        from .attaching import require_seconds
+
+        require_seconds(timeout)
         if by not in ("ptrace", "cgroup"):
             raise InvalidMemory(f"by takes 'ptrace' or 'cgroup', not {by!r}")
-        if not self.pid:
-            raise InvalidMemory(
-                "a process in another pid namespace cannot be stopped from here: have it stop its threads itself"
-            )
+        with self._lock, self._told():
+            engine.require(self._session[0])
+            if not self.pid:
+                raise InvalidMemory(
+                    "a process in another pid namespace cannot be stopped from here: have it stop its threads itself"
+                )
         stop = self._frozen_by_cgroup if by == "cgroup" else self._frozen_by_ptrace
         with stop(timeout):
             yield
 
     @contextmanager
     def _frozen_by_ptrace(self, timeout: float) -> Iterator[None]:
-        from .attaching import refuse_answer
+        from .attaching import refuse_answer, start_guardian
 
-        with targets.Guardian(self.pid, self._pidfd, timeout, freeze=True) as guardian:
+        with ExitStack() as held:
+            with self._lock, self._told():
+                engine.require(self._session[0])
+                guardian = held.enter_context(start_guardian(self.pid, self._pidfd, timeout, freeze=True))
             answer = guardian.answer()
-            if not targets.outlives(self._pidfd, answer):  # then its number may be another's
-                raise self._gone(TargetGone(""))
+            with self._lock, self._told():  # it may have been detached meanwhile
+                engine.require(self._session[0])
+                if not targets.outlives(self._pidfd, answer):  # then its number may be another's
+                    raise self._gone(TargetGone(""))
             if answer.code:
                 refuse_answer(answer, self.pid, "freeze", timeout)
             yield

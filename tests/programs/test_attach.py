@@ -270,6 +270,68 @@ def test_memory_that_one_tracker_has_and_the_process_maps_anew(memory: Memory, a
         assert mapping_at(second, at).state == ("tracked" if alone else "untracked")
 
 
+def test_several_attach_at_once(memory: Memory) -> None:
+    """One waits for another, or says that the process is busy; never that it may not."""
+    failed: list[BaseException] = []
+
+    def attach() -> None:
+        for _ in range(4):
+            try:
+                with process.attach(memory.pid) as tracker, tracker.frozen():
+                    tracker.collect()
+            except BaseException as error:
+                failed.append(error)
+
+    threads = [threading.Thread(target=attach) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {type(error) for error in failed} <= {TargetBusy}
+    assert tracers(memory.pid) == {"0"}
+    assert memory.do("map", 1)
+
+
+def test_another_has_it_frozen(memory: Memory) -> None:
+    with process.attach(memory.pid) as tracker, tracker.frozen():
+        with pytest.raises(TargetBusy, match="frozen"), tracker.frozen(timeout=0.05):
+            pass
+        with pytest.raises(TargetBusy, match="traced"):
+            process.attach(memory.pid)
+
+
+def test_detaching_while_others_collect(memory: Memory) -> None:
+    at = memory.do("map", 100)
+    for milliseconds in range(4):
+        tracker = process.attach(memory.pid, include=(at, at + 100 * PAGE))
+        ended: list[BaseException] = []
+
+        def work(tracker: ProcessTracker = tracker, ended: list[BaseException] = ended) -> None:
+            try:
+                while True:
+                    tracker.read(tracker.collect())
+            except BaseException as why:
+                ended.append(why)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        time.sleep(milliseconds / 1000)
+        tracker.detach()
+        thread.join()
+        assert [type(error) for error in ended] == [SessionClosed]
+        for late in (tracker.collect, lambda tracker=tracker: tracker.frozen().__enter__()):
+            with pytest.raises(SessionClosed, match="attach again"):
+                late()
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), 1e300])
+def test_a_time_out_that_is_none(memory: Memory, seconds: float) -> None:
+    with pytest.raises(InvalidMemory, match="timeout"):
+        process.attach(memory.pid, timeout=seconds)
+    with process.attach(memory.pid) as tracker, pytest.raises(InvalidMemory, match="timeout"):
+        tracker.frozen(timeout=seconds).__enter__()
+
+
 # ---- the target does not notice
 
 

@@ -7,6 +7,7 @@ import ctypes
 import os
 import platform
 import re
+import resource
 import struct
 import subprocess
 import time
@@ -55,11 +56,31 @@ def test_this_process() -> None:
         process.attach(os.getpid())
 
 
-@pytest.mark.parametrize("pid", [0, -1, 1 << 22 | 1])
+@pytest.mark.parametrize("pid", [0, -1, 1 << 22 | 1, 1 << 31, 1 << 70])
 def test_no_such_process(pid: int) -> None:
     with pytest.raises((TargetGone, InvalidMemory)) as caught:
         process.attach(pid)
     assert caught.type is (TargetGone if pid > 0 else InvalidMemory)
+
+
+def test_no_descriptor_left_here() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with running("target", 1) as program:
+        process.attach(program.pid).detach()
+        there = set(Path("/proc/self/fd").iterdir())
+        refused = 0
+        for more in range(10):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (len(there) - 1 + more, hard))
+            try:
+                with process.attach(program.pid) as tracker, tracker.frozen():
+                    tracker.collect()
+            except LimitReached:
+                refused += 1
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            assert set(Path("/proc/self/fd").iterdir()) == there
+        assert 0 < refused < 10
+        is_unharmed(program)
 
 
 @pytest.mark.parametrize("pid", ["7", 7.0, None])

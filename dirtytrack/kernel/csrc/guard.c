@@ -44,14 +44,21 @@ long dt_ptrace(dt_guard *g, int request, pid_t tid, void *address, void *data)
     return rc < 0 ? -error : 0;
 }
 
+/* Where the process is killed, the end of its first thread is told only once those of all others were waited for. */
+static void reap(dt_guard *g)
+{
+    for (siginfo_t end = {0}; !waitid(P_ALL, 0, &end, WEXITED | WNOHANG | __WALL) && end.si_pid; end.si_pid = 0)
+        for (uint64_t i = 0; i < g->count; i++)
+            g->threads[i].gone |= g->threads[i].tid == end.si_pid;
+}
+
 int dt_guard_wait(dt_guard *g, dt_thread *t, uint64_t deadline, int *status)
 {
-    (void)g;
     sigset_t child;
     sigemptyset(&child);
     sigaddset(&child, SIGCHLD);
     for (;;) {
-        pid_t got = waitpid(t->tid, status, __WALL | WNOHANG);
+        pid_t got = t->gone ? -1 : waitpid(t->tid, status, __WALL | WNOHANG);
         if (got == t->tid && WIFSTOPPED(*status))
             return 0;
         if (got < 0 || got == t->tid) { /* it ended, or belongs to nobody any more */
@@ -62,11 +69,39 @@ int dt_guard_wait(dt_guard *g, dt_thread *t, uint64_t deadline, int *status)
         if (now >= deadline)
             return -ETIMEDOUT;
         uint64_t left = dt_min(deadline - now, 10000000);
-        sigtimedwait(&child, NULL, &(struct timespec){0, (long)left});
+        if (sigtimedwait(&child, NULL, &(struct timespec){0, (long)left}) < 0)
+            reap(g);
     }
 }
 
 /* ---- stopping ------------------------------------------------------------------------------------------------------ */
+
+static bool is_traced(pid_t tid)
+{
+    dt_space thread = {tid, -1};
+    FILE *status = dt_open_proc(&thread, "status");
+    char line[256];
+    int tracer = 0;
+    while (status && fgets(line, sizeof line, status) && sscanf(line, "TracerPid: %d", &tracer) != 1)
+        ;
+    if (status)
+        fclose(status);
+    return tracer != 0;
+}
+
+/* Another guardian may have it for a moment. */
+static int seize_in_turn(dt_guard *g, pid_t tid, intptr_t options)
+{
+    for (bool again = false;;) {
+        int rc = (int)dt_ptrace(g, PTRACE_SEIZE, tid, NULL, (void *)options);
+        bool traced = rc == -EPERM && is_traced(tid);
+        if (rc != -EPERM || (again && !traced) || dt_now_ns() >= g->deadline)
+            return rc;
+        again = !traced; /* it may have been let go of between the two looks */
+        if (traced)
+            nanosleep(&(struct timespec){0, 1000000}, NULL);
+    }
+}
 
 static int seize(dt_guard *g, pid_t tid)
 {
@@ -76,7 +111,7 @@ static int seize(dt_guard *g, pid_t tid)
     intptr_t options = PTRACE_O_TRACESYSGOOD;
     if (g->wish->suspend_seccomp)
         options |= PTRACE_O_SUSPEND_SECCOMP;
-    rc = (int)dt_ptrace(g, PTRACE_SEIZE, tid, NULL, (void *)options);
+    rc = seize_in_turn(g, tid, options);
     if (rc)
         return rc;
     g->threads[g->count++] = (dt_thread){.tid = tid};
@@ -159,20 +194,31 @@ static int stop_all(dt_guard *g, uint64_t deadline)
     return ended(g) ? -ESRCH : late ? -EBUSY : 0;
 }
 
+static void let_one_go(dt_guard *g, dt_thread *t, uint64_t deadline)
+{
+    if (t->stopped || !stop(g, t, deadline)) {
+        dt_mend_call(g, t);
+        dt_ptrace(g, PTRACE_DETACH, t->tid, NULL, NULL);
+        t->gone = true;
+    }
+}
+
+/* Those that stand, then those that were late. A thread that is let go of by our end alone has its system call given up,
+ * with nobody to mend it: so whoever had no processor in time is waited for. Who waits in the kernel for a vfork or a disk
+ * has nothing to be mended, and goes on when this process ends. */
 static void let_go(dt_guard *g)
 {
     for (uint64_t i = 0; i < g->count; i++) {
         dt_thread *t = &g->threads[i];
-        if (t->gone)
-            continue;
-        if (t->owed)
+        if (!t->gone && t->owed)
             syscall(SYS_tgkill, g->wish->pid, t->tid, t->owed);
-        if (t->stopped || !stop(g, t, 0)) {
-            dt_mend_call(g, t);
-            dt_ptrace(g, PTRACE_DETACH, t->tid, NULL, NULL);
-        }
+        if (!t->gone)
+            let_one_go(g, t, 0);
     }
-    /* Whoever has not stopped by now goes on when this process ends. */
+    g->freed_ns = dt_now_ns();
+    for (uint64_t i = 0; i < g->count; i++)
+        if (!g->threads[i].gone)
+            let_one_go(g, &g->threads[i], g->freed_ns + 4 * PATIENCE_NS);
 }
 
 /* ---- what it is for -------------------------------------------------------------------------------------------------- */
@@ -232,7 +278,7 @@ static void hold(dt_guard *g, dt_guard_answer *told)
             ;
     }
     let_go(g);
-    told->stall_ns = g->stopped_ns ? dt_now_ns() - g->stopped_ns : 0;
+    told->stall_ns = g->stopped_ns ? g->freed_ns - g->stopped_ns : 0;
     answer(g->wish->channel, told, -1);
 }
 
@@ -258,7 +304,7 @@ int dt_guard_run(const dt_guard_wish *wish)
     int fd = fetch(&g, &told.step);
     let_go(&g);
     told.code = fd < 0 ? fd : 0;
-    told.stall_ns = g.stopped_ns ? dt_now_ns() - g.stopped_ns : 0;
+    told.stall_ns = g.stopped_ns ? g.freed_ns - g.stopped_ns : 0;
     told.threads = (uint32_t)g.count;
     told.steps = g.steps;
     answer(wish->channel, &told, fd);

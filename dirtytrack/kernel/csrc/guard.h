@@ -17,6 +17,7 @@ typedef struct dt_guard {
     uint64_t count, room;
     uint64_t deadline;            /* of dt_now_ns */
     uint64_t stopped_ns;          /* when the first thread was asked to stop */
+    uint64_t freed_ns;            /* when all that had stopped went on */
     uint64_t steps;               /* calls of ptrace and pidfd_getfd so far */
 } dt_guard;
 

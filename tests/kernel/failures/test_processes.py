@@ -148,7 +148,7 @@ def test_freezing_without_permission() -> None:
 def test_freezing_one_that_does_not_stop_in_time() -> None:
     with in_a_group() as (target, group), process.attach(target.pid) as tracker:
         with pytest.raises(TargetBusy, match="thread of its cgroup") as caught:
-            tracker.frozen(by="cgroup", timeout=0).__enter__()  # no time at all is too short for any
+            tracker.frozen(by="cgroup", timeout=1e-9).__enter__()  # no time at all is too short for any
         assert caught.value.pid == target.pid
         assert not is_frozen(group)
 
