@@ -30,8 +30,8 @@ def require_room(cells: int) -> None:
     """
     if cells > _MOST_CELLS:
         raise LimitReached(
-            f"{cells} pages or cells are told as written, and no more than {_MOST_CELLS} are looked at one by one. Was a "
-            "huge reservation of addresses recorded? Leave it out by exclude=",
+            f"{cells} pages or cells are told as written, and no more than {_MOST_CELLS} are looked at one by one. Was "
+            "a huge reservation of addresses recorded? Leave it out by exclude=",
             feature="pages",
         )
 
