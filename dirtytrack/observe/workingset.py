@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..process.mappings import named
 from .arrays import np
 from .selecting import GONE, exact_tail
-from .written import union_of
+from .written import require_room, union_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -127,6 +127,9 @@ class Trace:
 
     Args:
         epochs: of a recording; only the newest ones that were not coarsened are used.
+
+    Raises:
+        LimitReached: they wrote more pages than are looked at one by one.
     """
 
     def __init__(self, epochs: Sequence[Epoch]) -> None:
@@ -135,6 +138,7 @@ class Trace:
         lengths = self._union.lengths if self._union is not None else np.zeros(0, np.int64)
         self._before = np.cumsum(lengths) - lengths  # pages in the runs before each
         self.page_count = int(lengths.sum())
+        require_room(self.page_count)
         seconds = sum(epoch.seconds for epoch in self.epochs)
         self.epoch_seconds = seconds / len(self.epochs) if seconds else 1e-9
         self.seconds = seconds

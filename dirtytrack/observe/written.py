@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..errors import LimitReached
 from .arrays import np
 
 if TYPE_CHECKING:
@@ -15,7 +16,24 @@ if TYPE_CHECKING:
 
     Numbers = NDArray[np.int64]
 
-__all__ = ["Written", "union_of"]
+__all__ = ["Written", "require_room", "union_of"]
+
+_MOST_CELLS = 1 << 27
+"""That are looked at one by one, 8 bytes each in several arrays: 512 GiB of pages. Runs have no such limit."""
+
+
+def require_room(cells: int) -> None:
+    """Refuse to look at so many pages or cells one by one, rather than to take all memory.
+
+    Raises:
+        LimitReached: they are too many.
+    """
+    if cells > _MOST_CELLS:
+        raise LimitReached(
+            f"{cells} pages or cells are told as written, and no more than {_MOST_CELLS} are looked at one by one. Was "
+            "a huge reservation of addresses recorded? Leave it out by exclude=",
+            feature="pages",
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +75,7 @@ class Written:
         ends = self.starts + self.lengths
         first, last = self.starts >> shift, (ends - 1) >> shift
         spread = last - first + 1  # how many large cells each run touches
+        require_room(int(spread.sum()))
         which = np.repeat(np.arange(len(spread)), spread)
         nth = np.arange(len(which)) - np.repeat(np.cumsum(spread) - spread, spread)
         cells = first[which] + nth
@@ -71,6 +90,7 @@ class Written:
         unit_log2 = max(self.unit_log2, other.unit_log2)
         cells, counts = [], []
         for part in (self.coarser(unit_log2), other.coarser(unit_log2)):
+            require_room(int(part.lengths.sum()))
             which = np.repeat(np.arange(len(part.starts)), part.lengths)
             nth = np.arange(len(which)) - np.repeat(np.cumsum(part.lengths) - part.lengths, part.lengths)
             cells.append(part.starts[which] + nth)

@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dirtytrack import DirtySet
 from dirtytrack.errors import LimitReached
 from dirtytrack.observe import Recording, RecordingWriter
+from dirtytrack.observe.workingset import Trace
 from dirtytrack.observe.written import Written
 from tests.recorded import BASE, mapping, pages_of, runs_of
 from tests.strategies import page_sets
@@ -151,3 +153,18 @@ def test_a_table_that_does_not_fit_into_the_budget(tmp_path: Path) -> None:
             writer.write(runs_of({2}), table, number=2, begun=1.0, ended=2.0)
         writer.write(runs_of({3}), (), number=3, begun=2.0, ended=3.0)  # the second was not written
     assert [pages_of(epoch.runs) for epoch in Recording.open(tmp_path / "r")] == [{1}, {3}]
+
+
+def test_more_pages_than_can_be_looked_at_one_by_one(tmp_path: Path) -> None:
+    """A reservation of 64 TiB that was told as written: runs say so in a few bytes, and nothing takes all memory."""
+    runs = DirtySet.from_runs([(1 << 12, 1 << 46)]).runs
+    with RecordingWriter(tmp_path / "r") as writer:
+        writer.write(runs, [], number=1, begun=0.0, ended=1.0)
+    recording = Recording.open(tmp_path / "r")
+    assert recording[0].page_count == (1 << 34) - 1
+    assert (recording[0].written | recording[0].written).page_count == (1 << 34) - 1
+    with pytest.raises(LimitReached, match="one by one"):
+        Trace(recording)
+    with pytest.raises(LimitReached, match="one by one"):
+        recording[0].written.coarser(1)
+    assert recording[0].written.coarser(20).page_count == (1 << 34) - 1
