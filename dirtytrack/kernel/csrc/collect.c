@@ -4,13 +4,15 @@
 
 /* ---- from bits to runs ------------------------------------------------------------------------------------------------ */
 
-static uint64_t count_runs(const uint64_t *words, uint64_t count)
+static uint64_t count_runs(const uint64_t *words, uint64_t count, uint64_t *pages)
 {
     uint64_t runs = 0, carry = 0;
     for (uint64_t i = 0; i < count; i++) {
         uint64_t bits = words[i];
-        if (bits)
+        if (bits) {
             runs += dt_count_bits(bits & ~(bits << 1 | carry));
+            *pages += dt_count_bits(bits);
+        }
         carry = bits >> 63;
     }
     return runs;
@@ -45,17 +47,18 @@ static void emit_pending(const dt_watch *w, dt_set *out)
         emit_runs(w->start, w->bits, w->words, out);
 }
 
-/* Everything pending in these watches, appended to `out`; clears nothing. */
+/* Everything pending in these watches, appended to `out`, which is empty unless they overlap; clears nothing. */
 static int extract(dt_watch *const *watches, uint64_t n, bool overlapping, dt_set *out)
 {
-    uint64_t runs = out->count;
+    uint64_t runs = out->count, pages = 0;
     for (uint64_t i = 0; i < n; i++)
-        runs += watches[i]->pending ? count_runs(watches[i]->bits, watches[i]->words) : 0;
+        runs += watches[i]->pending ? count_runs(watches[i]->bits, watches[i]->words, &pages) : 0;
     if (dt_set_reserve(out, runs))
         return -ENOMEM;
     if (!overlapping) {
         for (uint64_t i = 0; i < n; i++)
             emit_pending(watches[i], out);
+        out->pages = pages;
         return 0;
     }
     for (uint64_t i = 0; i < n; i++) { /* each by itself, without coalescing with what another put there */
@@ -64,6 +67,7 @@ static int extract(dt_watch *const *watches, uint64_t n, bool overlapping, dt_se
         out->count += own.count;
     }
     dt_set_sort(out);
+    dt_set_count_pages(out);
     return 0;
 }
 
@@ -154,7 +158,8 @@ static int add_assumed_of(dt_set *to, const dt_watch *w)
 {
     if (!w->assuming)
         return 0;
-    int rc = dt_set_reserve(to, to->count + count_runs(w->assumed, w->words));
+    uint64_t pages = 0;
+    int rc = dt_set_reserve(to, to->count + count_runs(w->assumed, w->words, &pages));
     if (rc)
         return rc;
     dt_set own = {.runs = to->runs + to->count}; /* by itself: it may overlap what is there */
@@ -355,8 +360,6 @@ static int collect_locked(dt_listener *l, dt_region *only, double budget_seconds
         dt_fold(&pass);
         return rc;
     }
-    if (bits)
-        dt_set_count_pages(out);
     dt_set_trim(out);
     l->expected = out->count;
     if (DT_UNLIKELY(l->audit_count) && (only || !out->complete))
