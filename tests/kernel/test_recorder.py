@@ -197,7 +197,7 @@ def test_a_function_tells_at_each_call(capsys: pytest.CaptureFixture[str]) -> No
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4
     assert "1 of 1 buffer dirtied in" in lines[0]
-    assert ": 1 page, 4.0 KiB" in lines[0]
+    assert ": 1 page, 4.00 KiB" in lines[0]
     assert lines[1].startswith("  numbers  1 of ")
     assert ", elements 0.." in lines[1]
     assert lines[3] != lines[1]
@@ -225,4 +225,4 @@ def test_a_block_that_fails_tells_all_the_same(capsys: pytest.CaptureFixture[str
     with dirtied(memory, file=None) as idle:
         pass
     assert idle.buffers == ()
-    assert str(idle).endswith(": 0 pages, 0 bytes")
+    assert str(idle).endswith(": 0 pages, 0")

@@ -145,10 +145,12 @@ def test_freezing_without_permission() -> None:
         (group / "cgroup.freeze").chmod(0o644)
 
 
-def test_freezing_one_that_does_not_stop_in_time() -> None:
+def test_freezing_one_that_does_not_stop_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     with in_a_group() as (target, group), process.attach(target.pid) as tracker:
+        monkeypatch.setattr(os, "pread", lambda *_: b"populated 1\nfrozen 0\n")  # as it says while a thread runs
         with pytest.raises(TargetBusy, match="thread of its cgroup") as caught:
-            tracker.frozen(by="cgroup", timeout=1e-9).__enter__()  # no time at all is too short for any
+            tracker.frozen(by="cgroup", timeout=0.01).__enter__()
+        monkeypatch.undo()
         assert caught.value.pid == target.pid
         assert not is_frozen(group)
 
