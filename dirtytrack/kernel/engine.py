@@ -53,6 +53,7 @@ __all__ = [
     "remove",
     "require",
     "resume",
+    "session_slot",
     "session_statistics",
     "set_audit",
     "settle",
@@ -129,12 +130,8 @@ def _statistics(read: Callable[[CData, CData], int], handle: CData) -> Statistic
 # ---- sessions
 
 
-def open_session(remedy: int, *, events: bool = False, backend: str = "kernel") -> CData:
-    """A slot with a session; the slot must live as long as what is in it is used. Dropping it closes the session.
-
-    Closes, because sets that were delivered keep the core's session: the memory would stay registered, and busy for the
-    next session, for as long as anybody keeps a set.
-    """
+def session_slot() -> CData:
+    """An empty slot for a session, which is closed and dropped with it."""
     lib = core.lib
 
     def finish(slot: CData) -> None:
@@ -143,7 +140,16 @@ def open_session(remedy: int, *, events: bool = False, backend: str = "kernel") 
             lib.dt_session_close(slot[0])
         lib.dt_session_drop(slot)
 
-    slot, why = core.ffi.gc(core.ffi.new("dt_session **"), finish), new_failure()
+    return core.ffi.gc(core.ffi.new("dt_session **"), finish)
+
+
+def open_session(remedy: int, *, events: bool = False, backend: str = "kernel") -> CData:
+    """A slot with a session; the slot must live as long as what is in it is used. Dropping it closes the session.
+
+    Closes, because sets that were delivered keep the core's session: the memory would stay registered, and busy for the
+    next session, for as long as anybody keeps a set.
+    """
+    slot, why = session_slot(), new_failure()
     number = BACKENDS.index(backend)
     _check(core.lib.dt_session_open(remedy, events, number, slot, why), why, "open a session")
     return slot
@@ -309,7 +315,7 @@ def start(listener: CData, regions: Iterable[CData], find: Find) -> None:
     _check(core.lib.dt_start(listener, handles, len(handles), why), why, "start the tracker", find)
 
 
-def add(listener: CData, handle: CData, find: Find, region: Region) -> None:
+def add(listener: CData, handle: CData, find: Find, region: Region | None) -> None:
     why = new_failure()
     _check(core.lib.dt_add(listener, handle, why), why, "add memory", find, region)
 

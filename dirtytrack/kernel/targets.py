@@ -204,16 +204,9 @@ class Guardian:
 
 def adopt(pid: int, pidfd: int, uffd: int, pagemap: int, maps: int, *, ready: bool = False, remedy: int = 0) -> CData:
     """A slot with a session that closes these descriptors with itself; where this fails they stay the caller's."""
-    lib = core.lib
-
-    def finish(slot: CData) -> None:
-        if slot[0]:
-            lib.dt_session_close(slot[0])
-        lib.dt_session_drop(slot)
-
-    slot, why = core.ffi.gc(core.ffi.new("dt_session **"), finish), new_failure()
+    slot, why = engine.session_slot(), new_failure()
     target = core.ffi.new("dt_target *", (pid, pidfd, uffd, pagemap, maps, ready))
-    code = lib.dt_session_adopt(target, remedy, slot, why)
+    code = core.lib.dt_session_adopt(target, remedy, slot, why)
     if code:
         raise error_of(code, why, f"track process {pid}", pid=pid)
     return slot

@@ -25,7 +25,7 @@ from .mappings import Filter, Pattern, named
 from .tracker import ProcessTracker
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 __all__ = [
     "attach",
@@ -162,9 +162,9 @@ def _descriptors_left(pid: int) -> Iterator[None]:
         ) from error
 
 
-def _open(opening: object, pid: int) -> int:
+def _open(opening: Callable[[], int], pid: int) -> int:
     try:
-        return int(opening())  # type: ignore[operator]
+        return opening()
     except OSError as error:
         if error.errno in (errno.ESRCH, errno.ENOENT, errno.EINVAL):
             raise no_such_process(pid, error) from error

@@ -302,7 +302,7 @@ class ProcessTracker:
 
     def _add(self, part: _Part) -> None:
         try:
-            engine.add(self._listener[0], part.slot[0], self._note_gone, None)  # type: ignore[arg-type]
+            engine.add(self._listener[0], part.slot[0], self._note_gone, None)
         except DirtyTrackError:
             if not targets.is_alive(self._pidfd):
                 raise
