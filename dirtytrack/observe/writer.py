@@ -43,6 +43,7 @@ _log = logging.getLogger("dirtytrack.observe")
 LEAST_BUDGET_BYTES = 16 << 10
 _FULL = (_errno.ENOSPC, _errno.EDQUOT, _errno.EFBIG, _errno.ENOMEM, _errno.EMFILE, _errno.ENFILE)
 _NS = 1e9
+_AGES = 1e9  # seconds, which no clock that began at the machine's start reaches
 
 
 class RecordingWriter:
@@ -269,7 +270,11 @@ class RecordingWriter:
             LimitReached: the disk is full, or the budget too small for the tables of mappings alone. The epoch was not
                 written then; the file is as it was.
             PermissionDenied, KernelRefused: it cannot be written.
+            InvalidRecording: a time that is none, or runs that are not as described. Nothing was written.
         """
+        for what, seconds in (("begun", begun), ("ended", ended), ("collect_seconds", collect_seconds)):
+            if not 0 <= seconds < _AGES:
+                raise InvalidRecording(f"{what} is a time in seconds, not {seconds}: nothing was written")
         begun_ns = max(round(begun * _NS) + self._offset_ns, self._last_ns)
         lasted_ns = max(round((ended - begun) * _NS), 0)
         number = max(number, self._last + 1)

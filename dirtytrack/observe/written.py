@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..errors import LimitReached
+from ..errors import InvalidRecording, LimitReached
 from .arrays import np
 
 if TYPE_CHECKING:
@@ -52,8 +52,18 @@ class Written:
 
     @staticmethod
     def of(runs: memoryview, page_log2: int) -> Written:
-        """What a set's runs, (n, 2) addresses, say: full resolution."""
-        pages = np.asarray(runs).reshape(-1, 2).astype(np.int64) >> page_log2
+        """What a set's runs, (n, 2) addresses, say: full resolution.
+
+        Raises:
+            InvalidRecording: they are no whole pages, not sorted, not coalesced, or not such numbers at all.
+        """
+        found = np.asarray(runs)
+        if found.dtype.kind not in "iu" or found.size % 2:
+            raise InvalidRecording(f"runs are pairs of addresses, not {found.size} items of type {found.dtype}")
+        edges = found.reshape(-1).astype(np.int64)
+        if (edges & ((1 << page_log2) - 1)).any() or (edges[1:] <= edges[:-1]).any() or (edges[:1] < 0).any():
+            raise InvalidRecording(f"runs are sorted, disjoint, and of whole pages of {1 << page_log2} bytes")
+        pages = edges.reshape(-1, 2) >> page_log2
         starts, lengths = np.ascontiguousarray(pages[:, 0]), pages[:, 1] - pages[:, 0]
         return Written(0, starts, lengths, np.ones(len(starts), np.int64))
 

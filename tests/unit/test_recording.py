@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from array import array
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -306,6 +307,30 @@ def test_two_writers(tmp_path: Path) -> None:
         first.write(runs_of({1}), (), number=2, begun=1.0, ended=2.0)
     RecordingWriter(path).close()
     assert len(Recording.open(path)) == 0
+
+
+@pytest.mark.parametrize(
+    ("runs", "times", "why"),
+    [
+        (runs_of({1}), {"begun": float("nan")}, "begun is a time"),
+        (runs_of({1}), {"ended": float("inf")}, "ended is a time"),
+        (runs_of({1}), {"collect_seconds": -1.0}, "collect_seconds is a time"),
+        (memoryview(array("Q", [4096, 4100])), {}, "whole pages"),
+        (memoryview(array("Q", [8192, 4096])), {}, "sorted"),
+        (memoryview(array("Q", [4096, 8192, 8192, 12288])), {}, "disjoint"),
+        (memoryview(array("Q", [4096])), {}, "pairs"),
+        (memoryview(array("d", [4096.0, 8192.0])), {}, "pairs"),
+    ],
+)
+def test_an_epoch_that_is_none(tmp_path: Path, runs: memoryview, times: dict[str, float], why: str) -> None:
+    with RecordingWriter(tmp_path / "r") as writer:
+        with pytest.raises(InvalidRecording, match=why):
+            begun, ended = times.get("begun", 0.0), times.get("ended", 1.0)
+            writer.write(
+                runs, (), number=1, begun=begun, ended=ended, collect_seconds=times.get("collect_seconds", 0.0)
+            )
+        writer.write(runs_of({1}), (), number=1, begun=0.0, ended=1.0)
+    assert [epoch.number for epoch in Recording.open(tmp_path / "r")] == [1]
 
 
 def test_what_is_no_regular_file(tmp_path: Path) -> None:
