@@ -35,19 +35,7 @@ if TYPE_CHECKING:
 
     from .protocols import Source, Store, Writer
 
-__all__ = [
-    "MARKER",
-    "READERS",
-    "WRITER",
-    "DirectoryStore",
-    "Kept",
-    "Sink",
-    "Source",
-    "Store",
-    "Writer",
-    "marker_of",
-    "open_store",
-]
+__all__ = ["MANIFESTS", "MARKER", "READERS", "SEGMENTS", "WRITER", "DirectoryStore", "marker_of", "open_store"]
 
 MARKER, WRITER, READERS = "dirtytrack-store", "writer.lock", "readers.lock"
 SEGMENTS, MANIFESTS = "segments", "manifests"
@@ -144,13 +132,13 @@ class DirectoryStore:
         """The store's id. A marker that is damaged or gone does not take its checkpoints with it: each has the id."""
         try:
             data = self._read(self._root, MARKER, _MARKER_NBYTES)
-        except FileNotFoundError:
-            data = b""
         except OSError as error:
-            raise failure(error, f"read {self.path / MARKER}") from error
+            if error.errno not in (errno.ENOENT, errno.EIO):
+                raise failure(error, f"read {self.path / MARKER}") from error
+            return self._id_of_manifests("is missing" if error.errno == errno.ENOENT else "cannot be read")
         found = _MARKER.fullmatch(data)
         if found is None or b"%016x" % xxh64(data[:-17]) != found[3]:
-            return self._id_of_manifests("is not what was written" if data else "is missing")
+            return self._id_of_manifests("is not what was written")
         if int(found[1]) != VERSION:
             raise InvalidCheckpoint(
                 f"{self.name} is a store of version {int(found[1])}, this library knows version {VERSION}: update it"

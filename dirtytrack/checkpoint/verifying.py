@@ -6,8 +6,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import DamagedCheckpoint, InvalidCheckpoint, NoSuchGeneration
-from .segments import HEADER_NBYTES, MOST_FRAME_NBYTES, FrameKind, SegmentReader
 from .protocols import Kept
+from .segments import HEADER_NBYTES, MOST_FRAME_NBYTES, FrameKind, SegmentReader
 from .store import open_store
 
 if TYPE_CHECKING:
