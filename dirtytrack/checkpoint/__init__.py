@@ -4,7 +4,8 @@
 ``import dirtytrack`` does not import this.
 """
 
+from .protocols import Store
 from .store import DirectoryStore
-from .verifying import Report, verify
+from .verifying import Report, Verified, verify
 
-__all__ = ["DirectoryStore", "Report", "verify"]
+__all__ = ["DirectoryStore", "Report", "Store", "Verified", "verify"]

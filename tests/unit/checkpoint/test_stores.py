@@ -160,7 +160,7 @@ def test_meta_that_is_too_long(where: Path) -> None:
 # ---- who writes
 
 
-def test_two_writers(where: Path) -> None:
+def test_two_writers_on_one_store(where: Path) -> None:
     with store_at(where / "store") as store, store_at(where / "store") as other:
         with store.writer() as writer:
             with pytest.raises(StoreBusy, match="this process writes to the store") as raised:
@@ -400,7 +400,7 @@ def test_what_an_interrupted_beginning_left_is_no_hindrance(where: Path) -> None
         assert not store.strangers()
 
 
-def test_closed(where: Path) -> None:
+def test_a_closed_store(where: Path) -> None:
     store = store_at(where / "store")
     writer = store.writer()
     segment = writer.create_segment(1)
