@@ -317,6 +317,7 @@ class DirectoryStore:
         if file is None:
             yield
             return
+        owner = os.getpid()
         try:
             try:
                 self.files.lock(file, exclusive=False, wait=True)
@@ -324,6 +325,9 @@ class DirectoryStore:
                 raise failure(error, f"lock {self.path / READERS}") from error
             yield
         finally:
+            if os.getpid() == owner:  # a child that was forked meanwhile has the descriptor too, and the same lock
+                with suppress(OSError):
+                    self.files.unlock(file)
             self.files.close(file)
 
     def _readers(self) -> File | None:

@@ -367,9 +367,12 @@ class DirectoryWriter:
         return removed
 
     def _named_segments(self) -> set[str] | None:
-        """The segments that manifests name; None where one of these cannot be read: who knows what it names."""
+        """The segments that manifests name; None where one of them cannot be read: who knows what it names."""
         found = dict[Kept, frozenset[str]]()
-        for kept in self._store.catalog():
+        catalog = self._store.catalog()
+        if not self._named.keys() <= set(catalog):
+            return None  # one that we know of is gone, and we did not remove it: touch nothing
+        for kept in catalog:
             names = self._named.get(kept)
             if names is None:
                 try:
