@@ -31,6 +31,7 @@ _ABOUT = {
     errno.EMFILE: "raise the limit of descriptors (ulimit -n), or close some",
     errno.ENFILE: "raise the sysctl fs.file-max, or close some descriptors",
     errno.ENOLCK: "keep the store on a file system that has locks",
+    errno.EINVAL: "the file system cannot do what a store needs: keep it on a local one, as ext4, xfs, btrfs or tmpfs",
     errno.EFBIG: "raise the limit of file sizes (ulimit -f), or keep the store on another file system",
     errno.ELOOP: "a store's own files are never symbolic links: look who put one there",
 }

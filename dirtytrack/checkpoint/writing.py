@@ -258,6 +258,7 @@ class DirectoryWriter:
         with self._mutex:
             self._require_open()
             self._require_there(names)
+            self._require_new(manifest)
             try:
                 # Their bytes are durable; now that their names are, a manifest may name them.
                 self._files.sync_directory(self._store.directory(SEGMENTS))
@@ -281,29 +282,34 @@ class DirectoryWriter:
             name = min(missing or unfinished)
             raise InvalidCheckpoint(f"a manifest names segments that are finished and there, which {name} is not")
 
+    def _require_new(self, manifest: Manifest) -> None:
+        if Kept(manifest.generation, manifest.revision) in self._store.catalog():
+            raise InvalidCheckpoint(
+                f"generation {manifest.generation} has a revision {manifest.revision} already, and nothing is "
+                "overwritten: take the next one"
+            )
+
     def _appear(self, temporary: str, manifest: Manifest, names: set[str]) -> None:
         directory, name = self._store.directory(MANIFESTS), manifest.name
         try:
             try:
                 self._files.link(directory, temporary, name)
-            except FileExistsError:
-                raise InvalidCheckpoint(
-                    f"generation {manifest.generation} has a revision {manifest.revision} already, and nothing is "
-                    "overwritten: take the next one"
-                ) from None
             except OSError as error:
                 if error.errno not in _NO_LINKS:
                     raise
-                if name in self._files.names(directory):  # and nobody else may make it, since we have the lock
-                    raise InvalidCheckpoint(f"{self._store.path / MANIFESTS / name} is there already") from None
-                self._files.rename(directory, temporary, name)
+                self._files.rename(directory, temporary, name)  # nobody else may have made it: we have the lock
             self._files.sync_directory(directory)
-        except InvalidCheckpoint:
+        except FileExistsError as error:  # it was not there a moment ago
             with suppress(OSError):
                 self._files.unlink(directory, temporary)
-            raise
+            raise StoreBusy(
+                f"somebody writes to the store {self._store.name} without its lock: {name} appeared meanwhile. Does its "
+                "file system have locks that other machines see?",
+                errno=error.errno,
+            ) from error
         except OSError as error:
-            # It may be there, and may be there again after a crash though we remove it now: keep what it names.
+            # It may be there, and may be there again after a crash though we remove it now: keep what it names. It is
+            # ours to remove, since it was not there before.
             self._uncertain |= names
             for each in (name, temporary):
                 with suppress(OSError):

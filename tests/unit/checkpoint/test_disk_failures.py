@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import errno
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -165,9 +167,34 @@ def test_a_file_system_without_links(where: Path) -> None:
         with store_at(path, files) as store, store.writer() as writer:
             first = save(writer, store, STEPS[0])
             assert read_back(store) == STEPS[0]
-            with pytest.raises(InvalidCheckpoint, match="there already"):
+            with pytest.raises(InvalidCheckpoint, match="nothing is overwritten"):
                 writer.publish(first)
             assert not store.strangers()
+
+
+def test_a_failing_disk_does_not_take_what_is_there_already(where: Path) -> None:
+    files = Failing()
+    with store_at(where / "store", files) as store, store.writer() as writer:
+        first = save(writer, store, STEPS[0])
+        for name in ("link", "rename", "sync_directory", "sync", "pwrite", "create"):
+            files.count, files.nth, files.only = 0, 1, (name,)
+            with pytest.raises(InvalidCheckpoint, match="nothing is overwritten"):
+                writer.publish(first)
+        assert read_back(store) == STEPS[0]
+
+
+def test_somebody_writes_without_the_lock(where: Path) -> None:
+    class Intruded(Hooked):
+        def operate(self, name: str, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+            if name == "link":
+                (where / "store" / "manifests" / args[2]).write_bytes(b"theirs")
+            return call(*args, **options)
+
+    with store_at(where / "store", Intruded()) as store, store.writer() as writer:
+        with pytest.raises(StoreBusy, match="without its lock"):
+            save(writer, store, STEPS[0])
+        (manifest,) = (where / "store" / "manifests").iterdir()
+        assert manifest.read_bytes() == b"theirs"
 
 
 def test_locks_cannot_be_had(where: Path) -> None:
