@@ -317,7 +317,7 @@ class DirectoryStore:
         if file is None:
             yield
             return
-        owner = os.getpid()
+        owner = os.getpid()  # a child that is forked in here has no lock
         try:
             try:
                 self.files.lock(file, exclusive=False, wait=True)
@@ -325,10 +325,8 @@ class DirectoryStore:
                 raise failure(error, f"lock {self.path / READERS}") from error
             yield
         finally:
-            if os.getpid() == owner:  # a child that was forked meanwhile has the descriptor too, and the same lock
-                with suppress(OSError):
-                    self.files.unlock(file)
-            self.files.close(file)
+            if os.getpid() == owner:
+                self.files.release(file)
 
     def _readers(self) -> File | None:
         root = self.directory()

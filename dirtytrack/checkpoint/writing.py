@@ -153,7 +153,7 @@ def make_marker(store: DirectoryStore, store_id: str | None = None) -> None:
         raise failure(error, f"write {store.path / MARKER}") from error
     finally:
         if lock is not None:
-            store.files.close(lock)
+            store.files.release(lock)
 
 
 def _lock(store: DirectoryStore) -> File:
@@ -291,6 +291,9 @@ class DirectoryWriter:
 
     def _appear(self, temporary: str, manifest: Manifest, names: set[str]) -> None:
         directory, name = self._store.directory(MANIFESTS), manifest.name
+        # From here on it may be there, whatever is raised, and may come back after a crash though we remove it: keep
+        # what it names.
+        self._uncertain |= names
         try:
             try:
                 self._files.link(directory, temporary, name)
@@ -302,19 +305,18 @@ class DirectoryWriter:
         except FileExistsError as error:  # it was not there a moment ago
             with suppress(OSError):
                 self._files.unlink(directory, temporary)
+            self._uncertain -= names
             raise StoreBusy(
-                f"somebody writes to the store {self._store.name} without its lock: {name} appeared meanwhile. Does its "
-                "file system have locks that other machines see?",
+                f"somebody writes to the store {self._store.name} without its lock: {name} appeared meanwhile. Does "
+                "its file system have locks that other machines see?",
                 errno=error.errno,
             ) from error
         except OSError as error:
-            # It may be there, and may be there again after a crash though we remove it now: keep what it names. It is
-            # ours to remove, since it was not there before.
-            self._uncertain |= names
-            for each in (name, temporary):
+            for each in (name, temporary):  # ours to remove: it was not there before
                 with suppress(OSError):
                     self._files.unlink(directory, each)
             raise failure(error, self._doing(manifest)) from error
+        self._uncertain -= names
 
     # ---- removing
 
@@ -334,7 +336,7 @@ class DirectoryWriter:
                         self._named.pop(Kept(*kept), None)
                     self.clean()
                 finally:
-                    files.close(readers)
+                    files.release(readers)
             except OSError as error:
                 if isinstance(error, DirtyTrackError):
                     raise
@@ -402,10 +404,7 @@ class DirectoryWriter:
                 sink.abandon()
             if self._lock >= 0:
                 lock, self._lock = self._lock, File(-1)
-                with suppress(OSError):
-                    self._files.unlock(lock)  # a child that was forked may have the descriptor too
-                with suppress(OSError):
-                    self._files.close(lock)
+                self._files.release(lock)
 
     def __enter__(self) -> Self:
         return self
@@ -420,15 +419,11 @@ class DirectoryWriter:
             self.close()
 
     def _forked(self) -> None:
-        """In the child: neither the lock nor the segments are its own, and the lock must not outlive the parent."""
-        self._mutex = threading.RLock()
+        """In the child: neither the lock, which is closed by now, nor the segments are its own."""
+        self._mutex, self._lock = threading.RLock(), File(-1)
         for sink in self._pending.values():
             sink.close()
         self._pending.clear()
-        if self._lock >= 0:
-            lock, self._lock = self._lock, File(-1)
-            with suppress(OSError):
-                self._files.close(lock)
 
 
 class _FileSink:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from dirtytrack.errors import (
     StoreBusy,
     StoreFailed,
 )
-from tests.storing import PAGE, Failing, Hooked, kept, read_back, save, store_at
+from tests.storing import OPENING, PAGE, Failing, Hooked, kept, read_back, save, store_at
 
 STEPS = [{"a": bytes([i]) * 2 * PAGE + b"\x07" * PAGE, "b": bytes([200 + i]) * 700} for i in range(5)]
 ANSWERS: dict[int, type[DirtyTrackError]] = {
@@ -94,6 +95,48 @@ def test_an_operation_fails(where: Path, error: int, for_ever: bool) -> None:
             assert not store.strangers()
             assert read_back(store) == STEPS[4]
         shutil.rmtree(path)
+
+
+class Interrupted(Hooked):
+    """Ctrl-C behind the ``nth`` operation; before it where that opens something, which nobody would have then."""
+
+    def __init__(self, nth: int) -> None:
+        super().__init__()
+        self.left = nth
+
+    def operate(self, name: str, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        self.left -= name not in ("close", "unlock")
+        now = not self.left and name not in ("close", "unlock")
+        if now and name in OPENING:
+            raise KeyboardInterrupt
+        try:
+            return call(*args, **options)
+        finally:
+            if now:
+                raise KeyboardInterrupt
+
+
+def test_ctrl_c_behind_each_operation(where: Path) -> None:
+    first_two(where / "two")
+    nth, interrupted = 0, True
+    while interrupted:
+        nth += 1
+        path, committed = where / str(nth), list[int]()
+        shutil.copytree(where / "two", path)
+        files = Interrupted(nth)
+        interrupted = False
+        try:
+            more(path, files, committed)
+        except KeyboardInterrupt:
+            interrupted = True
+        gc.collect()
+        assert not files.descriptors
+        assert_nothing_lost(path, committed)
+        with store_at(path) as store, store.writer() as writer:
+            save(writer, store, STEPS[4])
+            assert not store.strangers()
+        shutil.rmtree(path)
+    assert nth > 80
 
 
 def test_a_store_cannot_be_made(where: Path) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -235,6 +236,41 @@ def test_a_forked_child_has_neither_the_lock_nor_the_segments(where: Path) -> No
             pass
         os.close(ending)
         os.waitpid(pid, 0)
+
+
+PARENT = """
+import os, sys, time
+from dirtytrack.checkpoint import DirectoryStore
+store = DirectoryStore(sys.argv[1])
+writer = store.writer()
+with store.reading():
+    child = os.fork()
+    if not child:
+        time.sleep(60)
+    print(child, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_childs_life_does_not_keep_its_dead_parents_locks(where: Path) -> None:
+    with store_at(where / "store") as store:
+        with store.writer() as writer:
+            first = save(writer, store, CONTENTS[0])
+        parent = subprocess.Popen([sys.executable, "-c", PARENT, str(where / "store")], stdout=subprocess.PIPE)
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        try:
+            with pytest.raises(StoreBusy):
+                store.writer()
+            parent.kill()
+            parent.wait()
+            with store.writer() as writer:
+                assert writer.remove([kept(first)])
+        finally:
+            os.kill(child, signal.SIGKILL)
+            parent.kill()
+            parent.wait()
+            parent.stdout.close()
 
 
 def test_a_generation_is_published_once_and_only_with_segments_that_are_there(where: Path) -> None:
