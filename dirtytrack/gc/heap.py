@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..dirtyset import DirtySet
@@ -40,7 +38,9 @@ class Heap:
         self.regions: tuple[Region, ...] = ()
         self.layout = Layout(())
         self._alone: Layout | None = None  # the tracker's, where it watches no more than the heap
+        self._sparse: tuple[Region, ...] = ()  # that are mostly empty, perhaps
         self._epoch = 0  # that was open when this heap last settled; 0: nobody knows what was written
+        self._next = 0  # that its last collect opened
         self._lock, self._busy = threading.RLock(), False
         core.load()
         for region in (regions,) if isinstance(regions, Region) else tuple(regions):
@@ -64,15 +64,18 @@ class Heap:
             raise NotRegistered(
                 f"region {region.name!r} is not one of the tracker's: tracker.add() it first", region=region
             )
-        self.regions = (*(known for known in self.regions if known is not region), region)
-        self.layout, self._alone = Layout(tuple(known._span for known in self.regions)), None
+        self._set((*(known for known in self.regions if known is not region), region))
 
     def exclude(self, region: Region) -> None:
         """Count it to the heap no longer."""
         if not any(known is region for known in self.regions):
             raise InvalidMemory(f"region {region.name!r} is not part of this heap", region=region)
-        self.regions = tuple(known for known in self.regions if known is not region)
-        self.layout, self._alone = Layout(tuple(known._span for known in self.regions)), None
+        self._set(tuple(known for known in self.regions if known is not region))
+
+    def _set(self, regions: tuple[Region, ...]) -> None:
+        self.regions = regions
+        self.layout, self._alone = Layout(tuple(region._span for region in regions)), None
+        self._sparse = tuple(region for region in regions if region.arm == "present")
 
     def refuse_overlap(self, low: int, high: int) -> Region | None:
         """The region that [low, high) overlaps, if there is one."""
@@ -83,44 +86,44 @@ class Heap:
 
     # ---- what was written
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """What excludes other threads.
+    def __enter__(self) -> None:
+        """Keep other threads out.
 
         Raises:
             BarrierBusy: this thread is inside already, because a signal handler interrupted it there.
         """
-        with self._lock:
-            if self._busy:
-                raise BarrierBusy(
-                    "a signal handler called this in the middle of another such call: set a flag there, and collect "
-                    "when the handler has returned"
-                )
-            self._busy = True
-            try:
-                yield
-            finally:
-                self._busy = False
+        self._lock.acquire()
+        if self._busy:
+            self._lock.release()
+            raise BarrierBusy(
+                "a signal handler called this in the middle of another such call: set a flag there, and collect when "
+                "the handler has returned"
+            )
+        self._busy = True
+
+    def __exit__(self, *error: object) -> None:
+        self._busy = False
+        self._lock.release()
 
     def collect(self) -> tuple[DirtySet, bool]:
         """What was written, and whether that is all of it: not where this is the first time, or where somebody else
         collected from this tracker meanwhile, or stopped it. All is in doubt until `settle` is called, which is the
         last step of whoever keeps these pages."""
-        known = bool(self._epoch) and self.tracker.epoch == self._epoch
-        if self._epoch and not known:
-            _log.warning("a heap's tracker was stopped, or collected by somebody else: all of the heap is read again")
-        self._epoch = 0
+        expected, self._epoch = self._epoch, 0
         try:
             dirty = self.tracker.collect()
         except DirtyTrackError:  # by which nothing was handed out
-            if known:
-                self.settle()
+            self._epoch = expected
             raise
-        return (dirty if dirty._layout is self._alone else self._ours(dirty)), known
+        epoch = dirty.epoch
+        self._next = epoch + 1
+        if expected and epoch != expected:
+            _log.warning("a heap's tracker was stopped, or collected by somebody else: all of the heap is read again")
+        return (dirty if dirty._layout is self._alone else self._ours(dirty)), epoch == expected
 
     def settle(self) -> None:
         """Be sure that what comes next is all that is written from the last collect on."""
-        self._epoch = self.tracker.epoch
+        self._epoch = self._next
 
     def _ours(self, dirty: DirtySet) -> DirtySet:
         """Its part of what a tracker found that perhaps watches more than the heap: the rest goes back."""
@@ -148,10 +151,10 @@ class Heap:
     def populated(self, pages: DirtySet) -> DirtySet:
         """The pages without those that are known to be zeroes: to read a large, mostly empty reservation would take
         page tables for all of it. What is written meanwhile is dirty again."""
-        for region in self.regions if pages.page_count > _MANY_PAGES else ():
+        for region in self._sparse if pages.page_count > _MANY_PAGES else ():
             span = DirtySet.from_runs([(region.start, region.end)])
             part = pages & span
-            if region.arm == "present" and part.page_count > _MANY_PAGES:
+            if part.page_count > _MANY_PAGES:
                 pages = pages - span | part & _populated(region)
         return pages
 

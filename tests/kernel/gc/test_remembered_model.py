@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A remembered set beside a dict of words: whatever is written, by whatever way, each minor() has every slot that points
+"""A remembered set beside a dict of words: whatever is written, by whatever way, each minor() has all slots that point
 into the young memory, and no other. That the machine notices a broken barrier is proven by breaking it."""
 
 from __future__ import annotations
@@ -201,13 +201,10 @@ def broken(how: str) -> Iterator[None]:
         patch.setattr(DirtyTracker, "collect", dropping)
     elif how == "the last word of a page is not read":
 
-        def short(cset: Any, heap: Any, *others: Any) -> words.Found:
-            found = find(cset, heap, *others)
-            chosen = [i for i, at in enumerate(found.addresses) if at % PAGE < PAGE - 8]
-            return found._replace(
-                addresses=memoryview(bytes(0)).cast("Q") if not chosen else picked(found.addresses, chosen),
-                targets=memoryview(bytes(0)).cast("Q") if not chosen else picked(found.targets, chosen),
-            )
+        def short(*arguments: Any) -> words.Found:
+            found = find(*arguments)
+            kept = [i for i, at in enumerate(found.addresses) if at % PAGE < PAGE - 8]
+            return Picked(found, kept)
 
         patch.setattr(words, "find_slots", short)
     elif how == "nothing is retained":
@@ -228,6 +225,18 @@ def broken(how: str) -> Iterator[None]:
 
 def losing(remembered: RememberedSet, dirty: DirtySet, known: bool) -> None:
     remembered._heap.settle()
+
+
+class Picked(words.Found):
+    """Some of what was found."""
+
+    def __init__(self, found: words.Found, kept: list[int]) -> None:
+        self.addresses, self.kept = picked(found.addresses, kept), found.kept
+        self._targets = picked(found.targets, kept)
+
+    @property
+    def targets(self) -> memoryview:
+        return self._targets
 
 
 def picked(numbers: memoryview, chosen: list[int]) -> memoryview:
