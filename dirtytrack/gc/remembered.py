@@ -244,7 +244,7 @@ class RememberedSet:
                 slots = self._read(self._heap.populated(pages), nursery_low, nursery_high)
                 slots.whole_heap = not known
                 # In this order: an interrupt in between leaves too much, never too little.
-                self._retained = slots._kept
+                self._retained = slots._kept if slots._kept else self._nothing
                 self._pending = self._nothing
                 self._heap.settle()
             except BaseException:

@@ -14,8 +14,8 @@ enum { LINE = 64, AHEAD = 1024 };
     __builtin_prefetch((offset) + AHEAD < (bytes) ? from + (offset) + AHEAD : next + ((offset) + AHEAD - (bytes)))
 #define INLINE static inline __attribute__((always_inline))
 
-typedef uint64_t __attribute__((may_alias)) word64;
-typedef uint32_t __attribute__((may_alias)) word32;
+typedef uint64_t __attribute__((aligned(1), may_alias)) word64; /* a copy may lie anywhere; the memory itself is aligned */
+typedef uint32_t __attribute__((aligned(1), may_alias)) word32;
 
 INLINE uint64_t *put(uint64_t *out, uint64_t bits, uint64_t base, unsigned shift)
 {
