@@ -10,6 +10,7 @@ from ..kernel import sources
 
 
 def main() -> int:
+    """Print what is asked for."""
     parser = argparse.ArgumentParser(
         prog="python -m dirtytrack.gc",
         description="Where the C core is, for a compiler's command line. What is asked for is printed in one line.",

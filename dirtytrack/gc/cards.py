@@ -164,7 +164,7 @@ class CardTable:
             RegionGone, NotStarted, NotRegistered, MissedWrite, SessionClosed, UsedAfterFork: as `DirtyTracker.collect`.
                 Cards may have been marked, and none is forgotten: the next update looks at the same pages.
         """
-        with self._heap:
+        with self._heap.alone():
             dirty, known = self._heap.collect()
             try:
                 self._take(dirty, known, mark=True)
@@ -208,7 +208,7 @@ class CardTable:
         """
         self.update()
         yield
-        with self._heap:
+        with self._heap.alone():
             dirty, known = self._heap.collect()
             try:
                 self._take(dirty, known, mark=False)

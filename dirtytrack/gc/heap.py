@@ -41,7 +41,7 @@ class Heap:
         self._sparse: tuple[Region, ...] = ()  # that are mostly empty, perhaps
         self._epoch = 0  # that was open when this heap last settled; 0: nobody knows what was written
         self._next = 0  # that its last collect opened
-        self._lock, self._busy = threading.RLock(), False
+        self._lock = threading.RLock()
         core.load()
         for region in (regions,) if isinstance(regions, Region) else tuple(regions):
             self.include(region)
@@ -86,24 +86,18 @@ class Heap:
 
     # ---- what was written
 
-    def __enter__(self) -> None:
-        """Keep other threads out.
+    def alone(self) -> threading.RLock:
+        """What keeps other threads out. No state beside it, which an interrupt could leave behind.
 
         Raises:
-            BarrierBusy: this thread is inside already, because a signal handler interrupted it there.
+            BarrierBusy: this thread has it already, because a signal handler interrupted it there.
         """
-        self._lock.acquire()
-        if self._busy:
-            self._lock.release()
+        if self._lock._is_owned():  # type: ignore[attr-defined]
             raise BarrierBusy(
                 "a signal handler called this in the middle of another such call: set a flag there, and collect when "
                 "the handler has returned"
             )
-        self._busy = True
-
-    def __exit__(self, *error: object) -> None:
-        self._busy = False
-        self._lock.release()
+        return self._lock
 
     def collect(self) -> tuple[DirtySet, bool]:
         """What was written, and whether that is all of it: not where this is the first time, or where somebody else

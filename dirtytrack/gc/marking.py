@@ -119,7 +119,7 @@ class ConcurrentMark:
             NotStarted, RegionGone, NotRegistered, MissedWrite, SessionClosed, UsedAfterFork: as
                 `DirtyTracker.collect`.
         """
-        with self._heap:
+        with self._heap.alone():
             self._heap.collect()
             self._heap.settle()
             self._history.clear()
@@ -170,7 +170,7 @@ class ConcurrentMark:
 
     def _take(self) -> tuple[DirtySet, float]:
         self._require()
-        with self._heap:
+        with self._heap.alone():
             dirty, known = self._heap.collect()
             try:
                 if not known:

@@ -236,7 +236,7 @@ class RememberedSet:
             NotStarted, NotRegistered, MissedWrite, SessionClosed, UsedAfterFork: as `DirtyTracker.collect`.
         """
         began = time.perf_counter()
-        with self._heap:
+        with self._heap.alone():
             self._within_nursery(nursery_low, nursery_high)
             dirty, known = self._heap.collect()
             try:
@@ -244,7 +244,7 @@ class RememberedSet:
                 slots = self._read(self._heap.populated(pages), nursery_low, nursery_high)
                 slots.whole_heap = not known
                 # In this order: an interrupt in between leaves too much, never too little.
-                self._retained = slots._kept if slots._kept else self._nothing
+                self._retained = slots._kept or self._nothing
                 self._pending = self._nothing
                 self._heap.settle()
             except BaseException:
@@ -292,7 +292,7 @@ class RememberedSet:
             if not count:
                 return
             pages = DirtySet(words.pages_of(packed, count))
-        with self._heap:
+        with self._heap.alone():
             beyond = pages - self._heap.whole()
             if beyond:
                 start, end = next(iter(beyond))
@@ -309,7 +309,7 @@ class RememberedSet:
         Raises:
             InvalidNursery: it is empty, overlaps the old generation, or no slot can point there.
         """
-        with self._heap:
+        with self._heap.alone():
             self._heap.doubt()
             self._asked = None
             if nursery is not None:
@@ -335,12 +335,12 @@ class RememberedSet:
         Thread safety: mutators must be stopped from before it until after it. Should one store all the same, then with
         ``nursery_empty`` its store is lost; without, none is.
         """
-        with self._heap:
+        with self._heap.alone():
             dirty, known = self._heap.collect()
             self._pending = self._pending | dirty if known else self._heap.whole()
             self._heap.settle()
         yield
-        with self._heap:
+        with self._heap.alone():
             dirty, known = self._heap.collect()
             if not known:
                 return  # and the next minor() reads the whole heap
@@ -377,7 +377,7 @@ class RememberedSet:
             InvalidPointerFormat: it begins where no slot can.
             As `DirtyTracker.add`.
         """
-        with self._heap:
+        with self._heap.alone():
             region = memory if isinstance(memory, Region) else None
             if region is None or not any(known is region for known in self.tracker.regions):
                 region = self.tracker.add(memory, name=name, **options)
@@ -400,7 +400,7 @@ class RememberedSet:
             InvalidMemory: it is not part of the heap.
             As `DirtyTracker.remove`.
         """
-        with self._heap:
+        with self._heap.alone():
             self._heap.exclude(region)
             if any(known is region for known in self.tracker.regions):
                 self.tracker.remove(region)
