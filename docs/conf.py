@@ -200,7 +200,7 @@ def _missing_reference(
         return contnode
     name = target.rpartition(".")[2]
     for known, *_ in env.domains["py"].get_objects():  # dirtytrack.tracker.DirtyTracker: documented at the front door
-        if known in {f"dirtytrack.{part}{name}" for part in ("", "delta.", "observe.", "process.")} and target != known:
+        if known in {f"dirtytrack.{part}{name}" for part in ("", "delta.", "gc.", "observe.", "process.")} and target != known:
             return env.domains["py"].resolve_xref(env, node["refdoc"], app.builder, "obj", known, node, contnode)
     return contnode if target in _UNPAGED or _is_of_python(target) else None
 

@@ -26,7 +26,7 @@ def main() -> int:
     if options.sources:
         words += [str(path) for path in sources.sources()]
     if options.libs:
-        words.append("-pthread")
+        words += ["-pthread", "-lm"]
     if not words:
         parser.error("say what: --cflags, --sources, --libs")
     print(" ".join(words))
