@@ -30,6 +30,7 @@ RUN = (
     re.compile(r"dirtytrack (doctor|--version|--help)\b"),
     re.compile(r"python3? examples/\w+\.py$"),
     re.compile(r"make$"),
+    re.compile(r"python3? -m dirtytrack\.gc( --\w+)+$"),
 )
 NOT_RUN = re.compile(r"(sudo )?(apt-get|pip|git|sysctl|cd|docker|podman|chmod|setfacl|systemctl|ulimit) ")
 LANGUAGES = {"python", "console", "sh", "c", "toml", "json", "ini", "text", ""}
