@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..dirtyset import DirtySet
 from ..errors import DirtyTrackError, InvalidMemory, NotRegistered
-from ..kernel import core
+from ..kernel import core, engine
 from ..kernel.abi import PageCategory
 from ..kernel.failures import describe
 from ..layout import Layout, pinned_extents
@@ -28,6 +28,15 @@ _MANY_PAGES = 4096  # from so many on it costs less to ask which are populated t
 _POPULATED = PageCategory.PRESENT | PageCategory.SWAPPED
 
 
+class _Sparse(NamedTuple):
+    """A region that may be mostly empty: whose pages, where they are not in these categories, are zeroes."""
+
+    region: Region
+    populated: PageCategory
+    many_pages: int
+    """From so many on it is worth asking."""
+
+
 class Heap:
     """Regions that one tracker watches, for one consumer."""
 
@@ -38,7 +47,7 @@ class Heap:
         self.regions: tuple[Region, ...] = ()
         self.layout = Layout(())
         self._alone: Layout | None = None  # the tracker's, where it watches no more than the heap
-        self._sparse: tuple[Region, ...] = ()  # that are mostly empty, perhaps
+        self._sparse: tuple[_Sparse, ...] = ()
         self._epoch = 0  # that was open when this heap last settled; 0: nobody knows what was written
         self._next = 0  # that its last collect opened
         self._lock = threading.RLock()
@@ -75,7 +84,7 @@ class Heap:
     def _set(self, regions: tuple[Region, ...]) -> None:
         self.regions = regions
         self.layout, self._alone = Layout(tuple(region._span for region in regions)), None
-        self._sparse = tuple(region for region in regions if region.arm == "present")
+        self._sparse = tuple(found for found in map(_sparse, regions) if found is not None)
 
     def refuse_overlap(self, low: int, high: int) -> Region | None:
         """The region that [low, high) overlaps, if there is one."""
@@ -145,11 +154,13 @@ class Heap:
     def populated(self, pages: DirtySet) -> DirtySet:
         """The pages without those that are known to be zeroes: to read a large, mostly empty reservation would take
         page tables for all of it. What is written meanwhile is dirty again."""
-        for region in self._sparse if pages.page_count > _MANY_PAGES else ():
-            span = DirtySet.from_runs([(region.start, region.end)])
+        for sparse in self._sparse:
+            if pages.page_count < sparse.many_pages:
+                continue
+            span = DirtySet.from_runs([(sparse.region.start, sparse.region.end)])
             part = pages & span
-            if part.page_count > _MANY_PAGES:
-                pages = pages - span | part & _populated(region)
+            if part.page_count >= sparse.many_pages:
+                pages = pages - span | part & _populated(sparse)
         return pages
 
     def extents(self, pages: DirtySet) -> tuple[Any, list[Any]]:
@@ -161,9 +172,19 @@ class Heap:
         return spans + (", …" if len(self.regions) > 4 else "")
 
 
-def _populated(region: Region) -> DirtySet:
+def _sparse(region: Region) -> _Sparse | None:
+    about = engine.about(region._handle)
+    if about.arm == "present":
+        return _Sparse(region, _POPULATED, _MANY_PAGES)
+    if engine.is_private_hugetlb(about):  # to read an empty one would take a huge page from the pool
+        return _Sparse(region, PageCategory.PRESENT, 1)
+    return None
+
+
+def _populated(sparse: _Sparse) -> DirtySet:
+    wanted, region = sparse.populated, sparse.region
     with Pagemap() as pagemap:
-        scan = pagemap.scan(region.start, region.end, category_anyof_mask=_POPULATED, return_mask=_POPULATED)
+        scan = pagemap.scan(region.start, region.end, category_anyof_mask=wanted, return_mask=wanted)
     numbers = iter(scan.page_regions.cast("B").cast("Q")) if len(scan.page_regions) else iter(())
     runs: list[tuple[int, int]] = []
     for start, end, _ in zip(numbers, numbers, numbers, strict=True):

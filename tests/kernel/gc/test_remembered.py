@@ -40,6 +40,7 @@ from dirtytrack.gc import (
 )
 from tests import oracle
 from tests.kernel.gc.heaps import OLD, YOUNG, YOUNG_BYTES
+from tests.kernel.kinds import some
 from tests.oracle import PAGE
 
 PAGES = 64
@@ -299,6 +300,21 @@ def test_a_reservation_of_64_gib_takes_no_page_tables(session: UffdSession) -> N
         remembered.remember_all()
         assert list(remembered.minor(YOUNG, END)) == written
         assert page_table_bytes() - before < 4 << 20
+
+
+def test_empty_huge_pages_stay_empty(session: UffdSession, tmp_path: Path) -> None:
+    (kind,) = some("hugetlb private")
+    with kind.map(4, tmp_path) as area:
+        oracle.poke_bytes(area.at(2, 16), YOUNG.to_bytes(8, "little"))
+        tracker = DirtyTracker(session, [session.register(area.memory)])
+        tracker.start()
+        remembered = RememberedSet(tracker.regions, tracker)
+        for _ in range(2):
+            assert list(remembered.minor(YOUNG, END)) == [area.at(2, 16)]
+        present = [oracle.categories(area.at(unit), area.at(unit, PAGE))[0] & oracle.PRESENT for unit in range(4)]
+        assert [bool(each) for each in present] == [False, False, True, False]
+        oracle.poke_bytes(area.at(1, 8), YOUNG.to_bytes(8, "little"))
+        assert list(remembered.minor(YOUNG, END)) == [area.at(1, 8), area.at(2, 16)]
 
 
 @contextmanager
