@@ -216,6 +216,78 @@ uint64_t dt_spans_nbytes(const dt_span *spans, uint64_t n, uint64_t memory_nbyte
 int dt_pack(const dt_extent *memory, const dt_span *spans, uint64_t n, uint8_t *out, uint64_t length, dt_failure *why);
 int dt_unpack(const dt_extent *memory, const dt_span *spans, uint64_t n, const uint8_t *data, uint64_t length,
               dt_failure *why);
+/* ---- for garbage collectors: words that point somewhere, cards, object starts -------------------------------- */
+
+/* How a slot, which is a word of the heap, holds an address. All zero: any aligned word of 64 bits is one, as it is. */
+typedef struct dt_pointers {
+    uint64_t mask, tag;   /* a word is a pointer only where (word & mask) == tag; tag has no other bits than mask */
+    uint64_t strip;       /* and these bits of it are no part of the address */
+    uint64_t base;        /* compressed: the address is base + (word << shift), and 0 points nowhere */
+    uint32_t shift;       /* up to 31 */
+    uint32_t compressed;  /* 1: slots are words of 32 bits, and mask, tag and strip are not looked at */
+} dt_pointers;
+
+/* The caller provides the struct, zeroed, and may use it again: room is kept until dt_slots_clear. */
+typedef struct dt_slots {
+    uint64_t *addresses;  /* of the words, rising */
+    uint64_t *targets;    /* what each pointed at when it was read, without its tag */
+    uint64_t count;
+    uint64_t room;
+    uint64_t words;       /* that were read */
+} dt_slots;
+
+void dt_slots_clear(dt_slots *slots);
+/* Reads the heap's bytes in the set's pages. `kept` are the pages with a word that points into `young`, and `out` those
+ * words that point into [low, high), which is part of it. On a failure, told in kept->why, `out` has no slots and `kept`
+ * none of what this call found. -EINVAL: [low, high) is not in young, or there are no such pointers. `heap` is sorted and
+ * disjoint. One thread at a time may use one dt_slots. */
+int dt_find_slots(const dt_set *set, const dt_extent *heap, uint64_t n, const dt_pointers *pointers, const dt_run *young,
+                  uint64_t low, uint64_t high, dt_slots *out, dt_set *kept);
+/* The pages that these addresses are in, which come in any order. */
+int dt_pages_of(const uint64_t *addresses, uint64_t n, dt_set *out);
+/* Makes each slot point at a target, and keeps its tag. -EINVAL and the slot in `why` where a slot cannot hold that target,
+ * DT_NOT_WATCHED where it is no slot of the heap; those before it are written. */
+int dt_redirect_slots(const dt_extent *heap, uint64_t n, const dt_pointers *pointers, const uint64_t *slots,
+                      const uint64_t *targets, uint64_t count, dt_failure *why);
+
+/* A byte a card of 1 << shift bytes, 1 where it is dirty; the first one's card begins at `address`, a multiple of it. */
+typedef struct dt_cards {
+    uint8_t *table;
+    uint64_t address;
+    uint32_t shift;
+    uint32_t reserved;
+} dt_cards;
+
+/* Every card of [start, end) with part of a page of the set. */
+void dt_cards_mark(const dt_set *set, uint64_t start, uint64_t end, const dt_cards *cards);
+/* Every card of the set's pages that differs from memory->mirror, which is brought up to date; mark = 0: only that. */
+int dt_cards_compare(const dt_set *set, const dt_extent *memory, const dt_cards *cards, int mark, dt_failure *why);
+/* The addresses of the dirty ones among the first `count` cards, or their runs: writes at most `room`, returns how many
+ * there are. */
+uint64_t dt_cards_dirty(const dt_cards *cards, uint64_t count, uint64_t *out, uint64_t room);
+uint64_t dt_cards_runs(const dt_cards *cards, uint64_t count, dt_run *out, uint64_t room);
+
+/* A crossing map: where objects start in [address, end), in units of 1 << shift bytes from `address` on. The caller
+ * provides bits and summary, zeroed, of as many bytes as dt_starts_bits and dt_starts_summary say. */
+typedef struct dt_starts {
+    uint64_t *bits, *summary;
+    uint64_t address, end;
+    uint32_t shift;
+    uint32_t reserved;
+} dt_starts;
+
+uint64_t dt_starts_bits(uint64_t nbytes, uint32_t shift);
+uint64_t dt_starts_summary(uint64_t nbytes, uint32_t shift);
+/* Of objects that were allocated, in any order, from any thread. -EINVAL and the first in `why` where one is outside or
+ * between units; none is added then. */
+int dt_starts_add(const dt_starts *map, const uint64_t *starts, uint64_t n, dt_failure *why);
+/* No object starts in [from, to) any more. */
+void dt_starts_clear(const dt_starts *map, uint64_t from, uint64_t to);
+/* The last start at or before an address: of the object that it is in, if it is in one. -ENOENT: there is none. */
+int dt_starts_at(const dt_starts *map, uint64_t address, uint64_t *out);
+/* Of sorted, disjoint runs: where each object starts that may have a byte in one, once: the last that starts at or before
+ * the run's first byte, and all that start in it. Writes at most `room`, returns how many there are. */
+uint64_t dt_starts_in(const dt_starts *map, const dt_run *runs, uint64_t n, uint64_t *out, uint64_t room);
 
 /* ---- mappings and raw scans ---------------------------------------------------------------------------------- */
 
