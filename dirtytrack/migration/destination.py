@@ -1,0 +1,663 @@
+# SPDX-License-Identifier: MIT
+"""Destination: takes in the memory of something that runs elsewhere, and runs it when the source has said so."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Literal
+
+import psutil
+
+from ..errors import (
+    CallbackFailed,
+    DirtyTrackError,
+    HandOverInDoubt,
+    InvalidMemory,
+    LayoutDiffers,
+    MemoryDiffers,
+    MigrationAborted,
+    MigrationFailed,
+    NotStarted,
+    NotTrusted,
+    PeerLost,
+    ProtocolViolated,
+)
+from . import packing, transport, wire
+from .attempt import Heart, digest_of
+from .handover import DestinationState, Impossible
+from .journal import Journal
+from .receiving import Receiver, Session
+from .telling import Arrival, Doubt, Progress
+from .transport import Address, Hello, Link, Listener
+from .wire import MOST_CONNECTIONS, Codec, Kind
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from typing_extensions import Self
+
+    from .receiving import Given
+    from .telling import Arbiter, Teller
+
+__all__ = ["Destination"]
+
+_log = logging.getLogger("dirtytrack")
+_HANDSHAKE_SECONDS = 10.0
+_HANDSHAKES = 16  # at once; more wait in the kernel's queue
+_LOOK_SECONDS = 0.1
+
+
+class Destination:
+    """The side that listens, takes memory in, and runs once the source has handed over.
+
+    It tracks nothing and needs nothing of the kernel but sockets and memory.
+
+    Args:
+        listen: ``tcp://host:port`` (port 0: any that is free, see `address`) or ``unix:///path``. Beyond this machine only
+            with ``tls`` or ``token``.
+        memory: where to put it. None: fresh memory of `allocate`. A mapping from the regions' names to writable buffers: what
+            is there is compared, and only what differs is sent. A function that takes the list of regions (each with
+            ``name`` and ``nbytes``) and returns such a mapping: of memory that is all zero.
+        prepare: called with an `Arrival` when everything is there, and **before** the source has decided: makes of it
+            what will run, and does not run it. If it fails, the source runs on. What it returns is ``arrival.prepared``.
+        abandon: called with what ``prepare`` returned, if the source runs on after all.
+        max_bytes: the most memory that is taken; left out, what this machine has.
+        max_state_bytes: the most state.
+        tls: an `ssl.SSLContext` for servers; with ``verify_mode=ssl.CERT_REQUIRED`` the source must have a certificate.
+        token: a secret that the source has too.
+        timeout: seconds without a sign of life after which the source counts as lost.
+        doubt_timeout: seconds after which an ambiguous moment raises `HandOverInDoubt`; None: never.
+        journal: a file in which the hand-over's steps are kept.
+        arbiter: asked in the ambiguous moment, until it says ``"source"`` or ``"destination"``: see `Doubt`.
+        progress: called with a `Progress` several times a second.
+
+    Raises:
+        NotTrusted: it would listen to everybody.
+        AddressUnusable: the port is taken.
+        JournalUnusable.
+        InvalidMemory: an argument that cannot be.
+
+    Thread safety: one `receive` at a time.
+    """
+
+    def __init__(
+        self,
+        listen: str = "tcp://127.0.0.1:0",
+        *,
+        memory: Given = None,
+        prepare: Callable[[Arrival], Any] | None = None,
+        abandon: Callable[[Any], object] | None = None,
+        max_bytes: int | None = None,
+        max_state_bytes: int = 256 << 20,
+        tls: ssl.SSLContext | None = None,
+        token: str | bytes | None = None,
+        timeout: float = 30.0,
+        doubt_timeout: float | None = 60.0,
+        journal: str | Path | None = None,
+        arbiter: Arbiter | None = None,
+        progress: Teller | None = None,
+    ) -> None:
+        if not timeout > 0:
+            raise InvalidMemory(f"timeout is more than 0, not {timeout}")
+        self._memory, self._prepare, self._abandon = memory, prepare, abandon
+        self._max_bytes = psutil.virtual_memory().total if max_bytes is None else max_bytes
+        self._max_state_bytes, self._tls = max_state_bytes, tls
+        self._token = token.encode() if isinstance(token, str) else token or b""
+        self._timeout, self._doubt_timeout = timeout, doubt_timeout
+        self._arbiter, self._progress = arbiter, progress
+        self._lock = threading.RLock()  # of the session and its hand-over
+        self._session: Session | None = None
+        self._receiver: Receiver | None = None
+        self._controls: queue.SimpleQueue[tuple[Link, Hello] | None] = queue.SimpleQueue()
+        self._waiting = 0  # controls that are queued or served
+        self._source = ""
+        self._began = self._since = 0.0
+        self._state = b""
+        self._past: dict[tuple[bytes, int], tuple[bytes, str]] = {}
+        self._busy = threading.Lock()
+        self._closed = False
+        self._links: set[Link] = set()
+        self._room = threading.BoundedSemaphore(_HANDSHAKES)
+        self._journal = None if journal is None else Journal(journal)
+        try:
+            guarded = bool(self._token) or (tls is not None and tls.verify_mode.name == "CERT_REQUIRED")
+            self._listener = Listener(Address.of(listen), guarded=guarded)
+        except BaseException:
+            if self._journal is not None:
+                self._journal.close()
+            raise
+        if self._journal is not None:
+            self._remember(self._journal)
+        self._acceptor = threading.Thread(target=self._accept, name="dirtytrack-accept", daemon=True)
+        self._acceptor.start()
+
+    @property
+    def address(self) -> str:
+        """Where it listens: what a source's `migrate` takes."""
+        return str(self._listener.address)
+
+    @property
+    def may_run(self) -> bool:
+        """Whether what has arrived may run: it has been committed."""
+        session = self._session
+        return session is not None and session.hand_over.may_run
+
+    def __repr__(self) -> str:
+        session = self._session
+        return f"<Destination at {self.address}, {session.hand_over.state.value if session else 'waiting'}>"
+
+    def _remember(self, journal: Journal) -> None:
+        """What an earlier process with this journal knew. What it had promised is gone with it, and will never run."""
+        secret = b""
+        for record in journal.before:
+            try:
+                key = bytes.fromhex(record["id"]), int(record["attempt"])
+                secret = bytes.fromhex(record["secret"]) if "secret" in record else secret
+            except (KeyError, ValueError, TypeError):
+                continue
+            if record.get("role", "destination") != "destination":
+                continue
+            standing = "committed" if record.get("state") == "committed" else "aborted"
+            if "verdict" not in record:
+                self._past[key] = secret, standing
+
+    # ---- receiving
+
+    def receive(self, timeout: float | None = None) -> Arrival:
+        """Wait for a source, take everything in, and return when this side runs.
+
+        Strangers, and sources that are refused, change nothing. What an attempt that failed has brought is kept: call it
+        again, and a source that tries again sends only what is missing.
+
+        Args:
+            timeout: how long to wait for a source, in seconds; None: as long as it takes.
+
+        Raises:
+            TimeoutError: no source came in that time.
+            MigrationFailed: an attempt failed; the source runs on (``error.running == "source"``).
+            HandOverInDoubt: the one exception: this side promised and never heard the decision. Call `receive` again to
+                wait on, or `resolve`.
+        """
+        if self._closed:
+            raise NotStarted("this destination is closed")
+        with self._busy:
+            if self._session is not None and self._session.hand_over.state is DestinationState.PREPARED:
+                return self._wait_in_doubt(None)
+            if self.may_run:
+                return self._arrival()
+            until = None if timeout is None else time.monotonic() + timeout
+            self._tell(Progress("waiting"))
+            while True:
+                found = self._next(until)
+                try:
+                    arrival = self._serve(*found)
+                except _Refused as refused:
+                    _log.warning("a source was refused: %s", refused)
+                    continue
+                return arrival
+
+    def _next(self, until: float | None) -> tuple[Link, Hello]:
+        try:
+            left = None if until is None else max(until - time.monotonic(), 0.0)
+            found = self._controls.get(timeout=left)
+        except queue.Empty:
+            raise TimeoutError("no source came in time") from None
+        if found is None:
+            raise NotStarted("this destination was closed")
+        return found
+
+    def _serve(self, link: Link, hello: Hello) -> Arrival:
+        """One attempt, from OPEN on."""
+        self._began = time.monotonic()
+        self._source = link.peer.removeprefix("the source").strip() or "unix"
+        link.set_timeout(self._timeout)
+        heart: Heart | None = None
+        try:
+            session = self._begin(link, hello)
+            try:
+                receiver = self._receiver
+                assert receiver is not None, "_begin() made it"
+                heart = Heart(link, lambda: receiver.received_bytes)
+                self._take_in(session, link)
+                return self._hear_decision(session, link)
+            except BaseException as error:
+                return self._failed(session, link, error)
+        finally:
+            if heart is not None:
+                heart.stop()
+            self._end_receiver()
+            if not self.may_run:
+                self._drop(link)
+            with self._lock:
+                self._waiting -= 1
+
+    def _begin(self, link: Link, hello: Hello) -> Session:
+        with self._lock:
+            session = self._session
+            if session is None or session.hand_over.migration != hello.migration:
+                session = Session(hello.migration, self._journal, self._memory, self._max_bytes)
+            prepared = session.hand_over.state is DestinationState.PREPARED
+            try:
+                session.begin(hello.attempt)
+            except Impossible as error:
+                transport.refuse(link, "unknown", f"this attempt is none: {error}")
+                raise _Refused(str(error)) from None
+        if prepared:
+            self._call_abandon(session)
+        try:
+            said = wire.json_of(link.expect(Kind.OPEN))
+            codec = _codec(said)
+            connections = wire.field(said, "connections", int, MOST_CONNECTIONS)
+            session.open(said)
+            self._verify = wire.field(said, "verify", bool)
+            session.tell(link)
+            session.hand_over.begin_journal(
+                address=self.address, secret=session.secret.hex(), token=bool(self._token), tls=self._tls is not None
+            )
+        except (DirtyTrackError, MemoryError) as error:
+            transport.refuse(link, _kind_of(error), str(error) or "no memory")
+            raise _Refused(str(error)) from error
+        with self._lock:
+            self._session = session
+            self._state = b""
+            self._receiver = Receiver(
+                session, connections, codec, lambda error: self._cut(link, error), self._arrived(link)
+            )
+            self._failure: BaseException | None = None
+        link.send(Kind.OPENED, {"secret": session.secret.hex()})
+        return session
+
+    def _arrived(self, link: Link) -> Callable[[int], None]:
+        def arrived(round_: int) -> None:
+            link.send(Kind.ARRIVED, number=round_)
+            self._tell_receiving()
+
+        return arrived
+
+    def _cut(self, link: Link, error: BaseException) -> None:
+        """A pages connection failed: say why, and wake whoever reads the control connection."""
+        with self._lock:
+            if self._failure is None:
+                self._failure = error
+        if not isinstance(error, PeerLost):
+            transport.refuse(link, _kind_of(error), str(error) or type(error).__name__)
+        link.cut()
+
+    def _take_in(self, session: Session, link: Link) -> None:
+        """Until FINISH, and READY."""
+        state = bytearray()
+        while (frame := link.expect(Kind.STATE, Kind.FINISH, Kind.ABORT, Kind.ALIVE)).kind is not Kind.FINISH:
+            self._tell_receiving()
+            if frame.kind is Kind.ABORT:
+                self._aborted(session, link, frame)
+            if frame.kind is Kind.STATE:
+                if frame.header.number != len(state) or len(state) + len(frame.body) > self._max_state_bytes:
+                    raise ProtocolViolated(f"the state is out of order, or longer than {self._max_state_bytes} bytes")
+                state += frame.body
+        receiver = self._receiver
+        assert receiver is not None, "an attempt has one"
+        receiver.finish()
+        said = wire.json_of(frame)
+        if wire.field(said, "state_nbytes", int) != len(state):
+            raise ProtocolViolated("the state is not complete")
+        self._state = bytes(state)
+        if wire.field(said, "digest", str, 32) != digest_of(session.tables, self._state):
+            raise MemoryDiffers("the digest of the memory that arrived is not the source's")
+        if self._verify:
+            session.verify()
+        if self._prepare is not None:
+            try:
+                session.prepared = self._prepare(self._arrival())
+            except Exception as error:
+                raise CallbackFailed(f"prepare() failed: {error!r}") from error
+        with self._lock:
+            session.hand_over.prepared()
+        self._since = time.monotonic()
+        self._tell(Progress("prepared", receiver.round, seconds=time.monotonic() - self._began))
+        link.send(Kind.READY)
+
+    def _hear_decision(self, session: Session, link: Link) -> Arrival:
+        frame = link.expect(Kind.COMMIT, Kind.ABORT)
+        if frame.kind is Kind.ABORT:
+            self._aborted(session, link, frame)
+        with self._lock:
+            self._commit(session, frame.header.number)
+        with suppress(PeerLost):
+            link.send(Kind.COMMITTED, number=frame.header.number)
+        threading.Thread(target=self._linger, args=(link,), daemon=True).start()
+        return self._run()
+
+    def _commit(self, session: Session, attempt: int) -> None:
+        try:
+            session.hand_over.commit(attempt)
+        except Impossible as error:
+            raise ProtocolViolated(f"COMMIT does not belong here: {error}") from None
+
+    def _linger(self, link: Link) -> None:
+        """Until the source has closed: a socket that is closed with something unread takes back what it sent."""
+        link.set_timeout(5.0)
+        with suppress(MigrationFailed):
+            while True:
+                link.receive()
+        self._drop(link)
+
+    def _run(self) -> Arrival:
+        session = self._session
+        assert session is not None, "it was committed"
+        session.let_go()
+        arrival = self._arrival()
+        self._tell(Progress("committed", total_bytes=arrival.received_bytes, seconds=arrival.seconds))
+        return arrival
+
+    def _arrival(self) -> Arrival:
+        session, receiver = self._session, self._receiver
+        assert session is not None, "something came"
+        received = receiver.received_bytes if receiver is not None else 0
+        seconds = time.monotonic() - self._began
+        return Arrival(dict(session.memory), self._state, session.prepared, self._source, received, seconds)
+
+    # ---- when it fails
+
+    def _failed(self, session: Session, link: Link, error: BaseException) -> Arrival:
+        with self._lock:
+            state = session.hand_over.state
+            failure, self._failure = self._failure, None
+        if isinstance(error, PeerLost) and failure is not None:
+            error = failure
+        if state is DestinationState.COMMITTED:  # an asking connection brought the decision
+            return self._run()
+        if state is DestinationState.PREPARED:
+            if not isinstance(error, MigrationFailed):
+                raise error
+            self._drop(link)
+            return self._wait_in_doubt(error)
+        if not isinstance(error, PeerLost):
+            transport.refuse(link, _kind_of(error), str(error) or type(error).__name__)
+        with self._lock:
+            if state is not DestinationState.ABORTED:
+                session.hand_over.abort()
+        self._call_abandon(session)
+        self._tell(Progress("failed", reason=str(error)))
+        raise error
+
+    def _aborted(self, session: Session, link: Link, frame: wire.Frame) -> None:
+        reason = wire.field(wire.json_of(frame), "reason", str, 4096)
+        with self._lock:
+            session.hand_over.abort()
+        with suppress(PeerLost):
+            link.send(Kind.ABORTED, number=session.hand_over.attempt)
+        raise MigrationAborted(f"the source gave up, and runs on: {reason}")
+
+    def _call_abandon(self, session: Session) -> None:
+        prepared, session.prepared = session.prepared, None
+        if prepared is not None and self._abandon is not None:
+            try:
+                self._abandon(prepared)
+            except Exception as error:
+                _log.warning("abandon() failed: %r", error)
+
+    # ---- the ambiguous moment
+
+    def resolve(self, runs: Literal["source", "destination"]) -> Arrival | None:
+        """Say which side runs, when `HandOverInDoubt` was raised. **Say the same on the other side:** see `Doubt`.
+
+        Returns:
+            What runs now, or None where the source does.
+
+        Raises:
+            NotStarted: nothing is in doubt.
+        """
+        session = self._session
+        if session is None or session.hand_over.state is not DestinationState.PREPARED:
+            raise NotStarted("no hand-over of this destination is in doubt")
+        return self._decide(session, runs)
+
+    def _decide(self, session: Session, runs: str) -> Arrival | None:
+        if runs not in ("source", "destination"):
+            raise InvalidMemory(f"a verdict is 'source' or 'destination', not {runs!r}")
+        with self._lock:
+            if session.hand_over.state is DestinationState.PREPARED:
+                if runs == "destination":
+                    session.hand_over.commit(session.hand_over.attempt)
+                else:
+                    session.hand_over.abort()
+            state = session.hand_over.state
+        if state is DestinationState.COMMITTED:
+            return self._run()
+        self._call_abandon(session)
+        return None
+
+    def _wait_in_doubt(self, cause: BaseException | None) -> Arrival:
+        """Until the source comes again, or somebody knows."""
+        session = self._session
+        assert session is not None, "it is in doubt"
+        began, hand_over = time.monotonic(), session.hand_over
+        self._end_receiver()
+        while True:
+            waited = time.monotonic() - began
+            if hand_over.state is DestinationState.COMMITTED:
+                return self._run()
+            if hand_over.state is DestinationState.ABORTED:
+                self._call_abandon(session)
+                raise MigrationAborted("the source gave up after all, and runs on") from cause
+            self._tell(Progress("in doubt", seconds=waited, reason=str(cause or "")))
+            verdict = hand_over.verdict() or self._arbitrate(session)
+            if verdict is not None:
+                arrival = self._decide(session, verdict)
+                if arrival is not None:
+                    return arrival
+                raise MigrationAborted("the verdict is that the source runs on") from cause
+            if self._doubt_timeout is not None and waited >= self._doubt_timeout:
+                raise HandOverInDoubt(
+                    f"this side promised to {self._source} and never heard the decision ({cause}); nobody could resolve it for "
+                    f"{waited:.1f} s. Everything is kept, and does not run. Look whether the source runs, and call resolve() alike on "
+                    "both sides, or dirtytrack migrate --resolve JOURNAL"
+                ) from cause
+            try:
+                found = self._controls.get(timeout=_LOOK_SECONDS)
+            except queue.Empty:
+                continue
+            if found is None:
+                raise NotStarted("this destination was closed")
+            if found[1].migration != hand_over.migration:
+                transport.refuse(found[0], "busy", "another migration is in doubt here")
+                self._drop(found[0])
+                with self._lock:
+                    self._waiting -= 1
+                continue
+            with suppress(_Refused):
+                return self._serve(*found)
+
+    def _arbitrate(self, session: Session) -> str | None:
+        if self._arbiter is None:
+            return None
+        hand_over = session.hand_over
+        seconds = time.monotonic() - self._since
+        try:
+            return self._arbiter(
+                Doubt("destination", hand_over.migration.hex(), hand_over.attempt, self._source, seconds)
+            )
+        except Exception as error:
+            _log.warning("arbiter() failed: %r", error)
+            return None
+
+    # ---- who connects
+
+    def _accept(self) -> None:
+        while not self._closed:
+            self._room.acquire()
+            try:
+                link = self._listener.accept(_HANDSHAKE_SECONDS)
+            except OSError as error:
+                self._room.release()
+                if not self._closed:
+                    _log.warning("accepting a connection failed: %s", error)
+                    time.sleep(_LOOK_SECONDS)
+                continue
+            with self._lock:
+                self._links.add(link)
+            threading.Thread(target=self._greet, args=(link,), name="dirtytrack-greet", daemon=True).start()
+
+    def _greet(self, link: Link) -> None:
+        """Who is it? For so long at most, however slowly it speaks."""
+        too_long = threading.Timer(_HANDSHAKE_SECONDS, link.cut)
+        too_long.daemon = True
+        too_long.start()
+        kept = False
+        try:
+            hello = transport.welcome(link, self._tls, self._key_of)
+            too_long.cancel()
+            if hello.role == "control":
+                kept = self._queue_control(link, hello)
+            elif hello.role == "pages":
+                receiver = self._receiver
+                kept = receiver is not None and receiver.join(link)
+            else:
+                self._answer(link, hello)
+        except DirtyTrackError as error:
+            _log.info("a connection came to nothing: %s", error)
+        finally:
+            too_long.cancel()
+            self._room.release()
+            if not kept:
+                self._drop(link)
+
+    def _queue_control(self, link: Link, hello: Hello) -> bool:
+        with self._lock:
+            session = self._session
+            same = session is not None and session.hand_over.migration == hello.migration
+            bound = session is not None and session.hand_over.state in (
+                DestinationState.PREPARED,
+                DestinationState.COMMITTED,
+            )
+            if (self._waiting and not same) or (bound and not same) or self._closed or self._waiting > 3:
+                transport.refuse(link, "busy", "another migration is under way here")
+                return False
+            self._waiting += 1
+            self._controls.put((link, hello))
+        return True
+
+    def _key_of(self, hello: Hello) -> bytes | None:
+        if hello.role == "control":
+            return self._token
+        with self._lock:
+            session = self._session
+            if session is not None and session.hand_over.migration == hello.migration:
+                current = session.hand_over.attempt == hello.attempt
+                secret = session.secrets.get(hello.attempt)
+                if secret is not None and (hello.role == "ask" or current):
+                    return self._token + secret
+            past = self._past.get((hello.migration, hello.attempt))
+        return self._token + past[0] if past is not None and hello.role == "ask" else None
+
+    def _standing(self, hello: Hello) -> str:
+        session = self._session
+        if session is not None and session.hand_over.migration == hello.migration:
+            if session.hand_over.attempt == hello.attempt:
+                return session.hand_over.state.value
+            return "aborted"  # a later attempt came, or a later one than was ever heard of
+        return self._past.get((hello.migration, hello.attempt), (b"", "unknown"))[1]
+
+    def _answer(self, link: Link, hello: Hello) -> None:
+        """A source that asks, and what it decides then."""
+        while True:
+            frame = link.expect(Kind.ASK, Kind.COMMIT, Kind.ABORT)
+            with self._lock:
+                session, standing = self._session, self._standing(hello)
+                mine = session is not None and session.hand_over.migration == hello.migration
+                if frame.kind is Kind.COMMIT and mine and standing in ("prepared", "committed"):
+                    assert session is not None, "it is ours"
+                    self._commit(session, hello.attempt)
+                if frame.kind is Kind.ABORT and mine and standing in ("prepared", "receiving"):
+                    assert session is not None, "it is ours"
+                    session.hand_over.abort()
+                standing = self._standing(hello)
+            if frame.kind is Kind.ASK:
+                link.send(Kind.STANDS, {"standing": standing}, number=hello.attempt)
+            elif (frame.kind is Kind.COMMIT) == (standing == "committed"):
+                link.send(Kind.COMMITTED if standing == "committed" else Kind.ABORTED, number=hello.attempt)
+            else:
+                raise ProtocolViolated(f"{frame.kind.name} where this side stands at {standing}")
+
+    # ---- ending
+
+    def _tell(self, progress: Progress) -> None:
+        if self._progress is None:
+            return
+        try:
+            self._progress(progress)
+        except Exception as error:
+            _log.warning("progress() failed: %r", error)
+
+    def _tell_receiving(self) -> None:
+        receiver = self._receiver
+        if self._progress is None or receiver is None:
+            return
+        received, seconds = receiver.received_bytes, time.monotonic() - self._began
+        rate = received / seconds if seconds else 0.0
+        self._tell(Progress("receiving", receiver.round, bytes_per_second=rate, total_bytes=received, seconds=seconds))
+
+    def _end_receiver(self) -> None:
+        receiver = self._receiver
+        if receiver is not None:
+            receiver.close()
+
+    def _drop(self, link: Link) -> None:
+        link.close()
+        with self._lock:
+            self._links.discard(link)
+
+    def close(self) -> None:
+        """Listen no more, and end all connections. What has arrived stays the embedder's. A second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        self._listener.close()
+        self._controls.put(None)
+        with self._lock:
+            links = tuple(self._links)
+        for link in links:
+            link.close()
+        self._end_receiver()
+        self._acceptor.join()
+        if self._journal is not None:
+            self._journal.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class _Refused(Exception):
+    """A source came, and was told no before anything of it was here."""
+
+
+def _codec(said: dict[str, Any]) -> Codec:
+    try:
+        codec = Codec(wire.field(said, "codec", int, max(Codec)))
+        packing.compressor(codec)
+    except ValueError:
+        raise ProtocolViolated("pages are to be compressed in a way that this version does not know") from None
+    except ImportError as error:
+        raise LayoutDiffers(f"pages are to be compressed, and a package for it is missing here: {error}") from error
+    return codec
+
+
+def _kind_of(error: BaseException) -> str:
+    for kind, names in (
+        ("layout", LayoutDiffers),
+        ("memory", MemoryDiffers),
+        ("trust", NotTrusted),
+        ("protocol", ProtocolViolated),
+    ):
+        if isinstance(error, names):
+            return kind
+    return "failed"

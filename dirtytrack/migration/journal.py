@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: MIT
+"""The journal of a hand-over: lines that are on disk before the step that they name is taken."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import zlib
+from typing import TYPE_CHECKING, Any
+
+from ..errors import JournalUnusable
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from typing_extensions import Self
+
+__all__ = ["Journal", "add_verdict", "read"]
+
+_MOST_BYTES = 1 << 20
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    text = json.dumps(record, sort_keys=True).encode()
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def _records(data: bytes, path: object) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    lines = data.split(b"\n")
+    for number, line in enumerate(lines):
+        try:
+            crc, _, text = line.partition(b" ")
+            record = json.loads(text) if int(crc, 16) == zlib.crc32(text) else None
+        except ValueError:
+            record = None
+        if isinstance(record, dict):
+            found.append(record)
+        elif line and number < len(lines) - 1 and any(lines[number + 1 :]):
+            raise JournalUnusable(
+                f"line {number + 1} of the journal {path} is damaged, and not because writing it was interrupted: it is "
+                "no journal of dirtytrack, or something else wrote to it. Decide by looking at both sides"
+            )
+    return found
+
+
+def read(path: str | Path) -> list[dict[str, Any]]:
+    """All that a journal says, the oldest first.
+
+    Raises:
+        JournalUnusable: it cannot be read, or is none.
+    """
+    try:
+        with open(path, "rb") as file:
+            return _records(file.read(_MOST_BYTES), path)
+    except OSError as error:
+        raise JournalUnusable(
+            f"the journal {path} cannot be read: {error.strerror}", errno=error.errno, feature=str(path)
+        ) from error
+
+
+def add_verdict(path: str | Path, migration: str, attempt: int, runs: str) -> None:
+    """Say in a journal which side runs: whoever waits in doubt acts by it.
+
+    Raises:
+        JournalUnusable: it cannot be written.
+    """
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        try:
+            os.write(fd, b"\n" + _line({"verdict": runs, "id": migration, "attempt": attempt}))
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise JournalUnusable(
+            f"the journal {path} cannot be written: {error.strerror}", errno=error.errno, feature=str(path)
+        ) from error
+
+
+class Journal:
+    """A journal that this process writes; nobody else may have it open so.
+
+    Args:
+        path: the file; made where it is not there, for its owner's eyes only.
+
+    Raises:
+        JournalUnusable: it cannot be written, is something else, or another process has it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = os.fspath(path)
+        self._fd = -1
+        try:
+            self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._sync_directory()
+        except OSError as error:
+            self.close()
+            why = "a process that runs has it" if isinstance(error, BlockingIOError) else error.strerror
+            raise JournalUnusable(
+                f"the journal {self.path} cannot be used: {why}. Name another file",
+                errno=error.errno,
+                feature=self.path,
+            ) from error
+        try:
+            self.before = self.records()
+            """What was in it when it was opened."""
+        except JournalUnusable:
+            self.close()
+            raise
+
+    def _sync_directory(self) -> None:
+        fd = os.open(os.path.dirname(os.path.abspath(self.path)), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def add(self, **record: Any) -> None:
+        """Write a line, and have it on disk.
+
+        Raises:
+            JournalUnusable: the disk is full or broken; the step is not to be taken.
+        """
+        try:
+            data = b"\n" + _line(record)  # what a crash left of the line before ends here
+            if os.write(self._fd, data) != len(data):
+                raise OSError(28, os.strerror(28))
+            os.fsync(self._fd)
+        except OSError as error:
+            raise JournalUnusable(
+                f"the journal {self.path} cannot be written: {error.strerror}. Make room, or name another file",
+                errno=error.errno,
+                feature=self.path,
+            ) from error
+
+    def records(self) -> list[dict[str, Any]]:
+        """All that it says, the oldest first.
+
+        Raises:
+            JournalUnusable: it cannot be read, or is none.
+        """
+        try:
+            return _records(os.pread(self._fd, _MOST_BYTES, 0), self.path)
+        except OSError as error:
+            raise JournalUnusable(
+                f"the journal {self.path} cannot be read: {error.strerror}", errno=error.errno, feature=self.path
+            ) from error
+
+    def verdict(self, migration: str, attempt: int) -> str | None:
+        """What somebody said by `add_verdict`: the last word counts."""
+        said = None
+        for record in self.records():
+            if record.get("id") == migration and record.get("attempt") == attempt:
+                said = record.get("verdict", said)
+        return said if said in ("source", "destination") else None
+
+    def close(self) -> None:
+        """Let go of it. A second call does nothing."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
