@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import secrets
 import threading
 import time
 from contextlib import suppress
@@ -128,8 +127,8 @@ class Attempt:
             self._tell("rounds", report, decision.reason)
             if decision.action == "abort":
                 missed = GoalMissed(
-                    f"the goal cannot be met: {decision.reason}. The source runs on. Ask for a longer max_downtime, for "
-                    "on_divergence='proceed' or 'slow', or give it more bandwidth"
+                    f"the goal cannot be met: {decision.reason}. The source runs on. Ask for a longer max_downtime, "
+                    "for on_divergence='proceed' or 'slow', or give it more bandwidth"
                 )
                 missed.predicted_downtime = decision.predicted_downtime
                 raise missed
@@ -293,8 +292,8 @@ class Attempt:
             raise MigrationAborted("abort() was called: the source runs on")
         if until is not None and time.perf_counter() > until:
             raise PeerLost(
-                f"the source was paused for {self._source.stop_timeout:g} s and not everything had arrived (stop_timeout): "
-                "it runs on"
+                f"the source was paused for {self._source.stop_timeout:g} s (stop_timeout) and not everything had "
+                "arrived: it runs on"
             )
 
     def _wait_for(self, kind: Kind, number: int, until: float | None = None) -> wire.Frame:
@@ -410,8 +409,8 @@ class Attempt:
                 if page < behind:
                     raise MemoryDiffers(
                         f"page {page} of region {region.name!r} is not what was sent, and nobody reported that it was "
-                        "written: somebody writes it where no page table sees it (region.blind_spots), or was not paused. "
-                        "The source runs on"
+                        "written: somebody writes it where no page table sees it (region.blind_spots), or was not "
+                        "paused. The source runs on"
                     )
 
     # ---- when it is over

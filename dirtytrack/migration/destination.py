@@ -59,13 +59,13 @@ class Destination:
     It tracks nothing and needs nothing of the kernel but sockets and memory.
 
     Args:
-        listen: ``tcp://host:port`` (port 0: any that is free, see `address`) or ``unix:///path``. Beyond this machine only
-            with ``tls`` or ``token``.
-        memory: where to put it. None: fresh memory of `allocate`. A mapping from the regions' names to writable buffers: what
-            is there is compared, and only what differs is sent. A function that takes the list of regions (each with
-            ``name`` and ``nbytes``) and returns such a mapping: of memory that is all zero.
+        listen: ``tcp://host:port`` (port 0: any that is free, see `address`) or ``unix:///path``. Beyond this machine
+            only with ``tls`` or ``token``.
+        memory: where to put it. None: fresh memory of `allocate`. A mapping from the regions' names to writable
+            buffers: what is there is compared, and only what differs is sent. A function that takes the list of regions
+            (each with ``name`` and ``nbytes``) and returns such a mapping: of memory that is all zero.
         prepare: called with an `Arrival` when everything is there, and **before** the source has decided: makes of it
-            what will run, and does not run it. If it fails, the source runs on. What it returns is ``arrival.prepared``.
+            what will run, and does not run it. If it fails, the source runs on. It returns ``arrival.prepared``.
         abandon: called with what ``prepare`` returned, if the source runs on after all.
         max_bytes: the most memory that is taken; left out, what this machine has.
         max_state_bytes: the most state.
@@ -116,9 +116,12 @@ class Destination:
         self._receiver: Receiver | None = None
         self._controls: queue.SimpleQueue[tuple[Link, Hello] | None] = queue.SimpleQueue()
         self._waiting = 0  # controls that are queued or served
+        self._current: Link | None = None  # the one that is served
         self._source = ""
         self._began = self._since = 0.0
         self._state = b""
+        self._verify = False
+        self._failure: BaseException | None = None  # of a pages connection
         self._past: dict[tuple[bytes, int], tuple[bytes, str]] = {}
         self._busy = threading.Lock()
         self._closed = False
@@ -172,8 +175,8 @@ class Destination:
     def receive(self, timeout: float | None = None) -> Arrival:
         """Wait for a source, take everything in, and return when this side runs.
 
-        Strangers, and sources that are refused, change nothing. What an attempt that failed has brought is kept: call it
-        again, and a source that tries again sends only what is missing.
+        Strangers, and sources that are refused, change nothing. What an attempt that failed has brought is kept: call
+        it again, and a source that tries again sends only what is missing.
 
         Args:
             timeout: how long to wait for a source, in seconds; None: as long as it takes.
@@ -196,11 +199,13 @@ class Destination:
             while True:
                 found = self._next(until)
                 try:
-                    arrival = self._serve(*found)
+                    return self._serve(*found)
                 except _Refused as refused:
                     _log.warning("a source was refused: %s", refused)
-                    continue
-                return arrival
+                except MigrationFailed as error:
+                    if self._controls.empty():
+                        raise
+                    _log.warning("an attempt failed, and the next has come: %s", error)
 
     def _next(self, until: float | None) -> tuple[Link, Hello]:
         try:
@@ -217,6 +222,7 @@ class Destination:
         self._began = time.monotonic()
         self._source = link.peer.removeprefix("the source").strip() or "unix"
         link.set_timeout(self._timeout)
+        self._current = link
         heart: Heart | None = None
         try:
             session = self._begin(link, hello)
@@ -235,6 +241,7 @@ class Destination:
             if not self.may_run:
                 self._drop(link)
             with self._lock:
+                self._current = None
                 self._waiting -= 1
 
     def _begin(self, link: Link, hello: Hello) -> Session:
@@ -265,11 +272,10 @@ class Destination:
             raise _Refused(str(error)) from error
         with self._lock:
             self._session = session
-            self._state = b""
+            self._state, self._failure = b"", None
             self._receiver = Receiver(
                 session, connections, codec, lambda error: self._cut(link, error), self._arrived(link)
             )
-            self._failure: BaseException | None = None
         link.send(Kind.OPENED, {"secret": session.secret.hex()})
         return session
 
@@ -317,6 +323,8 @@ class Destination:
             except Exception as error:
                 raise CallbackFailed(f"prepare() failed: {error!r}") from error
         with self._lock:
+            if session.hand_over.state is DestinationState.ABORTED:  # the source said so by another connection
+                raise MigrationAborted("the source gave up meanwhile, and runs on")
             session.hand_over.prepared()
         self._since = time.monotonic()
         self._tell(Progress("prepared", receiver.round, seconds=time.monotonic() - self._began))
@@ -455,9 +463,9 @@ class Destination:
                 raise MigrationAborted("the verdict is that the source runs on") from cause
             if self._doubt_timeout is not None and waited >= self._doubt_timeout:
                 raise HandOverInDoubt(
-                    f"this side promised to {self._source} and never heard the decision ({cause}); nobody could resolve it for "
-                    f"{waited:.1f} s. Everything is kept, and does not run. Look whether the source runs, and call resolve() alike on "
-                    "both sides, or dirtytrack migrate --resolve JOURNAL"
+                    f"this side promised to {self._source} and never heard the decision ({cause}); nobody could "
+                    f"resolve it for {waited:.1f} s. Everything is kept, and does not run. Look whether the source runs, and "
+                    "call resolve() alike on both sides, or dirtytrack migrate --resolve JOURNAL"
                 ) from cause
             try:
                 found = self._controls.get(timeout=_LOOK_SECONDS)
@@ -539,6 +547,8 @@ class Destination:
             if (self._waiting and not same) or (bound and not same) or self._closed or self._waiting > 3:
                 transport.refuse(link, "busy", "another migration is under way here")
                 return False
+            if self._current is not None:
+                self._current.cut()  # the same source has given that one up already
             self._waiting += 1
             self._controls.put((link, hello))
         return True
@@ -614,7 +624,7 @@ class Destination:
             self._links.discard(link)
 
     def close(self) -> None:
-        """Listen no more, and end all connections. What has arrived stays the embedder's. A second call does nothing."""
+        """Listen no more, and end all connections. What has arrived stays. A second call does nothing."""
         if self._closed:
             return
         self._closed = True

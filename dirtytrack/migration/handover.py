@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The hand-over's states on both sides. Never both run: docs/migration-protocol.md says why. No I/O but the journal's."""
+"""The hand-over's states on both sides, which never both run: see docs/migration-protocol.md."""
 
 from __future__ import annotations
 

@@ -7,13 +7,12 @@ import fcntl
 import json
 import os
 import zlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import JournalUnusable
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from typing_extensions import Self
 
 __all__ = ["Journal", "add_verdict", "read"]
@@ -39,8 +38,8 @@ def _records(data: bytes, path: object) -> list[dict[str, Any]]:
             found.append(record)
         elif line and number < len(lines) - 1 and any(lines[number + 1 :]):
             raise JournalUnusable(
-                f"line {number + 1} of the journal {path} is damaged, and not because writing it was interrupted: it is "
-                "no journal of dirtytrack, or something else wrote to it. Decide by looking at both sides"
+                f"line {number + 1} of the journal {path} is damaged, and not because writing it was interrupted: it "
+                "is no journal of dirtytrack, or something else wrote to it. Decide by looking at both sides"
             )
     return found
 
@@ -112,7 +111,7 @@ class Journal:
             raise
 
     def _sync_directory(self) -> None:
-        fd = os.open(os.path.dirname(os.path.abspath(self.path)), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fd = os.open(Path(self.path).resolve().parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(fd)
         finally:

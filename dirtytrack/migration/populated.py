@@ -23,8 +23,8 @@ __all__ = ["populated"]
 def populated(region: Region) -> list[tuple[int, int]]:
     """Runs of addresses, sorted and disjoint; outside of them the region reads as zeroes, and nobody ever wrote.
 
-    To be asked once the region is armed: what is written afterwards the tracker tells. Of shared memory that `allocate` did
-    not make, of files and of shared huge pages nobody can say without reading: all of it counts as populated.
+    To be asked once the region is armed: what is written afterwards the tracker tells. Of shared memory that `allocate`
+    did not make, of files and of shared huge pages nobody can say without reading: all of it counts as populated.
     """
     runs: list[tuple[int, int]] = []
     with Pagemap() as pagemap:

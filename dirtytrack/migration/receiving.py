@@ -123,7 +123,7 @@ class Session:
             room = pin(ours[name], what=f"memory for region {name!r}").nbytes
             if room < nbytes or (room > nbytes and not self._fresh):
                 raise LayoutDiffers(
-                    f"region {name!r} has {nbytes} bytes at the source, {room} here: they are to be as long as each other"
+                    f"region {name!r} has {nbytes} bytes at the source, {room} here: they are to be of one length"
                 )
         return ours
 
@@ -147,7 +147,7 @@ class Session:
             page = moving.digest(0, moving.pages, check=True)
             if page < moving.pages:
                 raise MemoryDiffers(
-                    f"page {page} of region {plan.name!r} is not what arrived: somebody wrote to the destination's memory"
+                    f"page {page} of region {plan.name!r} is not what arrived: somebody wrote to it at the destination"
                 )
 
     def let_go(self) -> None:

@@ -8,7 +8,7 @@ import secrets
 import threading
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from ..errors import (
     AlreadyStarted,
@@ -56,8 +56,8 @@ _SHORT = 2.0  # seconds that telling a failed attempt's destination may take
 class Source:
     """The side that has the memory, and runs until the destination does.
 
-    Nothing is tracked, and nothing connects, before `migrate`. If that fails, the source runs on as if nothing had been, and
-    `migrate` can be called again: what the destination has already is not sent again.
+    Nothing is tracked, and nothing connects, before `migrate`. If that fails, the source runs on as if nothing had
+    been, and `migrate` can be called again: what the destination has already is not sent again.
 
     Args:
         memory: what to move: a buffer, an (address, nbytes) pair, or a mapping from names to such; or a tracker, whose
@@ -332,7 +332,7 @@ class Source:
             if timeout is not None and waited >= timeout:
                 raise HandOverInDoubt(
                     f"the decision was sent to {self._peer} and its answer is lost ({cause}); nobody could resolve it "
-                    f"for {waited:.1f} s. Both sides keep everything, neither runs. Look whether the destination runs, or ever will, "
+                    f"for {waited:.1f} s. Both sides keep everything, neither runs. Look whether the destination runs, "
                     "and call resolve() alike on both sides, or dirtytrack migrate --resolve JOURNAL"
                 ) from cause
             time.sleep(_ASK_SECONDS if timeout is None else min(_ASK_SECONDS, max(timeout - waited, 0.0)))

@@ -21,8 +21,8 @@ class Progress(NamedTuple):
     """What is told while memory moves.
 
     Attributes:
-        phase: ``connecting``, ``bulk``, ``rounds``, ``stopped``, ``committing``, ``in doubt``, ``moved``, ``failed``; of a
-            destination ``waiting``, ``receiving``, ``prepared``, ``committed``.
+        phase: ``connecting``, ``bulk``, ``rounds``, ``stopped``, ``in doubt``, ``moved``, ``failed``; of a destination
+            ``waiting``, ``receiving``, ``prepared``, ``in doubt``, ``committed``, ``failed``.
         round: 0 is the bulk.
         remaining_bytes: of memory, to be sent in this round, or dirty at its end.
         dirty_bytes_per_second: how fast memory was written in the last round.

@@ -9,10 +9,10 @@ import secrets
 import select
 import socket
 import ssl
-import stat
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import (
@@ -327,7 +327,8 @@ def connect(
     """
     if tls is None and not key and not to.local:
         raise NotTrusted(
-            f"{to} is beyond this machine, and neither TLS nor a token was given: pass tls= (an ssl.SSLContext), or token="
+            f"{to} is beyond this machine, and neither TLS nor a token was given: pass tls= (an ssl.SSLContext), or "
+            "token="
         )
     try:
         if to.path:
@@ -373,8 +374,8 @@ def _wrapped(link: Link, tls: ssl.SSLContext, **options: Any) -> ssl.SSLSocket:
         return tls.wrap_socket(link.sock, suppress_ragged_eofs=True, **options)
     except ssl.SSLError as error:
         raise NotTrusted(
-            f"no TLS with {link.peer}: {error.reason or error}. Both sides need a context, the certificate must be one that "
-            "the other side trusts, and be for the name by which it is reached",
+            f"no TLS with {link.peer}: {error.reason or error}. Both sides need a context, the certificate must be one "
+            "that the other side trusts, and be for the name by which it is reached",
             errno=error.errno,
         ) from error
     except OSError as error:
@@ -446,8 +447,8 @@ class Listener:
     def __init__(self, address: Address, *, guarded: bool) -> None:
         if not guarded and not address.local:
             raise NotTrusted(
-                f"whoever reaches {address} could put memory into this process: pass tls= (an ssl.SSLContext that wants "
-                "certificates), or token=, or listen on 127.0.0.1"
+                f"whoever reaches {address} could put memory into this process: pass tls= (an ssl.SSLContext that "
+                "wants certificates), or token=, or listen on 127.0.0.1"
             )
         try:
             self.sock = self._bound(address)
@@ -456,7 +457,7 @@ class Listener:
         self._inode = 0
         if address.path:
             self.address = address
-            self._inode = os.stat(address.path).st_ino
+            self._inode = Path(address.path).stat().st_ino
         else:
             host, port = self.sock.getsockname()[:2]
             self.address = Address(host, port, "")
@@ -497,18 +498,18 @@ class Listener:
         self.sock.close()
         if self._inode:
             with suppress(OSError):
-                if os.stat(self.address.path).st_ino == self._inode:
-                    os.unlink(self.address.path)
+                if Path(self.address.path).stat().st_ino == self._inode:
+                    Path(self.address.path).unlink()
             self._inode = 0
 
 
 def _remove_dead(path: str) -> None:
     """A socket's file that nobody listens at any more."""
     with suppress(FileNotFoundError):
-        if not stat.S_ISSOCK(os.stat(path).st_mode):
+        if not Path(path).is_socket():
             return
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             try:
                 probe.connect(path)
             except ConnectionRefusedError:
-                os.unlink(path)
+                Path(path).unlink()

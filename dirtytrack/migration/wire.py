@@ -211,7 +211,7 @@ def json_of(found: Frame) -> dict[str, Any]:
     return value
 
 
-_T = TypeVar("_T", int, str, bool, list)
+_T = TypeVar("_T")
 
 
 def field(found: dict[str, Any], name: str, kind: type[_T], most: int | None = None) -> _T:
@@ -221,10 +221,11 @@ def field(found: dict[str, Any], name: str, kind: type[_T], most: int | None = N
         ProtocolViolated: it is missing, of another type, negative, or more than that.
     """
     value = found.get(name)
-    size = value if kind is int else len(value) if isinstance(value, (str, list)) else 0
-    if type(value) is not kind or not isinstance(size, int) or size < 0 or (most is not None and size > most):
-        raise ProtocolViolated(f"the field {name!r} is missing, or is not what it should be: {str(value)[:80]}")
-    return value
+    if type(value) is kind:
+        size = len(value) if isinstance(value, (str, list)) else int(found[name])
+        if size >= 0 and (most is None or size <= most):
+            return value
+    raise ProtocolViolated(f"the field {name!r} is missing, or is not what it should be: {str(value)[:80]}")
 
 
 def hexadecimal(found: dict[str, Any], name: str, nbytes: int) -> bytes:
