@@ -464,8 +464,8 @@ class Destination:
             if self._doubt_timeout is not None and waited >= self._doubt_timeout:
                 raise HandOverInDoubt(
                     f"this side promised to {self._source} and never heard the decision ({cause}); nobody could "
-                    f"resolve it for {waited:.1f} s. Everything is kept, and does not run. Look whether the source runs, and "
-                    "call resolve() alike on both sides, or dirtytrack migrate --resolve JOURNAL"
+                    f"resolve it for {waited:.1f} s. Everything is kept, and does not run. Look whether the source runs, "
+                    "and call resolve() alike on both sides, or dirtytrack migrate --resolve JOURNAL"
                 ) from cause
             try:
                 found = self._controls.get(timeout=_LOOK_SECONDS)
