@@ -38,6 +38,7 @@ class Cast:
     def end(self) -> None:
         for each in self._all:
             each.end()
+        self._all.clear()
 
 
 @pytest.fixture
