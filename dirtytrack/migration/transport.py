@@ -345,8 +345,7 @@ def connect(
     try:
         if tls is not None:
             link.sock = _wrapped(link, tls, server_hostname=to.host or "localhost")
-        link.send_preamble()
-        link.read_preamble()
+        _exchange_preambles(link)
         nonce = secrets.token_bytes(32)
         hello = {"role": role, "id": migration.hex(), "attempt": attempt, "nonce": nonce.hex()}
         link.send(Kind.HELLO, hello)
@@ -365,6 +364,20 @@ def connect(
         link.close()
         raise
     return link
+
+
+def _exchange_preambles(link: Link) -> None:
+    try:
+        link.send_preamble()
+        link.read_preamble()
+    except PeerLost as error:
+        if not isinstance(link.sock, ssl.SSLSocket):
+            raise
+        # Of TLS 1.3 a client learns of a refused certificate only now, and by a link that is gone if it comes too late.
+        raise PeerLost(
+            f"{error}. Over TLS that is mostly a destination which does not trust this side's certificate",
+            errno=error.errno,
+        ) from error
 
 
 def _wrapped(link: Link, tls: ssl.SSLContext, **options: Any) -> ssl.SSLSocket:
