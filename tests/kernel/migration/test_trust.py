@@ -17,7 +17,7 @@ import pytest
 import dirtytrack
 from dirtytrack import AddressUnusable, MigrationFailed, NotTrusted
 from dirtytrack.migration import Destination, Source
-from dirtytrack.migration.transport import Address
+from dirtytrack.migration.joining import Address
 from tests.kernel.migration.parties import MIB
 from tests.kernel.migration.test_moves import here_both
 
