@@ -201,10 +201,7 @@ def _missing_reference(
         return contnode
     name = target.rpartition(".")[2]
     for known, *_ in env.domains["py"].get_objects():  # dirtytrack.tracker.DirtyTracker: documented at the front door
-        if (
-            known in {f"dirtytrack.{part}{name}" for part in ("", "delta.", "migration.", "observe.", "process.")}
-            and target != known
-        ):
+        if known in {f"dirtytrack.{part}{name}" for part in _ROOMS} and target != known:
             return env.domains["py"].resolve_xref(env, node["refdoc"], app.builder, "obj", known, node, contnode)
     return contnode if target in _UNPAGED or _is_of_python(target) else None
 
@@ -215,6 +212,8 @@ _SOURCES = {"api/observe": "dirtytrack.observe.Source", "api/migration": "dirtyt
 
 def _settle_sources(app: Sphinx, doctree: nodes.document) -> None:
     """Two classes are called Source, and an alias: which one a signature means, its page tells."""
+    from sphinx.addnodes import pending_xref
+
     for node in list(doctree.findall(pending_xref)):
         if node.get("refdomain") == "py" and node.get("reftarget") == "Source":
             if app.env.docname in _SOURCES:

@@ -20,7 +20,7 @@ from ..errors import (
     ProtocolViolated,
 )
 from ..kernel.core import PAGE_BYTES
-from ..kernel.moving import DIGEST_BYTES, Moving, xxh64
+from ..kernel.moving import DIGEST_BYTES, Moving, round_trip_seconds, xxh64
 from ..layout import held
 from . import joining, wire
 from .joining import Address
@@ -208,7 +208,7 @@ class Attempt:
         for _ in range(source.connections):
             link = joining.connect(*about, key, "pages", hand_over.migration, hand_over.attempt)
             self._links.append(link)
-        self._overhead += _ROUND_TRIPS * min(link.round_trip for link in (control, *self._links))
+        self._overhead += _ROUND_TRIPS * round_trip_seconds(control.sock)
         self._senders = Senders(self._links, PAGE_BYTES, source.codec, Budget(source.bandwidth))
 
     def _moving(self, region: Region) -> Moving:

@@ -76,8 +76,6 @@ class Link:
         self.sent_bytes = 0
         self.received_bytes = 0
         self.welcome = False
-        self.round_trip = 0.0
-        """In seconds, as the handshake had it."""
         self._write = threading.Lock()
         # An OpenSSL connection is for one thread at a time (SSL_read(3)), and Python looks to that from 3.13 on only.
         self._alone = threading.RLock()
