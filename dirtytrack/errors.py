@@ -26,7 +26,20 @@
     ├── NotStarted           RuntimeError        the tracker is not running
     ├── AlreadyStarted       RuntimeError        the tracker is running
     ├── UsedAfterFork        RuntimeError        made before a fork, used in the child
-    └── MissedWrite          RuntimeError        the audit found a change that nobody reported
+    ├── MissedWrite          RuntimeError        the audit found a change that nobody reported
+    └── MigrationFailed      (a base)            never raised itself; of `dirtytrack.migration`
+        ├── AddressUnusable  OSError             the port is taken, the address is none, or nobody listens there
+        ├── NotTrusted       PermissionError     a wrong certificate or token; or neither, beyond this machine
+        ├── PeerLost         ConnectionError     the other side ended, or the link was cut or stands still
+        ├── PeerRefused      ConnectionError     the other side said no, and why
+        ├── ProtocolViolated ValueError          what came is no frame, a damaged one, or of another version
+        ├── LayoutDiffers    ValueError          the memories on both sides are not alike
+        ├── MemoryDiffers    RuntimeError        at the end the digests differ
+        ├── GoalMissed       RuntimeError        the goal cannot be met, and by how much
+        ├── MigrationAborted RuntimeError        somebody called abort()
+        ├── CallbackFailed   RuntimeError        a function that was given failed
+        ├── JournalUnusable  OSError             a journal that cannot be written, is another's, or is in use
+        └── HandOverInDoubt  RuntimeError        commit was sent, its answer is lost, and neither side runs
 
     BlindSpotWarning         UserWarning         this memory can be written where no page table sees it
     GuardPageWarning         UserWarning         its owner puts guard pages into it, and might never come back
@@ -45,23 +58,36 @@ if TYPE_CHECKING:
     from .region import Region
 
 __all__ = [
+    "AddressUnusable",
     "AlreadyStarted",
     "BlindSpotWarning",
+    "CallbackFailed",
     "CheckpointerClosed",
     "DamagedCheckpoint",
     "DirtyTrackError",
+    "GoalMissed",
     "GuardPageWarning",
+    "HandOverInDoubt",
     "InvalidCheckpoint",
     "InvalidDelta",
     "InvalidMemory",
     "InvalidRecording",
+    "JournalUnusable",
     "KernelRefused",
+    "LayoutDiffers",
     "LimitReached",
+    "MemoryDiffers",
+    "MigrationAborted",
+    "MigrationFailed",
     "MissedWrite",
     "NoSuchGeneration",
     "NotRegistered",
     "NotStarted",
+    "NotTrusted",
+    "PeerLost",
+    "PeerRefused",
     "PermissionDenied",
+    "ProtocolViolated",
     "RangeBusy",
     "RegionGone",
     "SessionClosed",
@@ -242,6 +268,73 @@ class UsedAfterFork(DirtyTrackError, RuntimeError):
 
 class MissedWrite(DirtyTrackError, RuntimeError):
     """The audit found that the page [``start``, ``end``) of ``region`` changed without being reported."""
+
+
+class MigrationFailed(DirtyTrackError):
+    """The base of what goes wrong in a migration; never raised itself.
+
+    Attributes:
+        running: which side runs after it, as far as this side knows: ``"source"`` for all but `HandOverInDoubt`, of
+            which it is None.
+    """
+
+    running: str | None = "source"
+
+
+class AddressUnusable(MigrationFailed, OSError):
+    """The port is taken, the address is none, or nobody listens there."""
+
+
+class NotTrusted(MigrationFailed, PermissionError):
+    """The certificate or the token is wrong; or neither is there, and the address is not this machine's alone."""
+
+
+class PeerLost(MigrationFailed, ConnectionError):
+    """The other side ended, or the link to it was cut, reset, or stands still."""
+
+
+class PeerRefused(MigrationFailed, ConnectionError):
+    """The other side said no; the message has its reason."""
+
+
+class ProtocolViolated(MigrationFailed, ValueError):
+    """What came is no frame, a damaged one, one that does not belong here, or of another version."""
+
+
+class LayoutDiffers(MigrationFailed, ValueError):
+    """The memories on both sides are not alike, or there is more than the destination takes."""
+
+
+class MemoryDiffers(MigrationFailed, RuntimeError):
+    """At the end the digests of both memories differ."""
+
+
+class GoalMissed(MigrationFailed, RuntimeError):
+    """The goal cannot be met; the message says by how much.
+
+    Attributes:
+        predicted_downtime: in seconds, had the migration gone ahead.
+    """
+
+    predicted_downtime: float = 0.0
+
+
+class MigrationAborted(MigrationFailed, RuntimeError):
+    """Somebody called abort() before the hand-over."""
+
+
+class CallbackFailed(MigrationFailed, RuntimeError):
+    """A function that was given (pause, state, prepare, …) failed; its error is the cause of this one."""
+
+
+class JournalUnusable(MigrationFailed, OSError):
+    """The journal cannot be read or written, belongs to something else, or a process that runs has it."""
+
+
+class HandOverInDoubt(MigrationFailed, RuntimeError):
+    """The decision was sent and its answer is lost: both sides keep everything, neither runs until that is resolved."""
+
+    running = None
 
 
 class BlindSpotWarning(UserWarning):

@@ -179,7 +179,8 @@ _UNPAGED = {"End", "NDArray", "np.int64", "np.float64", "dirtytrack.process.mapp
 _UNPAGED |= {"dirtytrack.checkpoint.files.Files"}
 _UNPAGED |= {"dirtytrack.gc.heap.Heap", "dirtytrack.kernel.words.Found"}
 _UNPAGED |= {"Counts", "Shares", "np.uint64"}
-_TYPING = {"Self", "Buffer", "typing_extensions.Self", "typing_extensions.Buffer"}
+_UNPAGED |= {"Arbiter", "Given", "Teller"}  # functions that a migration is given
+_TYPING = {"Path", "Self", "Buffer", "typing_extensions.Self", "typing_extensions.Buffer"}
 
 
 def _is_of_python(target: str) -> bool:
@@ -202,15 +203,32 @@ def _missing_reference(
     if target in _ALIASES:  # not `dirtytrack.delta.Mirror`, which is called like one
         return contnode
     name = target.rpartition(".")[2]
-    homes = {f"dirtytrack.{part}{name}" for part in ("", "checkpoint.", "delta.", "gc.", "observe.", "process.")}
+    homes = {f"dirtytrack.{part}{name}" for part in _ROOMS}
     for known, *_ in env.domains["py"].get_objects():  # dirtytrack.tracker.DirtyTracker: documented at the front door
         if known in homes and target != known:
             return env.domains["py"].resolve_xref(env, node["refdoc"], app.builder, "obj", known, node, contnode)
     return contnode if target in _UNPAGED or _is_of_python(target) else None
 
 
+_ROOMS = ("", "checkpoint.", "delta.", "gc.", "migration.", "observe.", "process.")
+_SOURCES = {"api/observe": "dirtytrack.observe.Source", "api/migration": "dirtytrack.migration.Source"}
+
+
+def _settle_sources(app: Sphinx, doctree: nodes.document) -> None:
+    """Two classes are called Source, and an alias: which one a signature means, its page tells."""
+    from sphinx.addnodes import pending_xref
+
+    for node in list(doctree.findall(pending_xref)):
+        if node.get("refdomain") == "py" and node.get("reftarget") == "Source":
+            if app.env.docname in _SOURCES:
+                node["reftarget"] = _SOURCES[app.env.docname]
+            else:
+                node.replace_self(node.children)
+
+
 def setup(app: Sphinx) -> None:
     """Sphinx calls this."""
     app.connect("autodoc-process-docstring", _process_docstring)
     app.connect("autodoc-process-signature", _process_signature)
+    app.connect("doctree-read", _settle_sources)
     app.connect("missing-reference", _missing_reference)

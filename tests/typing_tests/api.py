@@ -186,6 +186,8 @@ def stores() -> None:
         assert_type(report.whole, int | None)
         assert_type([each.damage for each in report.checked], list[tuple[str, ...]])
     checkpoint.verify("runs/a", 17)
+
+
 def collector(memory: dirtytrack.Memory, tracker: dirtytrack.DirtyTracker, low: int, high: int) -> None:
     remembered = gc.RememberedSet(tracker.regions, tracker, pointers=gc.PointerFormat.tagged(7, 1), nursery=(low, high))
     with remembered.forget_own_writes(nursery_empty=True):

@@ -11,28 +11,40 @@ import re
 import pytest
 
 from dirtytrack import errors
-from dirtytrack.errors import DirtyTrackError
+from dirtytrack.errors import DirtyTrackError, MigrationFailed
 
 LEAVES = [
     kind
     for name, kind in vars(errors).items()
-    if inspect.isclass(kind) and issubclass(kind, DirtyTrackError) and kind is not DirtyTrackError
+    if inspect.isclass(kind) and issubclass(kind, DirtyTrackError) and kind not in (DirtyTrackError, MigrationFailed)
 ]
-BUILT_IN = {
+BUILT_IN: dict[str, type[Exception]] = {
+    "AddressUnusable": OSError,
     "AlreadyStarted": RuntimeError,
     "CheckpointerClosed": RuntimeError,
     "DamagedCheckpoint": OSError,
     "InvalidCheckpoint": ValueError,
+    "CallbackFailed": RuntimeError,
+    "GoalMissed": RuntimeError,
+    "HandOverInDoubt": RuntimeError,
     "InvalidDelta": ValueError,
     "InvalidMemory": ValueError,
     "InvalidRecording": ValueError,
+    "JournalUnusable": OSError,
     "KernelRefused": OSError,
+    "LayoutDiffers": ValueError,
     "LimitReached": OSError,
+    "MemoryDiffers": RuntimeError,
+    "MigrationAborted": RuntimeError,
     "MissedWrite": RuntimeError,
     "NoSuchGeneration": LookupError,
     "NotRegistered": ValueError,
     "NotStarted": RuntimeError,
+    "NotTrusted": PermissionError,
+    "PeerLost": ConnectionError,
+    "PeerRefused": ConnectionError,
     "PermissionDenied": PermissionError,
+    "ProtocolViolated": ValueError,
     "RangeBusy": OSError,
     "RegionGone": OSError,
     "SessionClosed": RuntimeError,

@@ -31,7 +31,12 @@ LAYERS = (
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 CONSUMERS = {name for name, rank in RANK.items() if rank > RANK["tracker"]}
-APART = {"checkpoint": {"process"}}
+APART = {
+    "checkpoint": {"process", "observe", "migration", "gc"},
+    "migration": {"delta", "process", "observe", "checkpoint", "gc"},
+    "gc": {"process", "observe", "checkpoint", "migration"},
+}
+"""What a consumer knows nothing of, though it is above it."""
 CODE = {".py", ".pyi", ".c", ".h", ".sh", ".toml"}
 CODE_BY_NAME = {"Makefile", "run", "MANIFEST.in", ".gitignore"}
 NOT_OURS = {".git", ".venv", "build", "dist", "node_modules"}

@@ -216,6 +216,7 @@ uint64_t dt_spans_nbytes(const dt_span *spans, uint64_t n, uint64_t memory_nbyte
 int dt_pack(const dt_extent *memory, const dt_span *spans, uint64_t n, uint8_t *out, uint64_t length, dt_failure *why);
 int dt_unpack(const dt_extent *memory, const dt_span *spans, uint64_t n, const uint8_t *data, uint64_t length,
               dt_failure *why);
+
 /* ---- for garbage collectors: words that point somewhere, cards, object starts -------------------------------- */
 
 /* How a slot, which is a word of the heap, holds an address. All zero: any aligned word of 64 bits is one, as it is. */
@@ -288,6 +289,50 @@ int dt_starts_at(const dt_starts *map, uint64_t address, uint64_t *out);
 /* Of sorted, disjoint runs: where each object starts that may have a byte in one, once: the last that starts at or before
  * the run's first byte, and all that start in it. Writes at most `room`, returns how many there are. */
 uint64_t dt_starts_in(const dt_starts *map, const dt_run *runs, uint64_t n, uint64_t *out, uint64_t room);
+
+/* ---- pages on the move: what migrations are made of (docs/migration-protocol.md) --------------------------------- */
+
+enum dt_stretch_kind { DT_STRETCH_DATA = 0, DT_STRETCH_ZERO = 1 };
+
+/* Pages of one memory that follow one another, counted from the page in which it begins. */
+typedef struct dt_stretch {
+    uint64_t first;
+    uint32_t count;
+    uint32_t kind;           /* enum dt_stretch_kind */
+} dt_stretch;
+
+/* A memory of which the other side has, or gets, a copy. */
+typedef struct dt_moving {
+    dt_extent memory;        /* `mirror` is not looked at */
+    uint64_t phase;          /* how far into its first page it begins */
+    uint64_t page_bytes;     /* a power of two from 4096 to 65536 */
+    uint64_t pages;
+    const uint8_t *key;      /* page_bytes + 16 bytes */
+    uint64_t *table;         /* two numbers a page, its digest: what the copy's owner has; 0, 0 where nobody knows */
+} dt_moving;
+
+typedef struct dt_moved {
+    uint64_t stretches;      /* that were written */
+    uint64_t data_pages;     /* whose bytes were */
+    uint64_t zero_pages;
+    uint64_t same_pages;     /* that were left out, since the copy has them so */
+} dt_moved;
+
+/* Behind how many pages of the set from the address `from` on: where the next part begins. UINT64_MAX behind the last. */
+uint64_t dt_set_step(const dt_set *set, uint64_t from, uint64_t pages);
+/* The set's pages in [from, to) that the table has otherwise: read once each into `out`, whole, told by `stretches` and
+ * `digests`, noted in the table. `room` of all three is in pages. The pages are base pages, as page_bytes says.
+ * On a failure the table may have pages that nobody has. */
+int dt_moving_take(const dt_moving *m, const dt_set *set, uint64_t from, uint64_t to, dt_stretch *stretches,
+                   uint64_t *digests, uint8_t *out, uint64_t room, dt_moved *moved, dt_failure *why);
+/* Writes what the other side took. DT_MALFORMED, and nothing is written, where the stretches are none, do not fit, or a
+ * page is not what its digest says: why->start is which page, counted in the order of the stretches. */
+int dt_moving_put(const dt_moving *m, const dt_stretch *stretches, uint64_t n, const uint64_t *digests,
+                  const uint8_t *data, uint64_t nbytes, dt_failure *why);
+/* Digests of pages as they are in memory: into the table, or compared with it where check = 1. *at: the first that differs,
+ * or the number behind the last. */
+int dt_moving_digest(const dt_moving *m, uint64_t first, uint64_t count, int check, uint64_t *at, dt_failure *why);
+void dt_page_digest(const uint8_t *page, uint64_t page_bytes, const uint8_t *key, uint64_t *out); /* two numbers */
 
 /* ---- mappings and raw scans ---------------------------------------------------------------------------------- */
 

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: MIT
+"""Pages on the move, in C without the GIL: what `dirtytrack.migration` is made of."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+import sys
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..errors import InvalidMemory
+from . import core, sets
+from .failures import raise_failure
+
+if TYPE_CHECKING:
+    from .core import CData
+
+__all__ = ["DIGEST_BYTES", "STRETCH_BYTES", "Mismatch", "Moving", "Room", "Taken", "page_digest", "round_trip_seconds"]
+
+DIGEST_BYTES = 16
+STRETCH_BYTES = 16
+_KEY_EXTRA = 16
+_NOWHERE = 2**64 - 1
+_MIN_RTT = slice(148, 152)  # of struct tcp_info in <linux/tcp.h>: tcpi_min_rtt, in microseconds (Linux 4.6)
+
+
+class Mismatch(Exception):
+    """What came is not what was sent: caught above, and told with what it was."""
+
+
+class Taken(NamedTuple):
+    """What one look at some pages found."""
+
+    stretches: int
+    data_pages: int
+    zero_pages: int
+    same_pages: int
+
+
+def _key(seed: bytes, page_bytes: int) -> bytes:
+    return hashlib.shake_256(seed).digest(page_bytes + _KEY_EXTRA)
+
+
+def round_trip_seconds(sock: socket.socket) -> float:
+    """The shortest round trip that the kernel saw on a TCP connection, whatever this process's threads were busy with;
+    0 of any other kind."""
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return 0.0
+    told = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _MIN_RTT.stop)
+    return int.from_bytes(told[_MIN_RTT], sys.byteorder) / 1e6
+
+
+def page_digest(page: Any, seed: bytes) -> bytes:
+    """The digest of one page under that seed."""
+    core.load()
+    nbytes = memoryview(page).nbytes
+    if not 4096 <= nbytes <= 65536 or nbytes & (nbytes - 1):
+        raise InvalidMemory(f"a page is a power of two from 4096 to 65536 bytes, not {nbytes}")
+    pinned, key = core.pin(page, writable=False), core.ffi.from_buffer("uint8_t[]", _key(seed, nbytes))
+    out = core.ffi.new("uint64_t[2]")
+    core.lib.dt_page_digest(pinned, nbytes, key, out)
+    return bytes(core.ffi.buffer(out))
+
+
+class Moving:
+    """A memory, and the table of what the other side has of it.
+
+    Args:
+        address, nbytes: the memory's bytes. The caller holds them.
+        phase: how far into its first page it begins.
+        page_bytes: a power of two from 4096 to 65536.
+        seed: of the digests.
+        unpinned: it may vanish beneath a copy.
+        through: a region's handle, where its session compares.
+
+    Thread safety: several threads may take or put different pages at once.
+    """
+
+    def __init__(
+        self,
+        address: int,
+        nbytes: int,
+        *,
+        phase: int,
+        page_bytes: int,
+        seed: bytes,
+        unpinned: bool = False,
+        through: CData | None = None,
+    ) -> None:
+        core.load()
+        ffi = core.ffi
+        self.address, self.nbytes, self.phase, self.page_bytes = address, nbytes, phase, page_bytes
+        self.pages = -(-(phase + nbytes) // page_bytes)
+        self._key = ffi.from_buffer("uint8_t[]", _key(seed, page_bytes))
+        self._table = sets.new_bytes(self.pages * DIGEST_BYTES)
+        self.table = core.view_of(self._table, self.pages * DIGEST_BYTES)
+        self._through = through
+        extent = (address, nbytes, ffi.NULL, unpinned, 0, ffi.NULL if through is None else through)
+        table = ffi.cast("uint64_t *", self._table)
+        self._c = ffi.new("dt_moving *", (extent, phase, page_bytes, self.pages, self._key, table))
+        self.zero = page_digest(bytes(page_bytes), seed)
+        """The digest of a page of zeroes."""
+        self.forget()
+
+    def forget(self) -> None:
+        """The other side has zeroes only."""
+        block = self.zero * 4096
+        for at in range(0, len(self.table), len(block)):
+            self.table[at : at + len(block)] = block[: len(self.table) - at]
+
+    def note(self, first: int, digests: Any) -> None:
+        """What the other side said that it has, from a page on."""
+        at = first * DIGEST_BYTES
+        self.table[at : at + len(digests)] = digests
+
+    def others(self, first: int, count: int) -> bool:
+        """Whether any of these pages is not told as zero."""
+        at = first * DIGEST_BYTES
+        part = self.table[at : at + count * DIGEST_BYTES]
+        return part != self.zero * count
+
+    # ---- the source's
+
+    def step(self, cset: CData, start: int, pages: int) -> int | None:
+        """Where the part behind so many pages of a set begins; None behind the last."""
+        at = core.lib.dt_set_step(cset, start, pages)
+        return None if at == _NOWHERE else at
+
+    def take(self, cset: CData, start: int, end: int, room: Room) -> Taken:
+        """What the other side has not of the set's pages in [start, end), into that room.
+
+        Raises:
+            RegionGone: a page vanished beneath the copy.
+        """
+        moved, why = core.ffi.new("dt_moved *"), core.new_failure()
+        code = core.lib.dt_moving_take(
+            self._c, cset, start, end, room.c_stretches, room.c_digests, room.c_data, room.pages, moved, why
+        )
+        if code:
+            raise_failure(code, why, "read the memory that is moved")
+        return Taken(moved.stretches, moved.data_pages, moved.zero_pages, moved.same_pages)
+
+    # ---- the destination's
+
+    def put(self, stretches: Any, count: int, digests: Any, data: Any, nbytes: int) -> None:
+        """Write what the other side took.
+
+        Raises:
+            Mismatch: it is not what it says, or belongs nowhere. Nothing was written.
+            RegionGone: a page vanished beneath the copy.
+        """
+        why = core.new_failure()
+        code = self._put(stretches, count, digests, data, nbytes, why)
+        if code == core.lib.DT_MALFORMED:
+            raise Mismatch(f"page {why.start} of it is not what was sent, or belongs nowhere")
+        if code:
+            raise_failure(code, why, "write the memory that is moved")
+
+    def _put(self, stretches: Any, count: int, digests: Any, data: Any, nbytes: int, why: CData) -> int:
+        # In a frame that raises nothing: a garbage collection that meets a memoryview whose buffer is in use, both of
+        # them in a cycle such as a traceback makes, crashes CPython up to 3.11 and 3.12.6 (gh-77894).
+        ffi = core.ffi
+        held = [ffi.from_buffer("uint8_t[]", each) for each in (stretches, digests, data)]
+        words, sums = ffi.cast("dt_stretch *", held[0]), ffi.cast("uint64_t *", held[1])
+        return core.lib.dt_moving_put(self._c, words, count, sums, held[2], nbytes, why)
+
+    # ---- both sides'
+
+    def digest(self, first: int, count: int, *, check: bool = False) -> int:
+        """Digests of the pages as they are in memory, into the table; or compare with it.
+
+        Returns:
+            The first page that differs, or the number behind the last.
+
+        Raises:
+            RegionGone: a page vanished.
+        """
+        at, why = core.ffi.new("uint64_t *"), core.new_failure()
+        code = core.lib.dt_moving_digest(self._c, first, count, check, at, why)
+        if code:
+            raise_failure(code, why, "read the memory that is moved")
+        return int(at[0])
+
+
+class Room:
+    """What one frame of pages is made in, used again and again.
+
+    Args:
+        nbytes: of pages.
+        page_bytes: of one.
+    """
+
+    def __init__(self, nbytes: int, page_bytes: int) -> None:
+        core.load()
+        ffi = core.ffi
+        self.pages = max(1, nbytes // page_bytes)
+        self.page_bytes = page_bytes
+        self.c_data = sets.new_bytes(self.pages * page_bytes)
+        self.data = core.view_of(self.c_data, self.pages * page_bytes)
+        self.c_stretches = ffi.new("dt_stretch[]", self.pages)
+        self.stretches = core.view_of(self.c_stretches, self.pages * STRETCH_BYTES)
+        self.c_digests = ffi.new("uint64_t[]", 2 * self.pages)
+        self.digests = core.view_of(self.c_digests, self.pages * DIGEST_BYTES)
