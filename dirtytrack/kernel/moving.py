@@ -15,7 +15,16 @@ from .failures import raise_failure
 if TYPE_CHECKING:
     from .core import CData
 
-__all__ = ["DIGEST_BYTES", "STRETCH_BYTES", "Mismatch", "Moving", "Room", "Taken", "page_digest", "round_trip_seconds"]
+__all__ = [
+    "DIGEST_BYTES",
+    "STRETCH_BYTES",
+    "Mismatch",
+    "Moving",
+    "Room",
+    "Taken",
+    "page_digest",
+    "round_trip_seconds",
+]
 
 DIGEST_BYTES = 16
 STRETCH_BYTES = 16
