@@ -156,7 +156,7 @@ class InvalidRecording(DirtyTrackError, ValueError):
 
 
 class InvalidCheckpoint(DirtyTrackError, ValueError):
-    """No store of checkpoints, one of another version, or one whose contents cannot be; or a checkpoint cannot be so."""
+    """No store of checkpoints, one of another version, or one whose contents cannot be; or no checkpoint can be so."""
 
 
 class DamagedCheckpoint(DirtyTrackError, OSError):

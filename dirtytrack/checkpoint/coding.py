@@ -121,10 +121,7 @@ class Decoder:
         seal = None
         if frame.encrypted:
             seal, stored = self._opened(frame, stored)
-        if frame.codec == Codec.ZSTD:
-            plain = self._decompressed(frame, stored)
-        else:
-            plain = stored
+        plain = self._decompressed(frame, stored) if frame.codec == Codec.ZSTD else stored
         if memoryview(plain).nbytes != frame.plain_nbytes:
             raise self._wrong(frame, f"they are {memoryview(plain).nbytes} instead of {frame.plain_nbytes}")
         if seal is not None and xxh64(plain) != seal:

@@ -67,7 +67,7 @@ class Files:
 
     def names(self, directory: Directory) -> list[str]:
         """What is in a directory, in no order."""
-        return os.listdir(directory)
+        return os.listdir(directory)  # noqa: PTH208 - of a descriptor
 
     def create(self, directory: Directory, name: str) -> File:
         """Create a file that only its owner can read; it must not be there yet."""

@@ -172,8 +172,8 @@ class Manifest:
         head = _HEAD.pack(_MAGIC, VERSION, 0, len(body))
         if len(head) + len(body) + 32 > MOST_MANIFEST_NBYTES:
             raise InvalidCheckpoint(
-                f"the manifest of generation {self.generation} would take {len(body)} bytes, {MOST_MANIFEST_NBYTES} are "
-                "the most: keep less in meta, or compact, which makes one segment of many"
+                f"the manifest of generation {self.generation} would take {len(body)} bytes, {MOST_MANIFEST_NBYTES} "
+                "are the most: keep less in meta, or compact, which makes one segment of many"
             )
         return head + body + sha256(head + body).digest()
 
@@ -313,9 +313,10 @@ def _validate_regions(regions: tuple[RegionEntry, ...], generation: int) -> None
     last, total, names = -1, 0, set[str]()
     for region in regions:
         last = _number(region.number, last + 1, 2**32 - 1, "a region's number")
-        _require(isinstance(region.name, str) and len(region.name) <= 4096, "a region's name is no string, or too long")
-        _require(region.name not in names, f"two regions are called {region.name[:40]!r}")
-        names.add(region.name)
+        name: Any = region.name
+        _require(isinstance(name, str) and len(name) <= 4096, "a region's name is no string, or too long")
+        _require(name not in names, f"two regions are called {name[:40]!r}")
+        names.add(name)
         total += _number(region.nbytes, 1, _MOST_NBYTES, "a region's nbytes")
         _number(region.since, 1, generation, "a region's since")
         dtype: Any = region.dtype

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from .store import Sink, Source
+    from .protocols import Sink, Source
 
 __all__ = [
     "FRAME_NBYTES",
@@ -286,7 +286,9 @@ class SegmentReader:
             packed = runs_nbytes(pairs, known.get(region, _WHOLE_MEMORY))
             if packed is None or numbers[0] != offset or not runs:
                 raise self._invalid("a frame does not lie in its region, or not behind the one before it")
-            frame = Frame(region, FrameKind(kind), Codec(codec), bool(encrypted), *numbers, _pairs(pairs), packed)
+            at_byte, stored, plain, checksum = numbers
+            what = FrameKind(kind), Codec(codec), bool(encrypted)
+            frame = Frame(region, *what, at_byte, stored, plain, checksum, _pairs(pairs), packed)
             if problem := _problem(frame):
                 raise self._invalid(problem)
             offset += frame.stored_nbytes

@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Where checkpoints are kept: what a store must be able to do, and a directory that can. See docs/checkpoint-format.md.
-
-`Store` asks for little, so that an object store can be one: objects appear whole and once, are never overwritten or
-renamed, and are found by listing.
-"""
+"""Checkpoints in a directory; see docs/checkpoint-format.md. What a store must be able to do is in protocols.py."""
 
 from __future__ import annotations
 
@@ -12,7 +8,7 @@ import os
 import re
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ..errors import (
     CheckpointerClosed,
@@ -29,172 +25,23 @@ from .manifests import (
     manifest_of_name,
     segment_of_name,
 )
+from .protocols import Kept
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from contextlib import AbstractContextManager
     from types import TracebackType
 
     from typing_extensions import Self
 
-    from .segments import SegmentWriter
+    from .protocols import Source, Store, Writer
 
-__all__ = [
-    "MARKER",
-    "READERS",
-    "WRITER",
-    "DirectoryStore",
-    "Kept",
-    "Sink",
-    "Source",
-    "Store",
-    "Writer",
-    "marker_of",
-    "open_store",
-]
+__all__ = ["MANIFESTS", "MARKER", "READERS", "SEGMENTS", "WRITER", "DirectoryStore", "marker_of", "open_store"]
 
 MARKER, WRITER, READERS = "dirtytrack-store", "writer.lock", "readers.lock"
 SEGMENTS, MANIFESTS = "segments", "manifests"
 VERSION = 1
 _MARKER = re.compile(rb"dirtytrack-store ([0-9]{1,9}) ([0-9a-f]{32}) ([0-9a-f]{16})\n")
 _MARKER_NBYTES = 128  # more is never read
-
-
-class Kept(NamedTuple):
-    """A manifest that is in a store."""
-
-    generation: int
-    revision: int
-
-
-class Source(Protocol):
-    """An open segment, to be read. May be used from any thread."""
-
-    @property
-    def name(self) -> str:
-        """Of its file."""
-
-    @property
-    def nbytes(self) -> int:
-        """Of it."""
-
-    def read_into(self, buffers: Sequence[Any], offset: int) -> None:
-        """Fill these writable buffers with the bytes from ``offset`` on.
-
-        Raises:
-            DamagedCheckpoint: it ends before.
-            StoreFailed: it cannot be read.
-        """
-
-    def close(self) -> None:
-        """Close it."""
-
-
-class Sink(Protocol):
-    """A segment on its way into a store. One thread at a time."""
-
-    @property
-    def name(self) -> str:
-        """Of its file."""
-
-    @property
-    def nbytes(self) -> int:
-        """Written so far."""
-
-    def write(self, data: Any) -> None:
-        """Write all of a contiguous buffer behind what is there.
-
-        Raises:
-            StoreFailed: it cannot be written. The segment is of no use then: `abandon` it.
-        """
-
-    def finish(self) -> None:
-        """Make it durable, and close it. What a manifest may name must have been finished."""
-
-    def abandon(self) -> None:
-        """Close and remove it; never fails. After `finish` too, as long as no manifest that names it was published."""
-
-
-class Writer(Protocol):
-    """The right to write to a store, which one at a time has. Any thread may call."""
-
-    def create_segment(self, generation: int) -> SegmentWriter:
-        """Begin a segment for a generation that is to be saved or compacted."""
-
-    def next_generation(self) -> int:
-        """A number that no manifest and no segment here has, larger than all of them."""
-
-    def publish(self, manifest: Manifest) -> None:
-        """Make a generation (or a further revision of one) exist, durably: the commit.
-
-        Raises:
-            StoreFailed: it could not be written, and is not there; or, where the failure came after it appeared, was
-                removed again as well as that goes. A later generation may follow either way.
-        """
-
-    def remove(self, manifests: Sequence[Kept]) -> bool:
-        """Remove manifests, then the segments that no manifest names any more.
-
-        Returns:
-            False where somebody reads: nothing was removed, come back later.
-        """
-
-    def clean(self) -> tuple[str, ...]:
-        """Remove what writers that were killed or failed left behind; the names of it. Opening a writer does it."""
-
-    def close(self) -> None:
-        """Give the right back. What was begun and not published is removed."""
-
-
-class Store(Protocol):
-    """Where checkpoints are kept. Any thread may call."""
-
-    @property
-    def name(self) -> str:
-        """For messages."""
-
-    @property
-    def store_id(self) -> str:
-        """Random, in 32 hexadecimal digits."""
-
-    def catalog(self) -> tuple[Kept, ...]:
-        """The manifests that are there, oldest first."""
-
-    def manifest(self, generation: int | None = None, revision: int | None = None) -> Manifest:
-        """Read a manifest: of the newest generation where none is given; its highest revision that is whole.
-
-        Raises:
-            NoSuchGeneration: there is none.
-            DamagedCheckpoint: it is there, but not as it was written; ``generation`` says which.
-            InvalidCheckpoint: it makes no sense, or is of another version.
-        """
-
-    def open_segment(self, name: str) -> Source:
-        """Open a segment that a manifest names.
-
-        Raises:
-            DamagedCheckpoint: it is missing.
-        """
-
-    def reading(self) -> AbstractContextManager[None]:
-        """While in here nothing is removed: from before the manifest is read until the last segment was."""
-
-    def writer(self) -> Writer:
-        """Become the one who writes.
-
-        Raises:
-            StoreBusy: somebody else does; ``pid`` where that is known.
-            PermissionDenied, StoreFailed: it cannot be written.
-        """
-
-    def strangers(self) -> tuple[str, ...]:
-        """What is in the store and belongs to no generation: leftovers, a save that goes on, other people's files."""
-
-    def damage(self) -> tuple[str, ...]:
-        """What is wrong with the store itself, a sentence each; generations are not looked at."""
-
-    def close(self) -> None:
-        """Let go of what is open."""
 
 
 @contextmanager
@@ -275,7 +122,7 @@ class DirectoryStore:
         except (FileNotFoundError, NotADirectoryError) as error:
             what = "there is none" if self._root < 0 else "that directory holds something else"
             raise InvalidCheckpoint(
-                f"{self.name} is no store of checkpoints: {what}. Saving to it makes one, where it is empty or not there",
+                f"{self.name} is no store of checkpoints: {what}. Saving to it makes one, if it is empty or not there",
                 errno=error.errno,
             ) from error
         except OSError as error:
@@ -285,13 +132,13 @@ class DirectoryStore:
         """The store's id. A marker that is damaged or gone does not take its checkpoints with it: each has the id."""
         try:
             data = self._read(self._root, MARKER, _MARKER_NBYTES)
-        except FileNotFoundError:
-            data = b""
         except OSError as error:
-            raise failure(error, f"read {self.path / MARKER}") from error
+            if error.errno not in (errno.ENOENT, errno.EIO):
+                raise failure(error, f"read {self.path / MARKER}") from error
+            return self._id_of_manifests("is missing" if error.errno == errno.ENOENT else "cannot be read")
         found = _MARKER.fullmatch(data)
         if found is None or b"%016x" % xxh64(data[:-17]) != found[3]:
-            return self._id_of_manifests("is not what was written" if data else "is missing")
+            return self._id_of_manifests("is not what was written")
         if int(found[1]) != VERSION:
             raise InvalidCheckpoint(
                 f"{self.name} is a store of version {int(found[1])}, this library knows version {VERSION}: update it"
@@ -389,7 +236,15 @@ class DirectoryStore:
         except FileNotFoundError as error:
             raise NoSuchGeneration(f"{self.name} has no {where}", errno=error.errno) from error
         except OSError as error:
-            raise failure(error, f"read {self.path / where}") from error
+            raise self.unreadable(error, self.path / where) from error
+
+    @staticmethod
+    def unreadable(error: OSError, where: Path) -> Exception:
+        """A disk that cannot give bytes back has lost them: that is damage, and another generation may be whole."""
+        if error.errno != errno.EIO:
+            return failure(error, f"read {where}")
+        damage = f"{where} cannot be read: {error.strerror}"
+        return DamagedCheckpoint(damage, damage=(damage,), errno=error.errno)
 
     def manifest(self, generation: int | None = None, revision: int | None = None) -> Manifest:
         """Read a manifest: see `Store.manifest`."""
@@ -451,7 +306,7 @@ class DirectoryStore:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """While in here nothing is removed. On a file system that is read-only nobody removes, and nothing is locked."""
+        """While in here nothing is removed. Where nothing can be locked, nobody can remove: it is read-only."""
         file = self._readers()
         if file is None:
             yield
@@ -531,7 +386,7 @@ class _OpenSegment:
             try:
                 done = self._files.preadv(self._file, left[:1024], offset)  # IOV_MAX
             except OSError as error:
-                raise failure(error, f"read {self._where}") from error
+                raise DirectoryStore.unreadable(error, self._where) from error
             if not done:
                 damage = f"the segment {self._where} ends at {offset}, before what is in it does"
                 raise DamagedCheckpoint(damage, damage=(damage,))

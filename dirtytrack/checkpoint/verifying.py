@@ -3,24 +3,22 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import DamagedCheckpoint, InvalidCheckpoint, NoSuchGeneration
-from .segments import MOST_FRAME_NBYTES, FrameKind, SegmentReader
-from .store import Kept, open_store
+from .protocols import Kept
+from .segments import HEADER_NBYTES, MOST_FRAME_NBYTES, FrameKind, SegmentReader
+from .store import open_store
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterable, Iterator
 
     from .manifests import Manifest, RegionEntry, SegmentEntry
+    from .protocols import Store
     from .segments import Frame
-    from .store import Store
 
 __all__ = ["Report", "Verified", "frames_of", "uncovered", "verify"]
-
-_CHUNK = 1 << 20
 
 
 class Verified(NamedTuple):
@@ -66,7 +64,7 @@ def verify(
 
     Args:
         store: it, or its path.
-        generation: which; the newest where it is left out.
+        generation: which, with all its revisions; the newest where it is left out.
         all: every manifest that is there, with all that it names.
         progress: called with the bytes that were read and those that there are to read.
 
@@ -79,7 +77,7 @@ def verify(
         catalog = opened.catalog()
         if not all:
             wanted = generation if generation is not None else max(catalog, default=Kept(0, 0)).generation
-            catalog = tuple(kept for kept in catalog if kept.generation == wanted)[-1:]
+            catalog = tuple(kept for kept in catalog if kept.generation == wanted)
             if not catalog:
                 opened.manifest(generation)  # which says what there is
         return _Verifying(opened, progress).report(catalog)
@@ -137,7 +135,7 @@ def segment_damage(store: Store, entry: SegmentEntry, count: Callable[[int], obj
         yield str(error)
         return
     with reader:
-        count(entry.nbytes - entry.index_offset)
+        count(HEADER_NBYTES + entry.index_nbytes)
         try:
             room = bytearray()
             for frame in reader.frames():
@@ -179,13 +177,17 @@ def uncovered(manifest: Manifest, frames: Iterable[Frame]) -> list[tuple[RegionE
         frames: of it, those that count.
     """
     told: dict[int, list[tuple[int, int]]] = {region.number: [] for region in manifest.regions}
+    whole = {region.number: [(0, region.nbytes)] for region in manifest.regions}
     for frame in frames:
-        if frame.kind != FrameKind.DELTA and (known := told.get(frame.region)) is not None:
-            for offset, nbytes in frame.runs.tolist():
-                if known and known[-1][0] <= offset <= known[-1][1]:
-                    known[-1] = known[-1][0], max(known[-1][1], offset + nbytes)
-                else:
-                    known.append((offset, offset + nbytes))
+        known = told.get(frame.region)
+        if known is None or known == whole[frame.region] or frame.kind == FrameKind.DELTA:
+            continue
+        numbers = iter(frame.runs.cast("B").cast("Q"))
+        for offset, nbytes in zip(numbers, numbers, strict=True):
+            if known and known[-1][0] <= offset <= known[-1][1]:
+                known[-1] = known[-1][0], max(known[-1][1], offset + nbytes)
+            else:
+                known.append((offset, offset + nbytes))
     found = []
     for region in manifest.regions:
         at = 0

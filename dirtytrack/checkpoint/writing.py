@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Writing to a directory of checkpoints, so that whatever is interrupted when leaves each generation whole or not there.
+"""Writing to a directory of checkpoints: whatever is interrupted when leaves each generation whole, or not there.
 
 What must be durable before what is in docs/checkpoint-format.md; tests replay each legal loss of what was not.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -24,8 +25,9 @@ from ..errors import (
 )
 from .files import Directory, File, failure
 from .manifests import MOST_GENERATION, manifest_name, segment_name, segment_of_name
+from .protocols import Kept
 from .segments import SegmentWriter
-from .store import MANIFESTS, MARKER, READERS, SEGMENTS, WRITER, Kept, marker_of
+from .store import MANIFESTS, MARKER, READERS, SEGMENTS, WRITER, marker_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DirectoryWriter", "make_marker", "make_store"]
 
-TEMPORARY = ".tmp"
+_TEMPORARY = re.compile(rf"({MARKER}|[0-9]{{16}}\.[0-9]+\.manifest)\.[0-9a-f]{{16}}\.tmp")
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _open_writers: WeakSet[DirectoryWriter] = WeakSet()
 
@@ -56,7 +58,7 @@ def _write_all(files: Files, file: File, data: Any, offset: int) -> None:
 
 def _write_temporary(files: Files, directory: Directory, name: str, data: bytes) -> str:
     """Write a file that is durable but for its name, which is returned; where that fails, it is gone."""
-    temporary = f"{name}.{os.urandom(8).hex()}{TEMPORARY}"
+    temporary = f"{name}.{os.urandom(8).hex()}.tmp"
     file = files.create(directory, temporary)
     try:
         try:
@@ -88,11 +90,16 @@ def make_store(path: Path, files: Files) -> None:
             names = set(files.names(root))
             if MARKER in names:
                 return
-            foreign = {name for name in names if not name.endswith(TEMPORARY)} - {WRITER, READERS, SEGMENTS, MANIFESTS}
+            foreign = {name for name in names if not _TEMPORARY.fullmatch(name)} - {
+                WRITER,
+                READERS,
+                SEGMENTS,
+                MANIFESTS,
+            }
             if foreign:
                 raise InvalidCheckpoint(
-                    f"{path} is no store of checkpoints: it holds something else ({min(foreign)!r}). Save to a directory "
-                    "that is empty or not there yet"
+                    f"{path} is no store of checkpoints: it holds something else ({min(foreign)!r}). Save to a "
+                    "directory that is empty or not there yet"
                 )
             for name in (SEGMENTS, MANIFESTS):
                 with suppress(FileExistsError):
@@ -168,7 +175,7 @@ def _lock(store: DirectoryStore) -> File:
     files.close(file)
     who = "this process" if pid == os.getpid() else "another process" if pid is None else f"process {pid}"
     raise StoreBusy(
-        f"{who} writes to the store {store.name}: one at a time may save, compact or prune. Close the other one, or wait",
+        f"{who} writes to the store {store.name}: one at a time may save, compact or prune. Close the other, or wait",
         errno=errno.EAGAIN,
         pid=pid,
     )
@@ -240,8 +247,8 @@ class DirectoryWriter:
     def _drop(self, name: str) -> None:
         """Remove a segment that no manifest names."""
         with self._mutex:
-            self._pending.pop(name, None)
-            if name not in self._uncertain:
+            ours = self._pending.pop(name, None) is not None  # not published
+            if ours and name not in self._uncertain:
                 with suppress(OSError, CheckpointerClosed):
                     self._files.unlink(self._store.directory(SEGMENTS), name)
 
@@ -346,9 +353,9 @@ class DirectoryWriter:
 
     def _clean(self) -> list[str]:
         store, files, removed = self._store, self._files, list[str]()
-        for part in ("", MANIFESTS, SEGMENTS):
+        for part in ("", MANIFESTS):
             for name in store.listed(store.directory(part)):
-                if name.endswith(TEMPORARY):
+                if _TEMPORARY.fullmatch(name):
                     files.unlink(store.directory(part), name)
                     removed.append(f"{part}/{name}" if part else name)
         unnamed = [name for name in store.segments() if name not in self._pending]
@@ -412,7 +419,7 @@ class DirectoryWriter:
         """In the child: neither the lock nor the segments are its own, and the lock must not outlive the parent."""
         self._mutex = threading.RLock()
         for sink in self._pending.values():
-            sink.forked()
+            sink.close()
         self._pending.clear()
         if self._lock >= 0:
             lock, self._lock = self._lock, File(-1)
@@ -444,22 +451,18 @@ class _FileSink:
             self._files.sync(self._file)
         except OSError as error:
             raise failure(error, f"make the segment {self._where} durable") from error
-        self._close()
+        self.close()
         self.finished = True
 
     def abandon(self) -> None:
-        self._close()
+        self.close()
         self._writer._drop(self.name)
 
-    def _close(self) -> None:
+    def close(self) -> None:
         if self._file >= 0:
             file, self._file = self._file, File(-1)
             with suppress(OSError):
                 self._files.close(file)
-
-    def forked(self) -> None:
-        self._close()
-        self.abandon = lambda: None  # type: ignore[method-assign]
 
 
 def _after_fork() -> None:
