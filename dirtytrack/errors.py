@@ -11,6 +11,12 @@
     ├── InvalidMemory        ValueError          read-only, not contiguous, empty, not mappable, unknown here
     ├── InvalidDelta         ValueError          bytes that are no delta, or a damaged one
     ├── InvalidRecording     ValueError          a file that is no recording, a damaged one, or nothing in it matches
+    ├── InvalidCheckpoint    ValueError          no store of checkpoints, one of another version, or one that cannot be
+    ├── DamagedCheckpoint    OSError             bytes of a checkpoint are not what was written, or are missing
+    ├── NoSuchGeneration     LookupError         the store has no checkpoint of that number, or none at all
+    ├── StoreBusy            OSError             somebody else writes to the store
+    ├── StoreFailed          OSError             the store's disk is full, read-only, broken, or went away
+    ├── CheckpointerClosed   RuntimeError        the checkpointer, or the store, is closed
     ├── NotRegistered        ValueError          the memory is not registered, or is no longer
     ├── RangeBusy            OSError             another userfaultfd has the memory
     ├── RegionGone           OSError             a mapping went away beneath its region
@@ -33,26 +39,34 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from .pagemap import Scan
     from .region import Region
 
 __all__ = [
     "AlreadyStarted",
     "BlindSpotWarning",
+    "CheckpointerClosed",
+    "DamagedCheckpoint",
     "DirtyTrackError",
     "GuardPageWarning",
+    "InvalidCheckpoint",
     "InvalidDelta",
     "InvalidMemory",
     "InvalidRecording",
     "KernelRefused",
     "LimitReached",
     "MissedWrite",
+    "NoSuchGeneration",
     "NotRegistered",
     "NotStarted",
     "PermissionDenied",
     "RangeBusy",
     "RegionGone",
     "SessionClosed",
+    "StoreBusy",
+    "StoreFailed",
     "TargetBusy",
     "TargetGone",
     "UnsupportedKernel",
@@ -99,10 +113,11 @@ class DirtyTrackError(Exception):
         self.region = region
         self.pid = pid
 
+    _TRAVELLING: tuple[str, ...] = ("errno", "feature", "start", "end", "pid")
+    """Numbers and words travel to another process; a region (it pins memory) and a partial scan do not."""
+
     def __reduce__(self) -> tuple[object, ...]:
-        # Numbers and words travel to another process; a region (it pins memory) and a partial scan do not.
-        fields = {name: getattr(self, name) for name in ("errno", "feature", "start", "end", "pid")}
-        return _rebuild, (type(self), str(self), fields)
+        return _rebuild, (type(self), str(self), {name: getattr(self, name) for name in self._TRAVELLING})
 
 
 def _rebuild(kind: type[DirtyTrackError], message: str, fields: dict[str, object]) -> DirtyTrackError:
@@ -138,6 +153,55 @@ class InvalidDelta(DirtyTrackError, ValueError):
 
 class InvalidRecording(DirtyTrackError, ValueError):
     """The file is no recording, one of another version, or damaged; or it has nothing of what was asked for."""
+
+
+class InvalidCheckpoint(DirtyTrackError, ValueError):
+    """No store of checkpoints, one of another version, or one whose contents cannot be; or a checkpoint cannot be so."""
+
+
+class DamagedCheckpoint(DirtyTrackError, OSError):
+    """Bytes of a checkpoint are not what was written, or are missing.
+
+    Attributes:
+        generation: the one in question, or None where the damage is the store's.
+        damage: what is damaged, a sentence each.
+        whole: the newest generation that is whole, or None where there is none or nobody looked.
+    """
+
+    generation: int | None = None
+    damage: tuple[str, ...] = ()
+    whole: int | None = None
+    _TRAVELLING = (*DirtyTrackError._TRAVELLING, "generation", "damage", "whole")
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        generation: int | None = None,
+        damage: tuple[str, ...] = (),
+        whole: int | None = None,
+        **known: Any,
+    ) -> None:
+        super().__init__(message, **known)
+        self.generation = generation
+        self.damage = damage
+        self.whole = whole
+
+
+class NoSuchGeneration(DirtyTrackError, LookupError):
+    """The store has no checkpoint of that number, or none at all; the message tells which there are."""
+
+
+class StoreBusy(DirtyTrackError, OSError):
+    """Somebody else writes to the store; ``pid`` tells who, where the kernel says."""
+
+
+class StoreFailed(DirtyTrackError, OSError):
+    """The store cannot be read or written: a full disk, a broken or read-only one, a store that went away."""
+
+
+class CheckpointerClosed(DirtyTrackError, RuntimeError):
+    """The checkpointer is closed, or the store is."""
 
 
 class NotRegistered(DirtyTrackError, ValueError):

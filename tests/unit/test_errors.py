@@ -20,18 +20,24 @@ LEAVES = [
 ]
 BUILT_IN = {
     "AlreadyStarted": RuntimeError,
+    "CheckpointerClosed": RuntimeError,
+    "DamagedCheckpoint": OSError,
+    "InvalidCheckpoint": ValueError,
     "InvalidDelta": ValueError,
     "InvalidMemory": ValueError,
     "InvalidRecording": ValueError,
     "KernelRefused": OSError,
     "LimitReached": OSError,
     "MissedWrite": RuntimeError,
+    "NoSuchGeneration": LookupError,
     "NotRegistered": ValueError,
     "NotStarted": RuntimeError,
     "PermissionDenied": PermissionError,
     "RangeBusy": OSError,
     "RegionGone": OSError,
     "SessionClosed": RuntimeError,
+    "StoreBusy": OSError,
+    "StoreFailed": OSError,
     "TargetBusy": OSError,
     "TargetGone": ProcessLookupError,
     "UnsupportedKernel": NotImplementedError,
@@ -69,3 +75,11 @@ def test_errors_travel_between_processes(kind: type[DirtyTrackError]) -> None:
     back = pickle.loads(pickle.dumps(error))
     assert type(back) is kind
     assert (str(back), back.errno, back.start, back.end) == ("message", errno.EPERM, 1, 2)
+
+
+def test_what_is_damaged_travels_too() -> None:
+    error = errors.DamagedCheckpoint("message")
+    assert (error.generation, error.damage, error.whole) == (None, (), None)
+    error = errors.DamagedCheckpoint("message", generation=7, damage=("a segment is missing",), whole=6)
+    back = pickle.loads(pickle.dumps(error))
+    assert (back.generation, back.damage, back.whole) == (7, ("a segment is missing",), 6)

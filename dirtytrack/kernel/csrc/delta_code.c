@@ -351,7 +351,7 @@ static uint64_t word_at(const uint8_t *at)
 }
 static uint64_t mixed(uint64_t lane, uint64_t word) { return rotated(lane + word * P2, 31) * P1; }
 
-static uint64_t xxh64(const uint8_t *at, uint64_t length, uint64_t seed)
+uint64_t dt_xxh64(const uint8_t *at, uint64_t length, uint64_t seed)
 {
     const uint8_t *end = at + length;
     uint64_t h = seed + P5;
@@ -382,5 +382,5 @@ static uint64_t xxh64(const uint8_t *at, uint64_t length, uint64_t seed)
 
 uint64_t dt_delta_checksum(const uint8_t *delta, uint64_t length)
 {
-    return xxh64(delta + DELTA_HEADER, length - DELTA_HEADER, xxh64(delta, 16, 0));
+    return dt_xxh64(delta + DELTA_HEADER, length - DELTA_HEADER, dt_xxh64(delta, 16, 0));
 }

@@ -200,6 +200,23 @@ uint64_t dt_delta_pieces(const uint8_t *delta, uint64_t length, dt_piece *out, u
 uint64_t dt_delta_rows(const uint8_t *delta, uint64_t length, uint64_t offset, uint64_t row_bytes, uint64_t rows,
                        uint64_t *out, uint64_t room, uint8_t *marks);
 
+/* ---- packed runs: what checkpoints are made of (docs/checkpoint-format.md) -------------------------------------- */
+
+typedef struct dt_span {
+    uint64_t offset, nbytes; /* of a memory */
+} dt_span;
+
+/* XXH64 by its specification. */
+uint64_t dt_xxh64(const uint8_t *data, uint64_t length, uint64_t seed);
+int dt_all_zero(const uint8_t *data, uint64_t length); /* 1 or 0 */
+/* Their sum; UINT64_MAX unless they are in order, disjoint, not empty and within the memory. */
+uint64_t dt_spans_nbytes(const dt_span *spans, uint64_t n, uint64_t memory_nbytes);
+/* The spans' bytes one behind the other into `out`, or from `data` (NULL: zeros) back to their places. -EINVAL unless the
+ * spans are as above, DT_TOO_SMALL unless their sum is `length`: nothing is written then. `through` is not looked at. */
+int dt_pack(const dt_extent *memory, const dt_span *spans, uint64_t n, uint8_t *out, uint64_t length, dt_failure *why);
+int dt_unpack(const dt_extent *memory, const dt_span *spans, uint64_t n, const uint8_t *data, uint64_t length,
+              dt_failure *why);
+
 /* ---- mappings and raw scans ---------------------------------------------------------------------------------- */
 
 typedef struct dt_mapping {

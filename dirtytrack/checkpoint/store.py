@@ -1,0 +1,552 @@
+# SPDX-License-Identifier: MIT
+"""Where checkpoints are kept: what a store must be able to do, and a directory that can. See docs/checkpoint-format.md.
+
+`Store` asks for little, so that an object store can be one: objects appear whole and once, are never overwritten or
+renamed, and are found by listing.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from ..errors import (
+    CheckpointerClosed,
+    DamagedCheckpoint,
+    InvalidCheckpoint,
+    NoSuchGeneration,
+)
+from ..kernel.packing import xxh64
+from .files import Directory, File, Files, failure
+from .manifests import (
+    MOST_MANIFEST_NBYTES,
+    Manifest,
+    manifest_name,
+    manifest_of_name,
+    segment_of_name,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from contextlib import AbstractContextManager
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+    from .segments import SegmentWriter
+
+__all__ = [
+    "MARKER",
+    "READERS",
+    "WRITER",
+    "DirectoryStore",
+    "Kept",
+    "Sink",
+    "Source",
+    "Store",
+    "Writer",
+    "marker_of",
+    "open_store",
+]
+
+MARKER, WRITER, READERS = "dirtytrack-store", "writer.lock", "readers.lock"
+SEGMENTS, MANIFESTS = "segments", "manifests"
+VERSION = 1
+_MARKER = re.compile(rb"dirtytrack-store ([0-9]{1,9}) ([0-9a-f]{32}) ([0-9a-f]{16})\n")
+_MARKER_NBYTES = 128  # more is never read
+
+
+class Kept(NamedTuple):
+    """A manifest that is in a store."""
+
+    generation: int
+    revision: int
+
+
+class Source(Protocol):
+    """An open segment, to be read. May be used from any thread."""
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of it."""
+
+    def read_into(self, buffers: Sequence[Any], offset: int) -> None:
+        """Fill these writable buffers with the bytes from ``offset`` on.
+
+        Raises:
+            DamagedCheckpoint: it ends before.
+            StoreFailed: it cannot be read.
+        """
+
+    def close(self) -> None:
+        """Close it."""
+
+
+class Sink(Protocol):
+    """A segment on its way into a store. One thread at a time."""
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+
+    @property
+    def nbytes(self) -> int:
+        """Written so far."""
+
+    def write(self, data: Any) -> None:
+        """Write all of a contiguous buffer behind what is there.
+
+        Raises:
+            StoreFailed: it cannot be written. The segment is of no use then: `abandon` it.
+        """
+
+    def finish(self) -> None:
+        """Make it durable, and close it. What a manifest may name must have been finished."""
+
+    def abandon(self) -> None:
+        """Close and remove it; never fails. After `finish` too, as long as no manifest that names it was published."""
+
+
+class Writer(Protocol):
+    """The right to write to a store, which one at a time has. Any thread may call."""
+
+    def create_segment(self, generation: int) -> SegmentWriter:
+        """Begin a segment for a generation that is to be saved or compacted."""
+
+    def next_generation(self) -> int:
+        """A number that no manifest and no segment here has, larger than all of them."""
+
+    def publish(self, manifest: Manifest) -> None:
+        """Make a generation (or a further revision of one) exist, durably: the commit.
+
+        Raises:
+            StoreFailed: it could not be written, and is not there; or, where the failure came after it appeared, was
+                removed again as well as that goes. A later generation may follow either way.
+        """
+
+    def remove(self, manifests: Sequence[Kept]) -> bool:
+        """Remove manifests, then the segments that no manifest names any more.
+
+        Returns:
+            False where somebody reads: nothing was removed, come back later.
+        """
+
+    def clean(self) -> tuple[str, ...]:
+        """Remove what writers that were killed or failed left behind; the names of it. Opening a writer does it."""
+
+    def close(self) -> None:
+        """Give the right back. What was begun and not published is removed."""
+
+
+class Store(Protocol):
+    """Where checkpoints are kept. Any thread may call."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+
+    @property
+    def store_id(self) -> str:
+        """Random, in 32 hexadecimal digits."""
+
+    def catalog(self) -> tuple[Kept, ...]:
+        """The manifests that are there, oldest first."""
+
+    def manifest(self, generation: int | None = None, revision: int | None = None) -> Manifest:
+        """Read a manifest: of the newest generation where none is given; its highest revision that is whole.
+
+        Raises:
+            NoSuchGeneration: there is none.
+            DamagedCheckpoint: it is there, but not as it was written; ``generation`` says which.
+            InvalidCheckpoint: it makes no sense, or is of another version.
+        """
+
+    def open_segment(self, name: str) -> Source:
+        """Open a segment that a manifest names.
+
+        Raises:
+            DamagedCheckpoint: it is missing.
+        """
+
+    def reading(self) -> AbstractContextManager[None]:
+        """While in here nothing is removed: from before the manifest is read until the last segment was."""
+
+    def writer(self) -> Writer:
+        """Become the one who writes.
+
+        Raises:
+            StoreBusy: somebody else does; ``pid`` where that is known.
+            PermissionDenied, StoreFailed: it cannot be written.
+        """
+
+    def strangers(self) -> tuple[str, ...]:
+        """What is in the store and belongs to no generation: leftovers, a save that goes on, other people's files."""
+
+    def damage(self) -> tuple[str, ...]:
+        """What is wrong with the store itself, a sentence each; generations are not looked at."""
+
+    def close(self) -> None:
+        """Let go of what is open."""
+
+
+@contextmanager
+def open_store(where: Store | str | os.PathLike[str], *, create: bool = False) -> Iterator[Store]:
+    """A store as it is, or the one in the directory of that path, which is closed again."""
+    if isinstance(where, (str, os.PathLike)):
+        with DirectoryStore(where, create=create) as store:
+            yield store
+    else:
+        yield where
+
+
+# ---- a directory
+
+
+def marker_of(store_id: str) -> bytes:
+    """What is in a store's marker."""
+    text = f"dirtytrack-store {VERSION} {store_id} ".encode()
+    return text + b"%016x\n" % xxh64(text)
+
+
+class DirectoryStore:
+    """Checkpoints in a directory of a local file system. Others than its owner may not read it.
+
+    Args:
+        path: of the directory.
+        create: make it, its parents too, where it is not there or is empty. Only its marker says that a directory is
+            a store: one that holds something else is refused.
+        files: how files are used; for tests.
+
+    Raises:
+        InvalidCheckpoint: no such directory; it is no store; or one of another version.
+        DamagedCheckpoint: its marker is damaged.
+        StoreBusy: ``create``, and somebody else is making it.
+        PermissionDenied, StoreFailed: it cannot be opened or made.
+
+    Thread safety: everything may be called from any thread. A child that was forked has a store of its own.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, create: bool = False, files: Files | None = None) -> None:
+        self.path = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow links
+        self.files = Files() if files is None else files
+        self._root, self._segments, self._manifests = (Directory(-1) for _ in range(3))
+        try:
+            if create:
+                self._make_directory()
+            self._open()
+            self._damage: str | None = None
+            if create and MARKER not in self.listed(self._root):
+                self._make_marker()
+            self.store_id = self._read_marker()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def name(self) -> str:
+        """Its path."""
+        return str(self.path)
+
+    # ---- making and opening
+
+    def _make_directory(self) -> None:
+        from .writing import make_store
+
+        make_store(self.path, self.files)
+
+    def _make_marker(self) -> None:
+        from .writing import make_marker
+
+        make_marker(self)
+
+    def _open(self) -> None:
+        try:
+            self._root = self.files.open_directory(str(self.path))
+            self._segments = self.files.open_directory(SEGMENTS, self._root)
+            self._manifests = self.files.open_directory(MANIFESTS, self._root)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            what = "there is none" if self._root < 0 else "that directory holds something else"
+            raise InvalidCheckpoint(
+                f"{self.name} is no store of checkpoints: {what}. Saving to it makes one, where it is empty or not there",
+                errno=error.errno,
+            ) from error
+        except OSError as error:
+            raise failure(error, f"open the store {self.name}") from error
+
+    def _read_marker(self) -> str:
+        """The store's id. A marker that is damaged or gone does not take its checkpoints with it: each has the id."""
+        try:
+            data = self._read(self._root, MARKER, _MARKER_NBYTES)
+        except FileNotFoundError:
+            data = b""
+        except OSError as error:
+            raise failure(error, f"read {self.path / MARKER}") from error
+        found = _MARKER.fullmatch(data)
+        if found is None or b"%016x" % xxh64(data[:-17]) != found[3]:
+            return self._id_of_manifests("is not what was written" if data else "is missing")
+        if int(found[1]) != VERSION:
+            raise InvalidCheckpoint(
+                f"{self.name} is a store of version {int(found[1])}, this library knows version {VERSION}: update it"
+            )
+        return found[2].decode()
+
+    def _id_of_manifests(self, damage: str) -> str:
+        for kept in reversed(self.catalog()):
+            try:
+                store_id = Manifest.decode(self.read_manifest(kept)).store_id
+            except (DamagedCheckpoint, InvalidCheckpoint):
+                continue
+            self._damage = f"{self.path / MARKER} {damage}"
+            return store_id
+        if damage == "is missing":
+            raise InvalidCheckpoint(f"{self.name} is no store of checkpoints: it has no file {MARKER}")
+        damage = f"{self.path / MARKER} {damage}"
+        raise DamagedCheckpoint(f"{damage}, and no checkpoint is there to be read", damage=(damage,))
+
+    def close(self) -> None:
+        """Let go of its directories. Closing again does nothing."""
+        for directory in (self._root, self._segments, self._manifests):
+            if directory >= 0:
+                with suppress(OSError):
+                    self.files.close(directory)
+        self._root, self._segments, self._manifests = (Directory(-1) for _ in range(3))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        with suppress(Exception):
+            self.close()
+
+    def __repr__(self) -> str:
+        return f"<DirectoryStore {self.name}>"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a DirectoryStore cannot be pickled: pass its path")
+
+    def directory(self, which: str = "") -> Directory:
+        """The open directory of the store, or a part of it: ``"segments"`` or ``"manifests"``."""
+        found = {"": self._root, SEGMENTS: self._segments, MANIFESTS: self._manifests}[which]
+        if found < 0:
+            raise CheckpointerClosed(f"the store {self.name} is closed: open it again")
+        return found
+
+    # ---- reading
+
+    def listed(self, directory: Directory) -> list[str]:
+        """The names in a directory of the store, sorted."""
+        try:
+            return sorted(self.files.names(directory))
+        except OSError as error:
+            raise failure(error, f"list the store {self.name}") from error
+
+    def _read(self, directory: Directory, name: str, most: int) -> bytes:
+        """A whole file, or its first ``most`` + 1 bytes."""
+        file = self.files.open(directory, name)
+        try:
+            data = bytearray(min(self.files.nbytes(file), most + 1))
+            done, view = 0, memoryview(data)
+            while done < len(data):
+                some = self.files.preadv(file, [view[done:]], done)
+                if not some:
+                    break
+                done += some
+            return bytes(view[:done])
+        finally:
+            self.files.close(file)
+
+    def catalog(self) -> tuple[Kept, ...]:
+        """The manifests that are there, oldest first."""
+        found = map(manifest_of_name, self.listed(self.directory(MANIFESTS)))
+        return tuple(sorted(Kept(*each) for each in found if each))
+
+    def segments(self) -> tuple[str, ...]:
+        """The names of the segments that are there, named by a manifest or not, oldest first."""
+        return tuple(name for name in self.listed(self.directory(SEGMENTS)) if segment_of_name(name))
+
+    def read_manifest(self, kept: Kept) -> bytes:
+        """The bytes of a manifest; one that is longer than any comes cut short.
+
+        Raises:
+            NoSuchGeneration: it is not there.
+        """
+        where = f"{MANIFESTS}/{manifest_name(*kept)}"
+        try:
+            return self._read(self.directory(MANIFESTS), manifest_name(*kept), MOST_MANIFEST_NBYTES)
+        except FileNotFoundError as error:
+            raise NoSuchGeneration(f"{self.name} has no {where}", errno=error.errno) from error
+        except OSError as error:
+            raise failure(error, f"read {self.path / where}") from error
+
+    def manifest(self, generation: int | None = None, revision: int | None = None) -> Manifest:
+        """Read a manifest: see `Store.manifest`."""
+        catalog = self.catalog()
+        wanted = generation if generation is not None else max(catalog, default=Kept(0, 0)).generation
+        revisions = [kept for kept in catalog if kept.generation == wanted and revision in (None, kept.revision)]
+        if not revisions:
+            raise self._no_such(generation, revision, catalog)
+        problem: DamagedCheckpoint | None = None
+        for kept in reversed(revisions):
+            try:
+                return self.read(kept)
+            except DamagedCheckpoint as error:
+                problem = problem or error
+        assert problem is not None
+        raise problem
+
+    def read(self, kept: Kept) -> Manifest:
+        """Read one manifest; raises as `manifest`."""
+        what = f"{MANIFESTS}/{manifest_name(*kept)} of {self.name}"
+        try:
+            manifest = Manifest.decode(self.read_manifest(kept), what)
+        except DamagedCheckpoint as error:
+            error.generation = kept.generation
+            raise
+        if manifest.store_id != self.store_id:
+            raise InvalidCheckpoint(f"{what} cannot be: it is of another store")
+        if (manifest.generation, manifest.revision) != kept:
+            raise InvalidCheckpoint(
+                f"{what} cannot be: it says that it is generation {manifest.generation}, revision {manifest.revision}"
+            )
+        return manifest
+
+    def _no_such(self, generation: int | None, revision: int | None, catalog: Sequence[Kept]) -> NoSuchGeneration:
+        numbers = sorted({kept.generation for kept in catalog})
+        if not numbers:
+            return NoSuchGeneration(f"the store {self.name} has no checkpoint yet")
+        shown = ", ".join(map(str, numbers if len(numbers) <= 12 else [*numbers[:3], "…", *numbers[-6:]]))
+        which = f"{generation}" if revision is None else f"{generation}, revision {revision}"
+        return NoSuchGeneration(f"the store {self.name} has no generation {which}; it has {shown}")
+
+    def open_segment(self, name: str) -> Source:
+        """Open a segment that a manifest names: see `Store.open_segment`."""
+        if segment_of_name(name) is None:
+            raise InvalidCheckpoint(f"{name!r} is no name of a segment")
+        where = self.path / SEGMENTS / name
+        try:
+            file = self.files.open(self.directory(SEGMENTS), name)
+        except FileNotFoundError as error:
+            damage = f"the segment {where} is missing"
+            raise DamagedCheckpoint(damage, damage=(damage,), errno=error.errno) from error
+        except OSError as error:
+            raise failure(error, f"read {where}") from error
+        try:
+            return _OpenSegment(self.files, file, where)
+        except OSError as error:
+            self.files.close(file)
+            raise failure(error, f"read {where}") from error
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """While in here nothing is removed. On a file system that is read-only nobody removes, and nothing is locked."""
+        file = self._readers()
+        if file is None:
+            yield
+            return
+        try:
+            try:
+                self.files.lock(file, exclusive=False, wait=True)
+            except OSError as error:
+                raise failure(error, f"lock {self.path / READERS}") from error
+            yield
+        finally:
+            self.files.close(file)
+
+    def _readers(self) -> File | None:
+        root = self.directory()
+        try:
+            try:
+                return self.files.open_lock(root, READERS)
+            except OSError as error:
+                if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+                    raise
+                return self.files.open(root, READERS)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise failure(error, f"open {self.path / READERS}") from error
+
+    def strangers(self) -> tuple[str, ...]:
+        """What is in the store and belongs to no generation; paths within the store, sorted."""
+        own = {MARKER, WRITER, READERS, SEGMENTS, MANIFESTS}
+        found = [name for name in self.listed(self.directory()) if name not in own]
+        found += [name for name in (WRITER, READERS) if self._holds_bytes(name)]
+        found += [
+            f"{MANIFESTS}/{name}" for name in self.listed(self.directory(MANIFESTS)) if not manifest_of_name(name)
+        ]
+        named = set[str]()
+        for kept in self.catalog():
+            with suppress(DamagedCheckpoint, InvalidCheckpoint, NoSuchGeneration):
+                named.update(segment.name for segment in self.read(kept).segments)
+        found += [f"{SEGMENTS}/{name}" for name in self.listed(self.directory(SEGMENTS)) if name not in named]
+        return tuple(sorted(found))
+
+    def _holds_bytes(self, name: str) -> bool:
+        try:
+            return bool(self._read(self.directory(), name, 0))
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise failure(error, f"read {self.path / name}") from error
+
+    def damage(self) -> tuple[str, ...]:
+        """What is wrong with its marker, if anything."""
+        return () if self._damage is None else (self._damage,)
+
+    def repaired(self) -> None:
+        """A writer wrote the marker anew."""
+        self._damage = None
+
+    def writer(self) -> Writer:
+        """Become the one who writes: see `Store.writer`."""
+        from .writing import DirectoryWriter
+
+        return DirectoryWriter(self)
+
+
+class _OpenSegment:
+    """A segment's file, to be read."""
+
+    def __init__(self, files: Files, file: File, where: Path) -> None:
+        self._files, self._file, self._where = files, file, where
+        self.name = where.name
+        self.nbytes = files.nbytes(file)
+
+    def read_into(self, buffers: Sequence[Any], offset: int) -> None:
+        left = [view for view in (memoryview(buffer).cast("B") for buffer in buffers) if view.nbytes]
+        while left:
+            try:
+                done = self._files.preadv(self._file, left[:1024], offset)  # IOV_MAX
+            except OSError as error:
+                raise failure(error, f"read {self._where}") from error
+            if not done:
+                damage = f"the segment {self._where} ends at {offset}, before what is in it does"
+                raise DamagedCheckpoint(damage, damage=(damage,))
+            offset += done
+            while left and done >= left[0].nbytes:
+                done -= left.pop(0).nbytes
+            if done:
+                left[0] = left[0][done:]
+
+    def close(self) -> None:
+        if self._file >= 0:
+            file, self._file = self._file, File(-1)
+            with suppress(OSError):
+                self._files.close(file)
+
+    def __del__(self) -> None:
+        with suppress(Exception):
+            self.close()

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: MIT
+"""Runs of a memory, packed and put back, and checksums of bytes, in C without the GIL: for `dirtytrack.checkpoint`."""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InvalidMemory
+from . import core
+from .failures import raise_failure
+
+if TYPE_CHECKING:
+    from .core import CData
+
+__all__ = ["all_zero", "pack", "runs_nbytes", "unpack", "xxh64"]
+
+_NO_RUNS = 2**64 - 1
+
+
+def xxh64(data: Any, seed: int = 0) -> int:
+    """XXH64 of a contiguous buffer."""
+    core.load()
+    pinned = core.pin(data, writable=False)
+    return core.lib.dt_xxh64(pinned, len(pinned), seed)
+
+
+def all_zero(data: Any) -> bool:
+    """Whether each byte of a contiguous buffer is 0."""
+    core.load()
+    pinned = core.pin(data, writable=False)
+    return bool(core.lib.dt_all_zero(pinned, len(pinned)))
+
+
+def _spans(runs: Any) -> tuple[CData, int, CData]:
+    pinned = core.pin(runs, writable=False)
+    if len(pinned) % 16:
+        raise InvalidMemory(f"runs are pairs of 64-bit numbers, offset and length: {len(pinned)} bytes are no pairs")
+    return core.ffi.cast("dt_span *", pinned), len(pinned) // 16, pinned
+
+
+def runs_nbytes(runs: Any, memory_nbytes: int) -> int | None:
+    """How many bytes these runs have.
+
+    Args:
+        runs: a contiguous buffer of pairs of 64-bit numbers, offset and length.
+        memory_nbytes: of the memory that they are of.
+
+    Returns:
+        None unless they are in order, disjoint, not empty, and within the memory.
+    """
+    core.load()
+    spans, count, hold = _spans(runs)
+    total = core.lib.dt_spans_nbytes(spans, count, memory_nbytes)
+    del hold  # until here
+    return None if total == _NO_RUNS else total
+
+
+def _check(code: int, why: CData, doing: str, length: int, memory_nbytes: int) -> None:
+    if code == core.lib.DT_TOO_SMALL:
+        raise InvalidMemory(f"cannot {doing}: these runs do not have the {length} bytes that are given for them")
+    if code == -errno.EINVAL:
+        raise InvalidMemory(
+            f"cannot {doing}: these runs are not in order, disjoint, not empty and within {memory_nbytes} bytes"
+        )
+    if code:
+        raise_failure(code, why, doing)
+
+
+def pack(address: int, nbytes: int, runs: Any, out: Any, *, unpinned: bool = False) -> None:
+    """Copy the runs' bytes, one behind the other.
+
+    Args:
+        address, nbytes: the memory, which the caller holds.
+        runs: as in `runs_nbytes`.
+        out: a writable contiguous buffer of exactly as many bytes as the runs have.
+        unpinned: the memory may vanish meanwhile, and that is to be an error and no signal.
+
+    Raises:
+        InvalidMemory: the runs are not within the memory, or not of that many bytes; nothing was copied.
+        RegionGone: a page vanished.
+    """
+    core.load()
+    spans, count, hold = _spans(runs)
+    target, why = core.pin(out, writable=True), core.new_failure()
+    extent = core.ffi.new("dt_extent *", (address, nbytes, core.ffi.NULL, unpinned, 0, core.ffi.NULL))
+    code = core.lib.dt_pack(extent, spans, count, target, len(target), why)
+    del hold
+    _check(code, why, "pack the runs", len(target), nbytes)
+
+
+def unpack(address: int, nbytes: int, runs: Any, data: Any | None, *, unpinned: bool = False) -> None:
+    """Copy packed bytes back to where the runs are; see `pack`. Where ``data`` is None, the runs become zeros."""
+    core.load()
+    spans, count, hold = _spans(runs)
+    why = core.new_failure()
+    extent = core.ffi.new("dt_extent *", (address, nbytes, core.ffi.NULL, unpinned, 0, core.ffi.NULL))
+    if data is None:
+        length = core.lib.dt_spans_nbytes(spans, count, nbytes)
+        code = core.lib.dt_unpack(extent, spans, count, core.ffi.NULL, length, why)
+    else:
+        source = core.pin(data, writable=False)
+        length = len(source)
+        code = core.lib.dt_unpack(extent, spans, count, source, length, why)
+    del hold
+    _check(code, why, "put the runs back", length, nbytes)
