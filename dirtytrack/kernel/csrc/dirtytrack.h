@@ -217,6 +217,19 @@ int dt_pack(const dt_extent *memory, const dt_span *spans, uint64_t n, uint8_t *
 int dt_unpack(const dt_extent *memory, const dt_span *spans, uint64_t n, const uint8_t *data, uint64_t length,
               dt_failure *why);
 
+/* A part of what a set has of one of several memories: `count` spans, from the `first` of all on. */
+typedef struct dt_cut {
+    uint64_t memory; /* its index */
+    uint64_t first, count;
+    uint64_t nbytes; /* of the spans together */
+} dt_cut;
+
+/* Cuts what the set has of each memory's own bytes into parts of at most `most_nbytes` > 0, memory by memory; memories may
+ * overlap and be in any order. Writes at most as much as there is room for. `total`: how many cuts there are (as
+ * `memory`), how many spans, how many bytes. */
+void dt_set_cut(const dt_set *set, const dt_extent *memories, uint64_t n, uint64_t most_nbytes, dt_span *spans,
+                uint64_t span_room, dt_cut *cuts, uint64_t cut_room, dt_cut *total);
+
 /* ---- mappings and raw scans ---------------------------------------------------------------------------------- */
 
 typedef struct dt_mapping {
