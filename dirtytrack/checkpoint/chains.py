@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from ..errors import DamagedCheckpoint, InvalidCheckpoint, NoSuchGeneration
 from ..kernel.packing import all_zero
 from .coding import Decoder, Encoder
-from .reading import Generation, HeldFrames, Window, Workers, default_threads, memory_of
+from .reading import Generation, HeldFrames, Window, Workers, default_threads, target_of
 from .segments import FRAME_NBYTES, Codec, FrameKind
 from .store import open_store
 
@@ -176,7 +176,7 @@ def _windows(
         held = HeldFrames(memory_bytes // 4)
         for low in range(0, region.nbytes, most):
             window = room[: min(most, region.nbytes - low)]
-            found.read([Window(region, low, memory_of(window))], workers, held)
+            found.read([Window(region, low, target_of(window))], workers, held)
             yield region, low, window
 
 

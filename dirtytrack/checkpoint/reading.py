@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .segments import Frame
     from .store import Source, Store
 
-__all__ = ["Generation", "Scratch", "Target", "Window", "Workers", "default_threads", "memory_of"]
+__all__ = ["Generation", "Scratch", "Target", "Window", "Workers", "default_threads", "target_of"]
 
 _MOST_THREADS = 8
 _T = TypeVar("_T")
@@ -148,7 +148,7 @@ class Window(NamedTuple):
     target: Target
 
 
-def memory_of(buffer: Any, *, fresh: bool = False) -> Target:
+def target_of(buffer: Any, *, fresh: bool = False) -> Target:
     """A writable, contiguous buffer as a target, which it keeps."""
     pinned = core.pin(buffer, writable=True)
     return Target(core.address_of(pinned), len(pinned), core.view_of(pinned, len(pinned)), fresh)
