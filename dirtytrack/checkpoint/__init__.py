@@ -4,7 +4,9 @@
 ``import dirtytrack`` does not import this.
 """
 
+from .chains import Pruned, Retention, compact, prune
+from .restoring import State, restore
 from .store import DirectoryStore
 from .verifying import Report, verify
 
-__all__ = ["DirectoryStore", "Report", "verify"]
+__all__ = ["DirectoryStore", "Pruned", "Report", "Retention", "State", "compact", "prune", "restore", "verify"]
