@@ -5,8 +5,26 @@
 """
 
 from .chains import Pruned, Retention, compact, prune
+from .comparing import Comparison, RegionComparison, compare
+from .listing import Summary, generations
 from .restoring import State, restore
 from .store import DirectoryStore
-from .verifying import Report, verify
+from .verifying import Report, Verified, verify
 
-__all__ = ["DirectoryStore", "Pruned", "Report", "Retention", "State", "compact", "prune", "restore", "verify"]
+__all__ = [
+    "Comparison",
+    "DirectoryStore",
+    "Pruned",
+    "RegionComparison",
+    "Report",
+    "Retention",
+    "State",
+    "Summary",
+    "Verified",
+    "compact",
+    "compare",
+    "generations",
+    "prune",
+    "restore",
+    "verify",
+]
