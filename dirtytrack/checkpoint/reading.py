@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import traceback
 from array import array
 from bisect import bisect_left, bisect_right
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from .segments import Frame
     from .store import Source, Store
 
-__all__ = ["Generation", "Scratch", "Target", "Window", "Workers", "default_threads", "target_of"]
+__all__ = ["Generation", "Scratch", "Target", "Window", "Workers", "default_threads", "letting_go", "target_of"]
 
 _MOST_THREADS = 8
 _T = TypeVar("_T")
@@ -124,6 +125,23 @@ class Workers:
     def __exit__(self, *_: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def letting_go() -> Iterator[None]:
+    """Who keeps an error that comes out of here does not keep buffers pinned, which the frames of its traceback hold.
+
+    Before Python 3.12.2 and 3.11.8 the collector may even crash over them, where it finds a pinned memoryview in a
+    cycle (CPython's gh-77894), and whoever catches an error easily makes one of it and his own frame.
+    """
+    try:
+        yield
+    except BaseException as error:
+        chain: BaseException | None = error
+        while chain is not None:
+            traceback.clear_frames(chain.__traceback__)
+            chain = chain.__cause__ or chain.__context__
+        raise
 
 
 # ---- where bytes go
