@@ -7,6 +7,7 @@
 from .chains import Pruned, Retention, compact, prune
 from .comparing import Comparison, RegionComparison, compare
 from .listing import Summary, generations
+from .protocols import Store
 from .restoring import State, restore
 from .store import DirectoryStore
 from .verifying import Report, Verified, verify
@@ -19,6 +20,7 @@ __all__ = [
     "Report",
     "Retention",
     "State",
+    "Store",
     "Summary",
     "Verified",
     "compact",

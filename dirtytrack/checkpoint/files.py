@@ -67,7 +67,12 @@ class Files:
 
     def names(self, directory: Directory) -> list[str]:
         """What is in a directory, in no order."""
-        return os.listdir(directory)  # noqa: PTH208 - of a descriptor
+        # Opened anew: os.listdir() of a descriptor duplicates it, and two threads would share the place where they are.
+        again = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
+        try:
+            return os.listdir(again)  # noqa: PTH208 - of a descriptor
+        finally:
+            os.close(again)
 
     def create(self, directory: Directory, name: str) -> File:
         """Create a file that only its owner can read; it must not be there yet."""

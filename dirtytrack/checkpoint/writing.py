@@ -220,15 +220,10 @@ class DirectoryWriter:
         self._require_open()
         if not 1 <= generation <= MOST_GENERATION:
             raise InvalidCheckpoint(f"a generation is a number from 1 to {MOST_GENERATION}, not {generation}")
-        name = segment_name(generation, os.urandom(8))
+        sink = _FileSink(self, segment_name(generation, os.urandom(8)))
+        self._pending[sink.name] = sink  # before it is there: else `clean`, in another thread, takes it for a leftover
         try:
-            file = self._files.create(self._store.directory(SEGMENTS), name)
-        except OSError as error:
-            raise failure(error, f"make the segment {self._store.path / SEGMENTS / name}") from error
-        sink = _FileSink(self, file, name)
-        with self._mutex:
-            self._pending[name] = sink
-        try:
+            sink.open(self._store.directory(SEGMENTS))
             return SegmentWriter(sink, self._store.store_id)
         except BaseException:
             sink.abandon()
@@ -430,10 +425,16 @@ class DirectoryWriter:
 class _FileSink:
     """A segment's file, to be written."""
 
-    def __init__(self, writer: DirectoryWriter, file: File, name: str) -> None:
-        self._writer, self._files, self._file = writer, writer._files, file
+    def __init__(self, writer: DirectoryWriter, name: str) -> None:
+        self._writer, self._files, self._file = writer, writer._files, File(-1)
         self._where = writer._store.path / SEGMENTS / name
         self.name, self.nbytes, self.finished = name, 0, False
+
+    def open(self, directory: Directory) -> None:
+        try:
+            self._file = self._files.create(directory, self.name)
+        except OSError as error:
+            raise failure(error, f"make the segment {self._where}") from error
 
     def write(self, data: Any) -> None:
         if self._file < 0:
