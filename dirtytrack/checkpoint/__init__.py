@@ -5,8 +5,22 @@
 """
 
 from .chains import Pruned, Retention, compact, prune
+from .checkpointer import Checkpointer
 from .restoring import State, restore
+from .jobs import Save
 from .store import DirectoryStore
 from .verifying import Report, verify
 
-__all__ = ["DirectoryStore", "Pruned", "Report", "Retention", "State", "compact", "prune", "restore", "verify"]
+__all__ = [
+    "Checkpointer",
+    "DirectoryStore",
+    "Pruned",
+    "Report",
+    "Retention",
+    "Save",
+    "State",
+    "compact",
+    "prune",
+    "restore",
+    "verify",
+]
