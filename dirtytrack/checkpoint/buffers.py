@@ -116,7 +116,7 @@ def _dtype_of(array: Any) -> str:
             "type of fixed size"
         )
     if dtype.fields is not None:
-        descr = numpy.lib.format.dtype_to_descr(dtype)
+        descr = import_module("numpy.lib.format").dtype_to_descr(dtype)
         return json.dumps(descr, separators=(",", ":"))
     told = str(dtype.str)
     return told if numpy.dtype(told) == dtype else str(dtype.name)  # bfloat16 of ml_dtypes calls itself V2
@@ -138,7 +138,7 @@ def _numpy_dtype(numpy: Any, dtype: str) -> Any:
     """None where this NumPy knows no such type."""
     try:
         if dtype.startswith("["):
-            found = numpy.lib.format.descr_to_dtype(_listed_to_descr(json.loads(dtype)))
+            found = import_module("numpy.lib.format").descr_to_dtype(_listed_to_descr(json.loads(dtype)))
         else:
             found = numpy.dtype(dtype)
     except (TypeError, ValueError, SyntaxError, RecursionError):

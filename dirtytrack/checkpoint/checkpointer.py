@@ -138,7 +138,7 @@ class Checkpointer:
             self._writer: Writer = self._store.writer()
             self._closing.writer = self._writer
             base = self._resume(resume, described, buffers, decrypt, threads)
-            self._costs, mirrors = Costs(), Mirrors() if deltas else None
+            self._costs, mirrors = Costs(deltas=deltas), Mirrors() if deltas else None
             self._watching = self._closing.watching = Watching(described, base, dict(track or {}), stacklevel=4)
             self._tending = self._closing.tending = Tending(
                 self._store,

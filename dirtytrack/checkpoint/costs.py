@@ -18,7 +18,8 @@ class Costs:
     in both.
 
     A save is full where all bytes at a full save's rate take no longer than the dirty ones at an increment's. Until an
-    increment was measured its rate is taken for that of a full one, so that only the number of bytes decides.
+    increment was measured its rate is taken for that of a full one, so that only the number of bytes decides; with
+    deltas, which leave out what did not change, the first increment is always tried.
 
     A rate that was measured in a bad moment does not stay for ever: each full save that this rule chose moves the
     increment's rate a third of the way to that of the full ones.
@@ -26,7 +27,8 @@ class Costs:
     Thread safety: one thread at a time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, deltas: bool = False) -> None:
+        self._deltas = deltas
         self._fixed: float | None = None
         self._rates: dict[bool, float] = {}  # seconds a byte, by whether full
 
@@ -47,6 +49,8 @@ class Costs:
 
     def full_is_cheaper(self, dirty_nbytes: int, nbytes: int) -> bool:
         """Whether all bytes cost no more than the dirty ones. Asked once for each save."""
+        if self._deltas and False not in self._rates:
+            return False
         full = self._rates.get(True)
         increment = self._rates.get(False, full)
         if full is None or increment is None:

@@ -34,6 +34,11 @@ class _Member(NamedTuple):
     region: Region
 
 
+def _member(number: int, told: Described, region: Region) -> _Member:
+    """Its region holds the buffer, and lets go of it in time: not we."""
+    return _Member(number, told._replace(tracked=(told.address, told.nbytes), hold=None), region)
+
+
 class Watched:
     """What is watched at one time, in the order of its numbers. Immutable."""
 
@@ -114,7 +119,7 @@ class Watching:
         for name, told in described.items():  # a plain loop: the warning's stacklevel counts frames
             found.append(self._session._register(told.tracked, name, **self._registering, stacklevel=stacklevel + 1))
             number = numbers.get(name)
-            self._members[name] = _Member(self._number() if number is None else number, told, found[-1])
+            self._members[name] = _member(self._number() if number is None else number, told, found[-1])
         self.tracker = DirtyTracker(self._session, found, **tracking)
         self.tracker._owned = tuple(found)
         self.tracker.start()
@@ -143,7 +148,7 @@ class Watching:
             again = [each for each in self.tracker.regions if each.name == name and each._memory is memory]
             if memory is None or len(again) != 1:
                 continue  # which the tracker will say
-            self._members[name] = _Member(self._number(), describe(name, memory), again[0])
+            self._members[name] = _member(self._number(), describe(name, memory), again[0])
             self._now = None
         if self._now is None:
             self._now = Watched(self._members.values())
@@ -153,7 +158,7 @@ class Watching:
         """Watch another buffer."""
         if told.name in self._members:
             raise InvalidMemory(f"there is a buffer {told.name!r} already: replace() it, or take another name")
-        self._members[told.name] = _Member(self._number(), told, self._added(told, stacklevel + 1))
+        self._members[told.name] = _member(self._number(), told, self._added(told, stacklevel + 1))
         self._now = None
 
     def _added(self, told: Described, stacklevel: int) -> Region:
@@ -171,7 +176,7 @@ class Watching:
     def replace(self, told: Described, *, stacklevel: int) -> None:
         """Watch another buffer under that name."""
         before = self._member(told.name)
-        self._members[told.name] = _Member(self._number(), told, self._added(told, stacklevel + 1))
+        self._members[told.name] = _member(self._number(), told, self._added(told, stacklevel + 1))
         self._now = None
         self._let_go(before)
 
@@ -197,6 +202,7 @@ class Watching:
         Raises:
             MissedWrite: the audit found an unreported change.
         """
+        self._members, self._now = {}, None
         tracker = getattr(self, "tracker", None)
         if tracker is not None:
             tracker.__exit__(None, None, None)
