@@ -5,7 +5,9 @@
 """
 
 from .chains import Pruned, Retention, compact, prune
+from .checkpointer import Checkpointer
 from .comparing import Comparison, RegionComparison, compare
+from .jobs import Save
 from .listing import Summary, generations
 from .protocols import Store
 from .restoring import State, restore
@@ -13,12 +15,14 @@ from .store import DirectoryStore
 from .verifying import Report, Verified, verify
 
 __all__ = [
+    "Checkpointer",
     "Comparison",
     "DirectoryStore",
     "Pruned",
     "RegionComparison",
     "Report",
     "Retention",
+    "Save",
     "State",
     "Store",
     "Summary",

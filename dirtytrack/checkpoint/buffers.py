@@ -7,6 +7,7 @@ import json
 import math
 import struct
 import sys
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import InvalidMemory
@@ -49,8 +50,8 @@ class Described(NamedTuple):
     hold: Any
     """Keeps the bytes where they are; None for a raw (address, nbytes)."""
     dtype: str | None
-    """Of its elements: numpy's ``dtype.str`` (JSON for one with fields), or ``torch.`` and the tensor's type. None where
-    they are bytes and nothing else is known."""
+    """Of its elements: numpy's ``dtype.str`` (JSON for one with fields), or ``torch.`` and the tensor's type. None
+    where they are bytes and nothing else is known."""
     shape: tuple[int, ...] | None
     memory: Memory | None
     """The `Memory` that it is, where it is one: that may be resized."""
@@ -106,14 +107,16 @@ def _dtype_of(array: Any) -> str:
     numpy = sys.modules["numpy"]
     dtype: Any = array.dtype
     if isinstance(array, numpy.ma.MaskedArray):
-        raise InvalidMemory("this is a masked array, which is two: pass its .data and its .mask under names of their own")
+        raise InvalidMemory(
+            "this is a masked array, which is two: pass its .data and its .mask under names of their own"
+        )
     if dtype.hasobject:
         raise InvalidMemory(
-            f"the elements of this array are Python objects ({dtype}), whose bytes are pointers: convert them to a type "
-            "of fixed size"
+            f"the elements of this array are Python objects ({dtype}), whose bytes are pointers: convert them to a "
+            "type of fixed size"
         )
     if dtype.fields is not None:
-        descr = numpy.lib.format.dtype_to_descr(dtype)
+        descr = import_module("numpy.lib.format").dtype_to_descr(dtype)
         return json.dumps(descr, separators=(",", ":"))
     told = str(dtype.str)
     return told if numpy.dtype(told) == dtype else str(dtype.name)  # bfloat16 of ml_dtypes calls itself V2
@@ -135,7 +138,7 @@ def _numpy_dtype(numpy: Any, dtype: str) -> Any:
     """None where this NumPy knows no such type."""
     try:
         if dtype.startswith("["):
-            found = numpy.lib.format.descr_to_dtype(_listed_to_descr(json.loads(dtype)))
+            found = import_module("numpy.lib.format").descr_to_dtype(_listed_to_descr(json.loads(dtype)))
         else:
             found = numpy.dtype(dtype)
     except (TypeError, ValueError, SyntaxError, RecursionError):
@@ -148,7 +151,9 @@ def _numpy_dtype(numpy: Any, dtype: str) -> Any:
 
 def _bytes_of_tensor(torch: Any, tensor: Any) -> Any:
     if tensor.device.type != "cpu":
-        raise InvalidMemory(f"this tensor is on {tensor.device}, whose writes the kernel does not see: pass one on the CPU")
+        raise InvalidMemory(
+            f"this tensor is on {tensor.device}, whose writes the kernel does not see: pass one on the CPU"
+        )
     if tensor.layout is not torch.strided or not tensor.is_contiguous():
         raise InvalidMemory("this tensor is not contiguous: pass the one that owns the memory, or tensor.contiguous()")
     if tensor.is_conj() or tensor.is_neg():
@@ -227,14 +232,14 @@ def array_of(memory: Any, dtype: str | None, shape: tuple[int, ...] | None) -> A
             return tensor
         dtype = _plain_kind(dtype)
     try:
-        import numpy
+        import numpy as np
     except ImportError:
         return _viewed(view, dtype, shape)
-    found = None if dtype is None or dtype.startswith(_TORCH) else _numpy_dtype(numpy, dtype)
+    found = None if dtype is None or dtype.startswith(_TORCH) else _numpy_dtype(np, dtype)
     if found is None or not _fits(view.nbytes, found.itemsize, shape):
-        return numpy.frombuffer(view, numpy.uint8)
+        return np.frombuffer(view, np.uint8)
     # Not frombuffer(): it takes no dtype of no bytes, and no bytes of some.
-    return numpy.ndarray(shape if shape is not None else (view.nbytes // found.itemsize,), found, buffer=view)
+    return np.ndarray(shape if shape is not None else (view.nbytes // found.itemsize,), found, buffer=view)
 
 
 def _fits(nbytes: int, itemsize: int, shape: tuple[int, ...] | None) -> bool:
@@ -245,7 +250,7 @@ def _fits(nbytes: int, itemsize: int, shape: tuple[int, ...] | None) -> bool:
 
 def _tensor_of(view: memoryview, kind: str, shape: tuple[int, ...] | None) -> Any:
     try:
-        import torch
+        torch: Any = import_module("torch")
     except ImportError:
         return None
     dtype = getattr(torch, kind, None)
@@ -256,9 +261,9 @@ def _tensor_of(view: memoryview, kind: str, shape: tuple[int, ...] | None) -> An
 
 
 def _viewed(view: memoryview, dtype: str | None, shape: tuple[int, ...] | None) -> memoryview:
-    format = None
+    kind = None
     if dtype is not None and dtype[:1] in (_LITTLE, "|"):
-        format = _FORMATS.get(dtype[1:])
-    if format is None or not _fits(view.nbytes, struct.calcsize(format), shape):
+        kind = _FORMATS.get(dtype[1:])
+    if kind is None or not _fits(view.nbytes, struct.calcsize(kind), shape):
         return view
-    return view.cast(format) if shape is None else view.cast(format, shape)  # type: ignore[call-overload,no-any-return]
+    return view.cast(kind) if shape is None else view.cast(kind, shape)  # type: ignore[call-overload,no-any-return]

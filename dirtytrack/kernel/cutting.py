@@ -19,7 +19,7 @@ class Cut(NamedTuple):
     memory: int
     """Its index."""
     first: int
-    count: int
+    span_count: int
     """Its spans, of all of them."""
     nbytes: int
 
@@ -42,11 +42,11 @@ class Cuts:
     def spans(self, which: Cut) -> memoryview:
         """Pairs of 64-bit numbers, offset in the memory and length, as bytes; copies nothing."""
         whole = memoryview(core.ffi.buffer(self._spans)).cast("B")
-        return whole[16 * which.first : 16 * (which.first + which.count)]
+        return whole[16 * which.first : 16 * (which.first + which.span_count)]
 
     def bounds(self, which: Cut) -> tuple[int, int]:
         """Of its bytes in the memory: where the first span begins and the last one ends."""
-        last = self._spans[which.first + which.count - 1]
+        last = self._spans[which.first + which.span_count - 1]
         return self._spans[which.first].offset, last.offset + last.nbytes
 
 
