@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .coding import Encoded
     from .manifests import Manifest, RegionEntry, SegmentEntry
     from .segments import SegmentWriter
-    from .store import Kept, Store, Writer
+    from .protocols import Kept, Store, Writer
 
 __all__ = ["Pruned", "Retention", "compact", "compacted", "prune", "removable"]
 

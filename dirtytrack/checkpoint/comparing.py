@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .manifests import RegionEntry
-    from .store import Store
+    from .protocols import Store
 
 __all__ = ["Comparison", "RegionComparison", "compare"]
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from .buffers import Described, Saveable
     from .manifests import Manifest, RegionEntry, SegmentEntry
-    from .store import Kept, Store
+    from .protocols import Kept, Store
 
 __all__ = ["State", "restore"]
 

@@ -117,6 +117,7 @@ def _written(store: Store, generation: int | None, args: argparse.Namespace, bes
             for region, (name, _) in zip(regions, files, strict=True)
         ],
     }
+    (beside / _TOLD).touch(mode=0o600)
     (beside / _TOLD).write_text(json.dumps(document, indent=2), encoding="utf-8")
     return document
 
@@ -158,7 +159,7 @@ def _header(region: RegionEntry) -> bytes:
     if region.dtype is None or region.shape is None:
         return b""
     try:
-        import numpy
+        from numpy.lib import format as npy
     except ImportError:
         return b""
     itemsize = region.nbytes // math.prod(region.shape)
@@ -169,10 +170,10 @@ def _header(region: RegionEntry) -> bytes:
         if dtype.itemsize == itemsize and not (dtype.kind == "V" and dtype.fields is None):
             head = io.BytesIO()
             described = {
-                "descr": numpy.lib.format.dtype_to_descr(dtype),
+                "descr": npy.dtype_to_descr(dtype),
                 "fortran_order": False,
                 "shape": region.shape,
             }
-            numpy.lib.format.write_array_header_2_0(head, described)
+            npy.write_array_header_2_0(head, described)
             return head.getvalue()
     return b""

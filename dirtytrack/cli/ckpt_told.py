@@ -88,7 +88,7 @@ def ls(args: argparse.Namespace) -> int:
     if not found:
         print(f"{args.store} has no checkpoint yet")
         return 0
-    rows = [("", "KIND", "PARENT", "CREATED", "STATE", "WRITTEN", "RESTORED FROM", "META")]
+    rows = [("GENERATION", "KIND", "PARENT", "CREATED", "STATE", "WRITTEN", "RESTORED FROM", "META")]
     rows += [_row(each) for each in found]
     width = max(80, shutil.get_terminal_size().columns) if sys.stdout.isatty() else 10_000
     for line in _table(rows, "><><>>><"):
