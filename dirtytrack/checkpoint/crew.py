@@ -38,13 +38,18 @@ class _Task(Generic[_T, _R]):
         try:
             self._result = self._work(self._item)
         except BaseException as error:
-            self._error = error
+            # Without this frame: the error would hold the task, which holds the error, and both what is worked on.
+            self._error = error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)
         self._done.release()
 
     def result(self) -> _R:
         self._done.acquire()
-        if self._error is not None:
-            raise self._error
+        error, self._error = self._error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error, self  # the same
         return self._result
 
 
