@@ -6,7 +6,6 @@ from __future__ import annotations
 import errno
 import os
 import threading
-import traceback
 from array import array
 from bisect import bisect_left, bisect_right
 from contextlib import closing, contextmanager
@@ -16,6 +15,7 @@ from ..delta import Delta, apply
 from ..errors import DamagedCheckpoint, InvalidCheckpoint, InvalidDelta, InvalidMemory, StoreFailed
 from ..kernel import core
 from ..kernel.packing import Xxh64, pack, unpack
+from .crew import let_go
 from .segments import Codec, FrameKind, SegmentReader
 
 if TYPE_CHECKING:
@@ -54,18 +54,11 @@ class _Scratch(threading.local):
 
 @contextmanager
 def letting_go() -> Iterator[None]:
-    """Who keeps an error that comes out of here does not keep buffers pinned, which the frames of its traceback hold.
-
-    Before Python 3.12.2 and 3.11.8 the collector may even crash over them, where it finds a pinned memoryview in a
-    cycle (CPython's gh-77894), and whoever catches an error easily makes one of it and his own frame.
-    """
+    """Errors that come out of here hold no buffers: see `let_go`."""
     try:
         yield
     except BaseException as error:
-        chain: BaseException | None = error
-        while chain is not None:
-            traceback.clear_frames(chain.__traceback__)
-            chain = chain.__cause__ or chain.__context__
+        let_go(error)
         raise
 
 
