@@ -317,6 +317,7 @@ class DirectoryStore:
         if file is None:
             yield
             return
+        owner = os.getpid()  # a child that is forked in here has no lock
         try:
             try:
                 self.files.lock(file, exclusive=False, wait=True)
@@ -324,7 +325,8 @@ class DirectoryStore:
                 raise failure(error, f"lock {self.path / READERS}") from error
             yield
         finally:
-            self.files.close(file)
+            if os.getpid() == owner:
+                self.files.release(file)
 
     def _readers(self) -> File | None:
         root = self.directory()

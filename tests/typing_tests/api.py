@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import dirtytrack
-from dirtytrack import delta, observe, pagemap, process
+from dirtytrack import checkpoint, delta, observe, pagemap, process
 
 if TYPE_CHECKING:
     from typing_extensions import assert_type
@@ -177,3 +177,12 @@ def other_processes(pid: int) -> memoryview:
         assert_type(tracker.statistics().seconds, float)
         assert_type(process.Workers([tracker], "/dev/shm/*").collect(), dirtytrack.DirtySet)
         return tracker.read(dirty)
+
+
+def stores() -> None:
+    with checkpoint.DirectoryStore("runs/a", create=True) as store:
+        report = checkpoint.verify(store, all=True, progress=lambda done, total: print(done / total))
+        assert_type(report, checkpoint.Report)
+        assert_type(report.whole, int | None)
+        assert_type([each.damage for each in report.checked], list[tuple[str, ...]])
+    checkpoint.verify("runs/a", 17)

@@ -152,7 +152,7 @@ def test_forged_manifests(where: Path) -> None:
     manifest = make(where / "store")
 
     @given(forgeries(members_of(manifest)))
-    @settings(max_examples=600)
+    @settings(max_examples=300)
     def attempt(members: Any) -> None:
         data = sealed(json.dumps(members).encode())
         try:
@@ -354,7 +354,7 @@ def test_forged_indexes(where: Path) -> None:
     whole = segment.read_bytes()
 
     @given(st.data())
-    @settings(max_examples=400)
+    @settings(max_examples=200)
     def attempt(data: st.DataObject) -> None:
         segment.write_bytes(whole)
         forge_segment(where / "store", manifest, lambda _, index: change(data, index))
@@ -420,7 +420,7 @@ def test_forged_frames(where: Path) -> None:
     seeded = random.Random(5)
     packed = zstandard.ZstdCompressor(level=3).compress((b"words " * 700)[:PAGE])
     manifest = make(where / "store")
-    for _ in range(300):
+    for _ in range(150):
         stored = bytearray(packed)
         for _ in range(seeded.randrange(1, 4)):
             stored[seeded.randrange(len(stored))] ^= 1 << seeded.randrange(8)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -237,6 +238,41 @@ def test_a_forked_child_has_neither_the_lock_nor_the_segments(where: Path) -> No
         os.waitpid(pid, 0)
 
 
+PARENT = """
+import os, sys, time
+from dirtytrack.checkpoint import DirectoryStore
+store = DirectoryStore(sys.argv[1])
+writer = store.writer()
+with store.reading():
+    child = os.fork()
+    if not child:
+        time.sleep(60)
+    print(child, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_childs_life_does_not_keep_its_dead_parents_locks(where: Path) -> None:
+    with store_at(where / "store") as store:
+        with store.writer() as writer:
+            first = save(writer, store, CONTENTS[0])
+        parent = subprocess.Popen([sys.executable, "-c", PARENT, str(where / "store")], stdout=subprocess.PIPE)
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        try:
+            with pytest.raises(StoreBusy):
+                store.writer()
+            parent.kill()
+            parent.wait()
+            with store.writer() as writer:
+                assert writer.remove([kept(first)])
+        finally:
+            os.kill(child, signal.SIGKILL)
+            parent.kill()
+            parent.wait()
+            parent.stdout.close()
+
+
 def test_a_generation_is_published_once_and_only_with_segments_that_are_there(where: Path) -> None:
     with store_at(where / "store") as store, store.writer() as writer:
         first = save(writer, store, CONTENTS[0])
@@ -288,6 +324,37 @@ def test_readers_put_removal_off(where: Path) -> None:
         assert not store.strangers() and len(store.segments()) == 2
 
 
+def test_a_manifest_that_somebody_else_removed_takes_no_segment_with_it(where: Path) -> None:
+    with store_at(where / "store") as store:
+        with store.writer() as writer:
+            first = save(writer, store, CONTENTS[0])
+            second = save(writer, store, CONTENTS[1])
+            manifest = where / "store" / "manifests" / first.name
+            manifest.rename(where / "saved")
+            assert writer.clean() == ()
+            assert writer.remove([kept(second)])
+            (where / "saved").rename(manifest)
+            assert read_back(store) == CONTENTS[0]
+        with store.writer() as writer:
+            assert len(store.segments()) == 1
+
+
+def test_a_child_does_not_keep_its_parents_lock_on_reading(where: Path) -> None:
+    with store_at(where / "store") as store, store.writer() as writer:
+        first = save(writer, store, CONTENTS[0])
+        waiting, ending = os.pipe()
+        with store.reading():
+            pid = os.fork()
+            if not pid:
+                os.close(ending)
+                os.read(waiting, 1)  # until the parent lets go
+                os._exit(0)
+        os.close(waiting)
+        assert writer.remove([kept(first)])
+        os.close(ending)
+        os.waitpid(pid, 0)
+
+
 def test_a_reader_waits_for_who_removes(where: Path) -> None:
     with store_at(where / "store") as store, store.writer() as writer:
         save(writer, store, CONTENTS[0])
@@ -302,6 +369,26 @@ def test_a_reader_waits_for_who_removes(where: Path) -> None:
         files.close(lock)
         thread.join(30)
         assert found == [CONTENTS[0]]
+
+
+def test_threads_list_at_once(where: Path) -> None:
+    """Two lists of one descriptor would share the place where they are."""
+    (where / "many").mkdir()
+    for i in range(200):
+        (where / "many" / str(i)).touch()
+    files = Files()
+    directory = files.open_directory(str(where / "many"))
+    lengths: list[int] = []
+    threads = [
+        threading.Thread(target=lambda: lengths.extend(len(files.names(directory)) for _ in range(100)))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    files.close(directory)
+    assert lengths == [200] * 400
 
 
 def test_threads_save_and_read_at_once(where: Path) -> None:
