@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import (
@@ -37,7 +37,7 @@ from .tending import Tending
 from .watching import Watching
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
     from types import TracebackType
 
@@ -125,7 +125,7 @@ class Checkpointer:
         _require_options(when_busy, quiesce, compact, threads, buffers)
         described = {name: describe(name, buffer) for name, buffer in buffers.items()}
         encoder, decoder = Encoder(compression, level, encrypt), Decoder(decrypt)
-        self._pid, self._lock, self._inside = os.getpid(), threading.RLock(), 0
+        self._pid, self._lock = os.getpid(), threading.RLock()
         self._when_busy, self._quiesce, self._wanted_staging = when_busy, quiesce, staging_bytes
         self._closed, self._unsure = False, False
         self._state: State | None = None
@@ -249,6 +249,7 @@ class Checkpointer:
             CheckpointerClosed, UsedAfterFork, RangeBusy, LimitReached.
         """
         with self._alone("add"):
+            self._require_open()
             self._watching.add(describe(name, buffer), stacklevel=4)
 
     def remove(self, name: str) -> None:
@@ -259,6 +260,7 @@ class Checkpointer:
             CheckpointerClosed, UsedAfterFork.
         """
         with self._alone("remove"):
+            self._require_open()
             self._watching.remove(name)
 
     def replace(self, name: str, buffer: Saveable) -> None:
@@ -270,6 +272,7 @@ class Checkpointer:
             CheckpointerClosed, UsedAfterFork, RangeBusy, LimitReached.
         """
         with self._alone("replace"):
+            self._require_open()
             self._watching.replace(describe(name, buffer), stacklevel=4)
 
     # ---- saving
@@ -293,6 +296,7 @@ class Checkpointer:
         """
         kept = _as_json(meta)
         with self._alone("save"):
+            self._require_open()
             saver, began = self._saver, time.perf_counter()
             saver.raise_unreported()
             if self._when_busy == "skip" and saver.busy:
@@ -404,9 +408,11 @@ class Checkpointer:
         Raises:
             StoreFailed, or whatever a save failed of that nobody was told of yet; all is let go of first.
         """
-        if os.getpid() != self._pid or self._closed:
+        if os.getpid() != self._pid:
             return
-        with self._alone("close", closed=True):
+        with self._alone("close"):
+            if self._closed:
+                return
             self._saver.wait()
             self._closed = True
             self._finalizer.detach()
@@ -432,21 +438,19 @@ class Checkpointer:
                 "this Checkpointer is the parent's: a child that was forked makes one of its own, into another store"
             )
 
-    @contextmanager
-    def _alone(self, doing: str, *, closed: bool = False) -> Iterator[None]:
+    def _alone(self, doing: str) -> threading.RLock:
+        """What keeps other calls away. Whether this thread is in one already is the lock's own knowledge: whatever we
+        noted ourselves, an interrupt could keep us from taking back."""
         self._require_own()
-        if self._inside == threading.get_ident():
+        if self._lock._is_owned():  # type: ignore[attr-defined]
             raise StoreBusy(
                 f"{doing}() was called while this thread is in another call, by a signal handler or quiesce"
             )
-        with self._lock:
-            if self._closed and not closed:
-                raise CheckpointerClosed("this Checkpointer is closed: make another one, with resume=True to go on")
-            self._inside = threading.get_ident()
-            try:
-                yield
-            finally:
-                self._inside = 0
+        return self._lock
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise CheckpointerClosed("this Checkpointer is closed: make another one, with resume=True to go on")
 
 
 # ---- options
