@@ -18,6 +18,7 @@ from ..errors import (
     InvalidCheckpoint,
     InvalidMemory,
     StoreBusy,
+    StoreFailed,
     UsedAfterFork,
 )
 from ..kernel import core, sets
@@ -129,6 +130,7 @@ class Checkpointer:
         self._when_busy, self._quiesce, self._wanted_staging = when_busy, quiesce, staging_bytes
         self._closed, self._unsure = False, False
         self._state: State | None = None
+        self._taken: Save | None = None
         self._closing = _Closing()
         try:
             owned = isinstance(store, (str, os.PathLike))
@@ -298,6 +300,7 @@ class Checkpointer:
         with self._alone("save"):
             self._require_open()
             saver, began = self._saver, time.perf_counter()
+            self._recover()
             saver.raise_unreported()
             if self._when_busy == "skip" and saver.busy:
                 return Save(None, "skipped", kept)
@@ -318,14 +321,21 @@ class Checkpointer:
                 taken.save._end("coalesced")
             return save
 
+    def _recover(self) -> None:
+        """From a save that was interrupted, and again while it cleaned up. The caller has the lock."""
+        self._saver.abort_abandoned()
+        if self._taken is not None and not self._taken.done:
+            self._taken._end("failed", StoreFailed("the save that took over its pages was interrupted"))
+
     def _taken_back(self) -> Job | None:
         if self._when_busy != "coalesce":
             return None
-        self._unsure = True
+        before, self._unsure = self._unsure, True
         taken = self._saver.take_back()
         if taken is not None:
+            self._taken = taken.save
             self._watching.tracker.put_back(taken.dirty)
-        self._unsure = False
+        self._unsure = before
         return taken
 
     def _save(self, meta: Any, full: bool) -> Save:
@@ -381,6 +391,11 @@ class Checkpointer:
             UsedAfterFork.
         """
         self._require_own()
+        if not self._lock._is_owned() and self._lock.acquire(blocking=False):  # type: ignore[attr-defined]
+            try:
+                self._recover()
+            finally:
+                self._lock.release()
         done = self._saver.wait(timeout)
         self._saver.raise_unreported()
         return done
@@ -413,6 +428,7 @@ class Checkpointer:
         with self._alone("close"):
             if self._closed:
                 return
+            self._recover()
             self._saver.wait()
             self._closed = True
             self._finalizer.detach()

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import _thread
+import atexit
 import logging
 import threading
 import time
+import weakref
 from collections import deque
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -126,11 +129,20 @@ class Saver:
         with self._mutex:
             job.save._told = self._told_of(job.save)
             if self._thread is None:
-                thread = threading.Thread(target=self._run, name="dirtytrack-save")
-                thread.start()  # which waits for the lock that we have
-                self._thread = thread
+                self._start()
             self._queue.append(job)
             self._bell.ring()
+
+    def _start(self) -> None:
+        """By another thread: an interrupt in Thread.start() can leave a thread that never runs."""
+        thread = threading.Thread(target=lambda: self._run(thread), name="dirtytrack-save", daemon=True)
+        self._thread = thread
+        _savers.add(self)
+        try:
+            _thread.start_new_thread(_begin, (thread,))
+        except BaseException:
+            self._thread = None  # should it run all the same, it sees that it is not the one
+            raise
 
     def push(self, job: Job, batch: Batch) -> bool:
         """More of a job is staged. False where it has failed: the room was given back."""
@@ -155,6 +167,15 @@ class Saver:
             job.aborted, job.sealed = error, True
             self._bell.ring()
             return job is self._current or job in self._queue or job.save.done
+
+    def abort_abandoned(self) -> None:
+        """The caller knows that nobody stages any more: what is not sealed was left by somebody who was interrupted, and
+        again while he cleaned up."""
+        with self._mutex:
+            for job in (self._current, *self._queue):
+                if job is not None and not job.sealed:
+                    job.aborted, job.sealed = StoreFailed("its staging was interrupted"), True
+            self._bell.ring()
 
     def take_back(self) -> Job | None:
         """The last job, where it is wholly staged and not begun; its room is free again, its pages are the caller's."""
@@ -207,10 +228,13 @@ class Saver:
 
     # ---- the thread
 
-    def _run(self) -> None:
+    def _run(self, me: threading.Thread) -> None:
         with Crew(self._threads) as crew:
             while True:
                 with self._mutex:
+                    at_end: Callable[[], object] | None = None
+                    if self._thread is not me:
+                        break
                     if not self._queue:
                         self._thread = None
                         at_end, self._at_end = self._at_end, None
@@ -281,7 +305,7 @@ class Saver:
                 self._lost_at = self._token
             if error is not job.aborted:  # else it was raised where it happened
                 self._unreported = self._unreported or (job.save, error)
-        _log.warning("generation %s was not saved: %s", job.save.generation, error)
+        _log.warning("generation %s was not saved: %r", job.save.generation, error)
         job.save._end("failed", error)
 
     def _free(self, job: Job) -> None:
@@ -417,3 +441,25 @@ class _Parts:
     def abandon(self) -> None:
         for segment in self._segments:
             segment.abandon()
+
+
+# ---- threads that begin and end
+
+_savers: weakref.WeakSet[Saver] = weakref.WeakSet()
+
+
+def _begin(thread: threading.Thread) -> None:
+    try:
+        thread.start()
+    except RuntimeError:  # no more threads are to be had; but we are one
+        thread.run()
+
+
+def _finish_all() -> None:
+    """The interpreter ends: what is under way is not lost."""
+    for saver in tuple(_savers):
+        saver.abort_abandoned()
+        saver.wait()
+
+
+atexit.register(_finish_all)
