@@ -159,6 +159,7 @@ _MADE_BY_US |= {
     "WorkingSet",
     "HotSet",
 }
+_MADE_BY_US |= {"Report", "Verified"}
 _MADE_BY_US |= {"HotRange", "Checkpoint", "Checkpoints", "Precopy", "Round"}
 
 
@@ -175,6 +176,7 @@ def _process_signature(
 
 _ALIASES = {"AnyBuffer", "Trackable", "Mirror", "Source"}  # for type checkers; api/index.md explains them
 _UNPAGED = {"End", "NDArray", "np.int64", "np.float64", "dirtytrack.process.mappings.Mapping"}
+_UNPAGED |= {"dirtytrack.checkpoint.files.Files"}
 _UNPAGED |= {"Counts", "Shares", "np.uint64"}
 _TYPING = {"Self", "Buffer", "typing_extensions.Self", "typing_extensions.Buffer"}
 
@@ -200,7 +202,10 @@ def _missing_reference(
         return contnode
     name = target.rpartition(".")[2]
     for known, *_ in env.domains["py"].get_objects():  # dirtytrack.tracker.DirtyTracker: documented at the front door
-        if known in {f"dirtytrack.{part}{name}" for part in ("", "delta.", "observe.", "process.")} and target != known:
+        if (
+            known in {f"dirtytrack.{part}{name}" for part in ("", "delta.", "observe.", "process.", "checkpoint.")}
+            and target != known
+        ):
             return env.domains["py"].resolve_xref(env, node["refdoc"], app.builder, "obj", known, node, contnode)
     return contnode if target in _UNPAGED or _is_of_python(target) else None
 

@@ -30,6 +30,7 @@ from dirtytrack.checkpoint.store import DirectoryStore
 from dirtytrack.delta import Delta, apply
 
 __all__ = [
+    "OPENING",
     "PAGE",
     "Contents",
     "Dying",
@@ -48,7 +49,9 @@ __all__ = [
 PAGE = 4096
 OPENING = ("open_directory", "create", "open", "open_lock")
 READING = ("names", "open", "nbytes", "preadv", "holder")
-OPERATIONS = tuple(name for name, value in vars(Files).items() if callable(value) and name[0] != "_")
+OPERATIONS = tuple(
+    name for name, value in vars(Files).items() if callable(value) and name[0] != "_" and name != "release"
+)
 
 
 # ---- files that do as they are told

@@ -6,10 +6,11 @@
 
 from .chains import Pruned, Retention, compact, prune
 from .checkpointer import Checkpointer
-from .restoring import State, restore
 from .jobs import Save
+from .protocols import Store
+from .restoring import State, restore
 from .store import DirectoryStore
-from .verifying import Report, verify
+from .verifying import Report, Verified, verify
 
 __all__ = [
     "Checkpointer",
@@ -19,6 +20,8 @@ __all__ = [
     "Retention",
     "Save",
     "State",
+    "Store",
+    "Verified",
     "compact",
     "prune",
     "restore",

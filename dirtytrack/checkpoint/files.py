@@ -31,6 +31,7 @@ _ABOUT = {
     errno.EMFILE: "raise the limit of descriptors (ulimit -n), or close some",
     errno.ENFILE: "raise the sysctl fs.file-max, or close some descriptors",
     errno.ENOLCK: "keep the store on a file system that has locks",
+    errno.EINVAL: "the file system cannot do what a store needs: keep it on a local one, as ext4, xfs, btrfs or tmpfs",
     errno.EFBIG: "raise the limit of file sizes (ulimit -f), or keep the store on another file system",
     errno.ELOOP: "a store's own files are never symbolic links: look who put one there",
 }
@@ -50,6 +51,19 @@ def failure(error: OSError, doing: str) -> StoreFailed | PermissionDenied:
     return StoreFailed(f"{message}{'. What helps: ' + advice if advice else ''}", errno=error.errno)
 
 
+_locked = set[int]()
+
+
+def _forget_locks() -> None:
+    """In a child: a lock is its parent's, and must not outlive it. Closing a copy of the descriptor does not unlock."""
+    for file in tuple(_locked):
+        os.close(file)
+    _locked.clear()
+
+
+os.register_at_fork(after_in_child=_forget_locks)
+
+
 class Files:
     """The operating system's files, as a store uses them. Names are single components, never paths.
 
@@ -67,7 +81,12 @@ class Files:
 
     def names(self, directory: Directory) -> list[str]:
         """What is in a directory, in no order."""
-        return os.listdir(directory)  # noqa: PTH208 - of a descriptor
+        # Opened anew: os.listdir() of a descriptor duplicates it, and two threads would share the place where they are.
+        again = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
+        try:
+            return os.listdir(again)  # noqa: PTH208 - of a descriptor
+        finally:
+            os.close(again)
 
     def create(self, directory: Directory, name: str) -> File:
         """Create a file that only its owner can read; it must not be there yet."""
@@ -114,17 +133,32 @@ class Files:
         os.unlink(name, dir_fd=directory)
 
     def lock(self, file: File, *, exclusive: bool, wait: bool) -> bool:
-        """Lock a file by flock(2), whoever else opened it; False where it is locked and that is not waited for."""
+        """Lock a file by flock(2), whoever else opened it; False where it is locked and that is not waited for.
+
+        In a child that is forked meanwhile it is closed.
+        """
         how = (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB)
         try:
             fcntl.flock(file, how)
         except BlockingIOError:
             return False
+        _locked.add(file)
         return True
 
     def unlock(self, file: File) -> None:
         """Unlock a file."""
         fcntl.flock(file, fcntl.LOCK_UN)
+
+    def release(self, file: File) -> None:
+        """Unlock and close a file, whatever becomes of that."""
+        try:
+            self.unlock(file)
+        except OSError:
+            pass
+        try:
+            self.close(file)
+        except OSError:
+            pass
 
     def holder(self, file: File) -> int | None:
         """The process that has the exclusive lock on a file, where /proc/locks tells."""
@@ -144,4 +178,5 @@ class Files:
 
     def close(self, file: File | Directory) -> None:
         """Close a file or a directory."""
+        _locked.discard(file)
         os.close(file)

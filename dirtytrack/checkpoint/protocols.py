@@ -84,7 +84,7 @@ class Writer(Protocol):
         """Begin a segment for a generation that is to be saved or compacted."""
 
     def next_generation(self) -> int:
-        """A number that no manifest and no segment here has, larger than all of them."""
+        """A number that no manifest and no segment here has, larger than all of them. It is taken by being used."""
 
     def publish(self, manifest: Manifest) -> None:
         """Make a generation (or a further revision of one) exist, durably: the commit.

@@ -130,33 +130,39 @@ class DirectoryStore:
 
     def _read_marker(self) -> str:
         """The store's id. A marker that is damaged or gone does not take its checkpoints with it: each has the id."""
+        where = self.path / MARKER
         try:
             data = self._read(self._root, MARKER, _MARKER_NBYTES)
+        except FileNotFoundError:
+            return self._id_of_manifests(
+                f"{where} is missing",
+                InvalidCheckpoint(f"{self.name} is no store of checkpoints: it has no file {MARKER}"),
+            )
         except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.EIO):
-                raise failure(error, f"read {self.path / MARKER}") from error
-            return self._id_of_manifests("is missing" if error.errno == errno.ENOENT else "cannot be read")
+            if error.errno != errno.EIO:
+                raise failure(error, f"read {where}") from error
+            return self._id_of_manifests(f"{where} cannot be read", failure(error, f"read {where}"))
         found = _MARKER.fullmatch(data)
         if found is None or b"%016x" % xxh64(data[:-17]) != found[3]:
-            return self._id_of_manifests("is not what was written")
+            damage = f"{where} is not what was written"
+            return self._id_of_manifests(
+                damage, DamagedCheckpoint(f"{damage}, and no checkpoint is there to be read", damage=(damage,))
+            )
         if int(found[1]) != VERSION:
             raise InvalidCheckpoint(
                 f"{self.name} is a store of version {int(found[1])}, this library knows version {VERSION}: update it"
             )
         return found[2].decode()
 
-    def _id_of_manifests(self, damage: str) -> str:
+    def _id_of_manifests(self, damage: str, otherwise: Exception) -> str:
         for kept in reversed(self.catalog()):
             try:
                 store_id = Manifest.decode(self.read_manifest(kept)).store_id
             except (DamagedCheckpoint, InvalidCheckpoint):
                 continue
-            self._damage = f"{self.path / MARKER} {damage}"
+            self._damage = damage
             return store_id
-        if damage == "is missing":
-            raise InvalidCheckpoint(f"{self.name} is no store of checkpoints: it has no file {MARKER}")
-        damage = f"{self.path / MARKER} {damage}"
-        raise DamagedCheckpoint(f"{damage}, and no checkpoint is there to be read", damage=(damage,))
+        raise otherwise
 
     def close(self) -> None:
         """Let go of its directories. Closing again does nothing."""
@@ -311,6 +317,7 @@ class DirectoryStore:
         if file is None:
             yield
             return
+        owner = os.getpid()  # a child that is forked in here has no lock
         try:
             try:
                 self.files.lock(file, exclusive=False, wait=True)
@@ -318,7 +325,8 @@ class DirectoryStore:
                 raise failure(error, f"lock {self.path / READERS}") from error
             yield
         finally:
-            self.files.close(file)
+            if os.getpid() == owner:
+                self.files.release(file)
 
     def _readers(self) -> File | None:
         root = self.directory()

@@ -153,7 +153,7 @@ def make_marker(store: DirectoryStore, store_id: str | None = None) -> None:
         raise failure(error, f"write {store.path / MARKER}") from error
     finally:
         if lock is not None:
-            store.files.close(lock)
+            store.files.release(lock)
 
 
 def _lock(store: DirectoryStore) -> File:
@@ -220,15 +220,10 @@ class DirectoryWriter:
         self._require_open()
         if not 1 <= generation <= MOST_GENERATION:
             raise InvalidCheckpoint(f"a generation is a number from 1 to {MOST_GENERATION}, not {generation}")
-        name = segment_name(generation, os.urandom(8))
+        sink = _FileSink(self, segment_name(generation, os.urandom(8)))
+        self._pending[sink.name] = sink  # before it is there: else `clean`, in another thread, takes it for a leftover
         try:
-            file = self._files.create(self._store.directory(SEGMENTS), name)
-        except OSError as error:
-            raise failure(error, f"make the segment {self._store.path / SEGMENTS / name}") from error
-        sink = _FileSink(self, file, name)
-        with self._mutex:
-            self._pending[name] = sink
-        try:
+            sink.open(self._store.directory(SEGMENTS))
             return SegmentWriter(sink, self._store.store_id)
         except BaseException:
             sink.abandon()
@@ -263,6 +258,7 @@ class DirectoryWriter:
         with self._mutex:
             self._require_open()
             self._require_there(names)
+            self._require_new(manifest)
             try:
                 # Their bytes are durable; now that their names are, a manifest may name them.
                 self._files.sync_directory(self._store.directory(SEGMENTS))
@@ -286,34 +282,41 @@ class DirectoryWriter:
             name = min(missing or unfinished)
             raise InvalidCheckpoint(f"a manifest names segments that are finished and there, which {name} is not")
 
+    def _require_new(self, manifest: Manifest) -> None:
+        if Kept(manifest.generation, manifest.revision) in self._store.catalog():
+            raise InvalidCheckpoint(
+                f"generation {manifest.generation} has a revision {manifest.revision} already, and nothing is "
+                "overwritten: take the next one"
+            )
+
     def _appear(self, temporary: str, manifest: Manifest, names: set[str]) -> None:
         directory, name = self._store.directory(MANIFESTS), manifest.name
+        # From here on it may be there, whatever is raised, and may come back after a crash though we remove it: keep
+        # what it names.
+        self._uncertain |= names
         try:
             try:
                 self._files.link(directory, temporary, name)
-            except FileExistsError:
-                raise InvalidCheckpoint(
-                    f"generation {manifest.generation} has a revision {manifest.revision} already, and nothing is "
-                    "overwritten: take the next one"
-                ) from None
             except OSError as error:
                 if error.errno not in _NO_LINKS:
                     raise
-                if name in self._files.names(directory):  # and nobody else may make it, since we have the lock
-                    raise InvalidCheckpoint(f"{self._store.path / MANIFESTS / name} is there already") from None
-                self._files.rename(directory, temporary, name)
+                self._files.rename(directory, temporary, name)  # nobody else may have made it: we have the lock
             self._files.sync_directory(directory)
-        except InvalidCheckpoint:
+        except FileExistsError as error:  # it was not there a moment ago
             with suppress(OSError):
                 self._files.unlink(directory, temporary)
-            raise
+            self._uncertain -= names
+            raise StoreBusy(
+                f"somebody writes to the store {self._store.name} without its lock: {name} appeared meanwhile. Does "
+                "its file system have locks that other machines see?",
+                errno=error.errno,
+            ) from error
         except OSError as error:
-            # It may be there, and may be there again after a crash though we remove it now: keep what it names.
-            self._uncertain |= names
-            for each in (name, temporary):
+            for each in (name, temporary):  # ours to remove: it was not there before
                 with suppress(OSError):
                     self._files.unlink(directory, each)
             raise failure(error, self._doing(manifest)) from error
+        self._uncertain -= names
 
     # ---- removing
 
@@ -333,7 +336,7 @@ class DirectoryWriter:
                         self._named.pop(Kept(*kept), None)
                     self.clean()
                 finally:
-                    files.close(readers)
+                    files.release(readers)
             except OSError as error:
                 if isinstance(error, DirtyTrackError):
                     raise
@@ -372,9 +375,12 @@ class DirectoryWriter:
         return removed
 
     def _named_segments(self) -> set[str] | None:
-        """The segments that manifests name; None where one of these cannot be read: who knows what it names."""
+        """The segments that manifests name; None where one of them cannot be read: who knows what it names."""
         found = dict[Kept, frozenset[str]]()
-        for kept in self._store.catalog():
+        catalog = self._store.catalog()
+        if not self._named.keys() <= set(catalog):
+            return None  # one that we know of is gone, and we did not remove it: touch nothing
+        for kept in catalog:
             names = self._named.get(kept)
             if names is None:
                 try:
@@ -398,10 +404,7 @@ class DirectoryWriter:
                 sink.abandon()
             if self._lock >= 0:
                 lock, self._lock = self._lock, File(-1)
-                with suppress(OSError):
-                    self._files.unlock(lock)  # a child that was forked may have the descriptor too
-                with suppress(OSError):
-                    self._files.close(lock)
+                self._files.release(lock)
 
     def __enter__(self) -> Self:
         return self
@@ -416,24 +419,26 @@ class DirectoryWriter:
             self.close()
 
     def _forked(self) -> None:
-        """In the child: neither the lock nor the segments are its own, and the lock must not outlive the parent."""
-        self._mutex = threading.RLock()
+        """In the child: neither the lock, which is closed by now, nor the segments are its own."""
+        self._mutex, self._lock = threading.RLock(), File(-1)
         for sink in self._pending.values():
             sink.close()
         self._pending.clear()
-        if self._lock >= 0:
-            lock, self._lock = self._lock, File(-1)
-            with suppress(OSError):
-                self._files.close(lock)
 
 
 class _FileSink:
     """A segment's file, to be written."""
 
-    def __init__(self, writer: DirectoryWriter, file: File, name: str) -> None:
-        self._writer, self._files, self._file = writer, writer._files, file
+    def __init__(self, writer: DirectoryWriter, name: str) -> None:
+        self._writer, self._files, self._file = writer, writer._files, File(-1)
         self._where = writer._store.path / SEGMENTS / name
         self.name, self.nbytes, self.finished = name, 0, False
+
+    def open(self, directory: Directory) -> None:
+        try:
+            self._file = self._files.create(directory, self.name)
+        except OSError as error:
+            raise failure(error, f"make the segment {self._where}") from error
 
     def write(self, data: Any) -> None:
         if self._file < 0:

@@ -91,6 +91,7 @@ OF_RECORDING = provoked(
         "unit/test_recording.py",
     )
 )
+OF_CHECKPOINTS = provoked((HERE.parents[1] / "unit" / "checkpoint").glob("test_*.py"))
 """These stand beside the other tests of what they are about, and are looked for by name only."""
 
 
@@ -99,7 +100,7 @@ def test_each_failure_has_its_row_and_each_row_its_test() -> None:
     assert all(all(row) for row in rows())
     named = [name for row in rows() for name in named_in(row)]
     assert len(named) == len(set(named))
-    assert PROVOKED.keys() <= set(named) <= PROVOKED.keys() | OF_RECORDING.keys()
+    assert PROVOKED.keys() <= set(named) <= PROVOKED.keys() | OF_RECORDING.keys() | OF_CHECKPOINTS.keys()
 
 
 def test_each_error_of_the_library_has_a_row() -> None:

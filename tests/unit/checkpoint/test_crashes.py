@@ -7,34 +7,38 @@ synced, each by itself, and may keep any of them early: a rename before the byte
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dirtytrack.checkpoint import DirectoryStore, verify
 from dirtytrack.errors import DamagedCheckpoint, DirtyTrackError, InvalidCheckpoint
-from tests.storing import PAGE, Moment, Recording, crashes, kept, read_back, save, store_at
+from tests.storing import PAGE, Dying, Hooked, Moment, Recording, crashes, kept, read_back, save, store_at
 
 STEPS = [{"a": bytes([i]) * 2 * PAGE + b"\x07" * PAGE * 3, "b": bytes([200 + i]) * 700} for i in range(5)]
 
 
-def history(root: Path, files: Recording) -> None:
+def history(root: Path, files: Hooked, note: Callable[[tuple[str, int]], object]) -> None:
     """Three generations, the last compacted, the others removed, and another one; noted as it is reported."""
     with store_at(root / "runs" / "store", files) as store:
         with store.writer() as writer:
             first = save(writer, store, STEPS[0])
-            files.note(("committed", 1))
+            note(("committed", 1))
             second = save(writer, store, STEPS[1], STEPS[0], first)
-            files.note(("committed", 2))
+            note(("committed", 2))
         with store.writer() as writer:
             third = save(writer, store, STEPS[2], STEPS[1], second)
-            files.note(("committed", 3))
+            note(("committed", 3))
             compacted = save(writer, store, STEPS[2], None, third, revision=1, generation=3)
             for each in (1, 2):
-                files.note(("removed", each))
+                note(("removed", each))
             assert writer.remove([kept(first), kept(second), kept(third)])
             save(writer, store, STEPS[3], STEPS[2], compacted)
-            files.note(("committed", 4))
+            note(("committed", 4))
 
 
 def problem_of(moment: Moment, root: Path) -> str | None:
@@ -73,13 +77,42 @@ def problem_of_the_next_run(root: Path, committed: int) -> str | None:
 def test_each_legal_loss_leaves_what_was_committed_and_nothing_torn(where: Path) -> None:
     (where / "disk").mkdir()
     files = Recording(where / "disk")
-    history(where / "disk", files)
+    history(where / "disk", files, files.note)
     seen = 0
     for moment, root in crashes(files, where / "after"):
         seen += 1
         assert problem_of(moment, root) is None, moment
     assert seen > 300
     assert not files.descriptors
+
+
+def tell(pipe: int, what: tuple[str, int]) -> None:
+    os.write(pipe, f"{what[0]} {what[1]}\n".encode())
+
+
+def test_killed_before_each_operation(where: Path) -> None:
+    """By a signal that nobody can catch; what the process was told of is there, and the next one cleans up."""
+    nth, status = 0, -signal.SIGKILL
+    while status == -signal.SIGKILL:
+        nth += 1
+        root = where / str(nth)
+        root.mkdir()
+        reading, writing = os.pipe()
+        pid = os.fork()
+        if not pid:
+            try:
+                history(root, Dying(nth), partial(tell, writing))
+                os._exit(0)
+            finally:
+                os._exit(1)
+        os.close(writing)
+        with os.fdopen(reading) as told:
+            notes = tuple((what, int(number)) for what, number in (line.split() for line in told))
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        assert problem_of(Moment(nth, notes, {}), root) is None
+        shutil.rmtree(root)
+    assert status == 0
+    assert nth > 80
 
 
 class Forgetful(Recording):
@@ -104,13 +137,13 @@ def test_no_sync_could_be_left_out(where: Path) -> None:
     """Which is also the proof that the test above would see it."""
     (where / "count").mkdir()
     counted = Recording(where / "count")
-    history(where / "count", counted)
+    history(where / "count", counted, counted.note)
     needless = []
     for forgets in range(1, 1 + sum(each.startswith("sync") for each in counted.order)):
         disk = where / f"disk{forgets}"
         disk.mkdir()
         files = Forgetful(disk, forgets)
-        history(disk, files)
+        history(disk, files, files.note)
         if not any(problem_of(*crash) for crash in crashes(files, where / "after", files.forgotten)):
             needless.append(files.order[files.forgotten - 1])
     assert not needless

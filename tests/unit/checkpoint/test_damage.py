@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Whatever bit of a store is another than what was written, `verify` says so; and so of bytes that are missing or more."""
+"""Whatever bit of a store is another than what was written, `verify` says so; so of bytes that are missing or more."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def parts_of(path: Path) -> list[Part]:
 def is_found(path: Path, part: Part, store: DirectoryStore) -> bool:
     """Whether verify() of all would find it: only that part of it runs which reads this file."""
     if part.path.parent.name == "segments":
-        return all(any(segment_damage(store, entry, lambda nbytes: None)) for entry in part.entries)
+        return all(any(segment_damage(store, entry, lambda _: None)) for entry in part.entries)
     if part.path.parent.name == "manifests":
         which = manifest_of_name(part.path.name)
         assert which is not None
@@ -264,7 +264,7 @@ def test_another_key_gives_no_wrong_bytes(where: Path, error: type[Exception]) -
             with pytest.raises(InvalidCheckpoint, match="is encrypted"):
                 read_back(store, 2)
             with pytest.raises(InvalidCheckpoint, match="returns bytes"):
-                read_back(store, 2, Decoder(lambda data: None))  # type: ignore[arg-type, return-value]
+                read_back(store, 2, Decoder(lambda _: None))  # type: ignore[arg-type, return-value]
             return
         (segment,) = (where / "store" / "segments").glob("0000000000000002*")
         flip(segment, 4100, 0)

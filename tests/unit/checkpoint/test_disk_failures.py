@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import errno
+import gc
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +21,7 @@ from dirtytrack.errors import (
     StoreBusy,
     StoreFailed,
 )
-from tests.storing import PAGE, Failing, Hooked, kept, read_back, save, store_at
+from tests.storing import OPENING, PAGE, Failing, Hooked, kept, read_back, save, store_at
 
 STEPS = [{"a": bytes([i]) * 2 * PAGE + b"\x07" * PAGE, "b": bytes([200 + i]) * 700} for i in range(5)]
 ANSWERS: dict[int, type[DirtyTrackError]] = {
@@ -94,6 +97,48 @@ def test_an_operation_fails(where: Path, error: int, for_ever: bool) -> None:
         shutil.rmtree(path)
 
 
+class Interrupted(Hooked):
+    """Ctrl-C behind the ``nth`` operation; before it where that opens something, which nobody would have then."""
+
+    def __init__(self, nth: int) -> None:
+        super().__init__()
+        self.left = nth
+
+    def operate(self, name: str, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        self.left -= name not in ("close", "unlock")
+        now = not self.left and name not in ("close", "unlock")
+        if now and name in OPENING:
+            raise KeyboardInterrupt
+        try:
+            return call(*args, **options)
+        finally:
+            if now:
+                raise KeyboardInterrupt
+
+
+def test_ctrl_c_behind_each_operation(where: Path) -> None:
+    first_two(where / "two")
+    nth, interrupted = 0, True
+    while interrupted:
+        nth += 1
+        path, committed = where / str(nth), list[int]()
+        shutil.copytree(where / "two", path)
+        files = Interrupted(nth)
+        interrupted = False
+        try:
+            more(path, files, committed)
+        except KeyboardInterrupt:
+            interrupted = True
+        gc.collect()
+        assert not files.descriptors
+        assert_nothing_lost(path, committed)
+        with store_at(path) as store, store.writer() as writer:
+            save(writer, store, STEPS[4])
+            assert not store.strangers()
+        shutil.rmtree(path)
+    assert nth > 80
+
+
 def test_a_store_cannot_be_made(where: Path) -> None:
     files = Failing()
     store_at(where / "counted" / "store", files).close()
@@ -165,9 +210,34 @@ def test_a_file_system_without_links(where: Path) -> None:
         with store_at(path, files) as store, store.writer() as writer:
             first = save(writer, store, STEPS[0])
             assert read_back(store) == STEPS[0]
-            with pytest.raises(InvalidCheckpoint, match="there already"):
+            with pytest.raises(InvalidCheckpoint, match="nothing is overwritten"):
                 writer.publish(first)
             assert not store.strangers()
+
+
+def test_a_failing_disk_does_not_take_what_is_there_already(where: Path) -> None:
+    files = Failing()
+    with store_at(where / "store", files) as store, store.writer() as writer:
+        first = save(writer, store, STEPS[0])
+        for name in ("link", "rename", "sync_directory", "sync", "pwrite", "create"):
+            files.count, files.nth, files.only = 0, 1, (name,)
+            with pytest.raises(InvalidCheckpoint, match="nothing is overwritten"):
+                writer.publish(first)
+        assert read_back(store) == STEPS[0]
+
+
+def test_somebody_writes_without_the_lock(where: Path) -> None:
+    class Intruded(Hooked):
+        def operate(self, name: str, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+            if name == "link":
+                (where / "store" / "manifests" / args[2]).write_bytes(b"theirs")
+            return call(*args, **options)
+
+    with store_at(where / "store", Intruded()) as store, store.writer() as writer:
+        with pytest.raises(StoreBusy, match="without its lock"):
+            save(writer, store, STEPS[0])
+        (manifest,) = (where / "store" / "manifests").iterdir()
+        assert manifest.read_bytes() == b"theirs"
 
 
 def test_locks_cannot_be_had(where: Path) -> None:
