@@ -6,7 +6,9 @@
 
 from .chains import Pruned, Retention, compact, prune
 from .checkpointer import Checkpointer
+from .comparing import Comparison, RegionComparison, compare
 from .jobs import Save
+from .listing import Summary, generations
 from .protocols import Store
 from .restoring import State, restore
 from .store import DirectoryStore
@@ -14,15 +16,20 @@ from .verifying import Report, Verified, verify
 
 __all__ = [
     "Checkpointer",
+    "Comparison",
     "DirectoryStore",
     "Pruned",
+    "RegionComparison",
     "Report",
     "Retention",
     "Save",
     "State",
     "Store",
+    "Summary",
     "Verified",
     "compact",
+    "compare",
+    "generations",
     "prune",
     "restore",
     "verify",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from ..errors import DamagedCheckpoint, InvalidCheckpoint, NoSuchGeneration
 from ..kernel.packing import all_zero
 from .coding import Decoder, Encoder
-from .reading import Generation, HeldFrames, Window, Workers, default_threads, target_of
+from .reading import Generation, HeldFrames, Window, Workers, default_threads, letting_go, target_of
 from .segments import FRAME_NBYTES, Codec, FrameKind
 from .store import open_store
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .coding import Encoded
     from .manifests import Manifest, RegionEntry, SegmentEntry
     from .segments import SegmentWriter
-    from .store import Kept, Store, Writer
+    from .protocols import Kept, Store, Writer
 
 __all__ = ["Pruned", "Retention", "compact", "compacted", "prune", "removable"]
 
@@ -72,7 +72,7 @@ def compact(
     if type(memory_bytes) is not int or memory_bytes < _LEAST_MEMORY:
         raise InvalidCheckpoint(f"memory_bytes= is a number from {_LEAST_MEMORY} on, not {memory_bytes!r}")
     decoder = Decoder(decrypt)
-    with open_store(store) as opened, opened.writer() as writer:
+    with letting_go(), open_store(store) as opened, opened.writer() as writer:
         with opened.reading():
             found = Generation(opened, opened.manifest(generation), decoder=decoder)
             if _is_compact(found.manifest):
@@ -110,7 +110,7 @@ def compacted(
     The manifest's segments take the place of all up to that generation in the manifests of later ones: those that
     belong to later generations, put behind them, make these as before.
     """
-    with store.reading():
+    with letting_go(), store.reading():
         found = Generation(store, store.manifest(generation), decoder=decoder)
         if _is_compact(found.manifest):
             return found.manifest

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from ..delta import diff
 from ..errors import InvalidCheckpoint
 from .coding import Decoder
-from .reading import Generation, HeldFrames, Window, Workers, default_threads, target_of
+from .reading import Generation, HeldFrames, Window, Workers, default_threads, letting_go, target_of
 from .segments import FRAME_NBYTES
 from .store import open_store
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .manifests import RegionEntry
-    from .store import Store
+    from .protocols import Store
 
 __all__ = ["Comparison", "RegionComparison", "compare"]
 
@@ -78,7 +78,7 @@ def compare(
     if type(memory_bytes) is not int or memory_bytes < 8 * FRAME_NBYTES:
         raise InvalidCheckpoint(f"memory_bytes= is a number from {8 * FRAME_NBYTES} on, not {memory_bytes!r}")
     decoder = Decoder(decrypt)
-    with open_store(store) as opened, opened.reading():
+    with letting_go(), open_store(store) as opened, opened.reading():
         before, after = (Generation(opened, opened.manifest(each), decoder=decoder) for each in (older, newer))
         with Workers(default_threads() if threads is None else threads) as workers:
             comparing = _Comparing(before, after, workers, memory_bytes, progress)

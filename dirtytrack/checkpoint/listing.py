@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import os
 
     from .manifests import Manifest, SegmentEntry
-    from .store import Kept, Store
+    from .protocols import Kept, Store
 
 __all__ = ["Summary", "generations"]
 

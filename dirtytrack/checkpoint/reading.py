@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import traceback
 from array import array
 from bisect import bisect_left, bisect_right
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from ..delta import Delta, apply
 from ..errors import DamagedCheckpoint, InvalidCheckpoint, InvalidDelta, InvalidMemory, StoreFailed
 from ..kernel import core
-from ..kernel.packing import pack, unpack
+from ..kernel.packing import Xxh64, pack, unpack
 from .segments import Codec, FrameKind, SegmentReader
 
 if TYPE_CHECKING:
@@ -24,11 +25,12 @@ if TYPE_CHECKING:
     from .coding import Decoder
     from .manifests import Manifest, RegionEntry, SegmentEntry
     from .segments import Frame
-    from .store import Source, Store
+    from .protocols import Source, Store
 
-__all__ = ["Generation", "Scratch", "Target", "Window", "Workers", "default_threads", "target_of"]
+__all__ = ["Generation", "Scratch", "Target", "Window", "Workers", "default_threads", "letting_go", "target_of"]
 
 _MOST_THREADS = 8
+_PIECE_NBYTES = 256 << 10  # with what it is copied from, it fits into the second level of cache of all that is sold
 _T = TypeVar("_T")
 
 
@@ -124,6 +126,23 @@ class Workers:
     def __exit__(self, *_: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def letting_go() -> Iterator[None]:
+    """Who keeps an error that comes out of here does not keep buffers pinned, which the frames of its traceback hold.
+
+    Before Python 3.12.2 and 3.11.8 the collector may even crash over them, where it finds a pinned memoryview in a
+    cycle (CPython's gh-77894), and whoever catches an error easily makes one of it and his own frame.
+    """
+    try:
+        yield
+    except BaseException as error:
+        chain: BaseException | None = error
+        while chain is not None:
+            traceback.clear_frames(chain.__traceback__)
+            chain = chain.__cause__ or chain.__context__
+        raise
 
 
 # ---- where bytes go
@@ -348,8 +367,7 @@ class Generation:
         raw = frame.codec == Codec.NONE and not frame.encrypted and frame.kind == FrameKind.PAGES
         if raw and target.view is not None and len(frame.runs) == 1 and end - begin == frame.stored_nbytes:
             straight = target.view[runs[0] : runs[0] + runs[1]]
-            source.read_into([straight], frame.offset)
-            reader.check(frame, straight)
+            _read(frame, straight, reader, source)
             return
         plain = held.get(index, frame) if held is not None else None
         if plain is None:
@@ -369,13 +387,23 @@ class Generation:
 
     def _plain(self, frame: Frame, reader: SegmentReader, source: Source) -> Any:
         stored = self._scratch.room("stored", frame.stored_nbytes)
-        source.read_into([stored], frame.offset)
-        reader.check(frame, stored)
+        _read(frame, stored, reader, source)
         assert self._decoder is not None, "who reads bytes has given one"
         try:
             return self._decoder.decode(frame, stored)
         except DamagedCheckpoint as error:
             raise reader.damaged(f"cannot be read: {error}") from error
+
+
+def _read(frame: Frame, room: memoryview, reader: SegmentReader, source: Source) -> None:
+    """Read a frame's stored bytes, and check them while the processor's cache has them."""
+    checksum, at = Xxh64(), 0
+    while (part := room[at : at + _PIECE_NBYTES]).nbytes < room.nbytes - at:
+        source.read_into([part], frame.offset + at)
+        checksum.add(part)
+        at += _PIECE_NBYTES
+    source.read_into([part], frame.offset + at)
+    reader.check_sum(frame, checksum.end(part))
 
 
 class HeldFrames:

@@ -10,7 +10,7 @@ from ..errors import DamagedCheckpoint, InvalidCheckpoint, InvalidMemory, NoSuch
 from ..memory import allocate
 from .buffers import array_of, describe, misfits
 from .coding import Decoder
-from .reading import Generation, Target, Window, Workers, default_threads, target_of
+from .reading import Generation, Target, Window, Workers, default_threads, letting_go, target_of
 from .store import open_store
 from .verifying import segment_damage
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from .buffers import Described, Saveable
     from .manifests import Manifest, RegionEntry, SegmentEntry
-    from .store import Kept, Store
+    from .protocols import Kept, Store
 
 __all__ = ["State", "restore"]
 
@@ -109,9 +109,22 @@ def restore(
     """
     if threads is not None and (type(threads) is not int or threads < 1):
         raise InvalidCheckpoint(f"threads= is a whole number from 1 on, not {threads!r}")
+    with letting_go():
+        return _restored(store, generation, into, fallback, Decoder(decrypt), threads or default_threads(), progress)
+
+
+def _restored(
+    store: Store | str | os.PathLike[str],
+    generation: int | None,
+    into: Mapping[str, Saveable] | None,
+    fallback: bool,
+    decoder: Decoder,
+    threads: int,
+    progress: Callable[[int, int], object] | None,
+) -> State:
     given = _described(into)
     with open_store(store) as opened, opened.reading():
-        restoring = _Restoring(opened, given, Decoder(decrypt), threads or default_threads(), progress)
+        restoring = _Restoring(opened, given, decoder, threads, progress)
         passed_over: list[DamagedCheckpoint] = []
         for number, revisions in _candidates(opened, generation):
             try:

@@ -22,6 +22,7 @@ COMMANDS = {
     "report": "say what a recording has: rates, mappings, hot pages, the written working set",
     "plan": "say what checkpoints and live migration of a recorded program would cost",
     "heatmap": "draw which memory was written when, of a recording: as text, a picture or a page",
+    "ckpt": "list, verify, restore, compare, compact and prune the checkpoints in a store",
     "demo": "index the standard library in tracked memory, epoch by epoch, and compare the cost",
 }
 """By name of the module, which has add_arguments(parser) and run(args) -> exit status."""

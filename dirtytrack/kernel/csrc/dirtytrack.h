@@ -208,6 +208,13 @@ typedef struct dt_span {
 
 /* XXH64 by its specification. */
 uint64_t dt_xxh64(const uint8_t *data, uint64_t length, uint64_t seed);
+/* The same of data in parts: `add` takes as many whole 32 bytes as there are, `end` the last part, whole or not. */
+typedef struct dt_xxh64_parts {
+    uint64_t lane[4], length;
+} dt_xxh64_parts;
+void dt_xxh64_begin(dt_xxh64_parts *parts, uint64_t seed);
+void dt_xxh64_add(dt_xxh64_parts *parts, const uint8_t *data, uint64_t length);
+uint64_t dt_xxh64_end(dt_xxh64_parts *parts, const uint8_t *data, uint64_t length);
 int dt_all_zero(const uint8_t *data, uint64_t length); /* 1 or 0 */
 /* Their sum; UINT64_MAX unless they are in order, disjoint, not empty and within the memory. */
 uint64_t dt_spans_nbytes(const dt_span *spans, uint64_t n, uint64_t memory_nbytes);
