@@ -141,7 +141,7 @@ class Checkpointer:
             self._closing.writer = self._writer
             base = self._resume(resume, described, buffers, decrypt, threads)
             self._costs, mirrors = Costs(deltas=deltas), Mirrors() if deltas else None
-            self._watching = self._closing.watching = Watching(described, base, dict(track or {}), stacklevel=4)
+            self._watching = self._closing.watching = Watching(described, base, dict(track or {}), stacklevel=3)
             self._tending = self._closing.tending = Tending(
                 self._store,
                 self._writer,
@@ -252,7 +252,7 @@ class Checkpointer:
         """
         with self._alone("add"):
             self._require_open()
-            self._watching.add(describe(name, buffer), stacklevel=4)
+            self._watching.add(describe(name, buffer), stacklevel=3)
 
     def remove(self, name: str) -> None:
         """Save a buffer no more, and let go of it. Generations that have it keep it.
@@ -275,7 +275,7 @@ class Checkpointer:
         """
         with self._alone("replace"):
             self._require_open()
-            self._watching.replace(describe(name, buffer), stacklevel=4)
+            self._watching.replace(describe(name, buffer), stacklevel=3)
 
     # ---- saving
 

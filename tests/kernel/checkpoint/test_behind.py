@@ -634,12 +634,12 @@ def test_memory_that_goes_away(where: Path) -> None:
 
     from dirtytrack.errors import RegionGone
 
-    libc_unmapped = mmap.mmap(-1, 9 * PAGE)
-    address = np.frombuffer(libc_unmapped, np.uint8).__array_interface__["data"][0]
-    with Program(where, {"data": paged(9, 1)}, track={}) as program:
+    memory = mmap.mmap(-1, 9 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    address = np.frombuffer(memory, np.uint8).__array_interface__["data"][0]
+    with Program(where, {"data": paged(9, 1)}) as program:
         program.ckpt.add("gone", (address, 9 * PAGE))
         program.ckpt.save().wait()
-        libc_unmapped.close()
+        memory.close()
         program.buffers["data"][0] ^= 0x55
         with pytest.raises(RegionGone):
             program.ckpt.save()
