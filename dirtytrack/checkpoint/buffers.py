@@ -106,7 +106,8 @@ def _numpy_array(buffer: object) -> bool:
 def _dtype_of(array: Any) -> str:
     numpy = sys.modules["numpy"]
     dtype: Any = array.dtype
-    if isinstance(array, numpy.ma.MaskedArray):
+    masked = sys.modules.get("numpy.ma")
+    if masked is not None and isinstance(array, masked.MaskedArray):
         raise InvalidMemory(
             "this is a masked array, which is two: pass its .data and its .mask under names of their own"
         )

@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import (
@@ -18,6 +18,7 @@ from ..errors import (
     InvalidCheckpoint,
     InvalidMemory,
     StoreBusy,
+    StoreFailed,
     UsedAfterFork,
 )
 from ..kernel import core, sets
@@ -37,7 +38,7 @@ from .tending import Tending
 from .watching import Watching
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
     from types import TracebackType
 
@@ -125,10 +126,11 @@ class Checkpointer:
         _require_options(when_busy, quiesce, compact, threads, buffers)
         described = {name: describe(name, buffer) for name, buffer in buffers.items()}
         encoder, decoder = Encoder(compression, level, encrypt), Decoder(decrypt)
-        self._pid, self._lock, self._inside = os.getpid(), threading.RLock(), 0
+        self._pid, self._lock = os.getpid(), threading.RLock()
         self._when_busy, self._quiesce, self._wanted_staging = when_busy, quiesce, staging_bytes
         self._closed, self._unsure = False, False
         self._state: State | None = None
+        self._taken: Save | None = None
         self._closing = _Closing()
         try:
             owned = isinstance(store, (str, os.PathLike))
@@ -139,7 +141,7 @@ class Checkpointer:
             self._closing.writer = self._writer
             base = self._resume(resume, described, buffers, decrypt, threads)
             self._costs, mirrors = Costs(deltas=deltas), Mirrors() if deltas else None
-            self._watching = self._closing.watching = Watching(described, base, dict(track or {}), stacklevel=4)
+            self._watching = self._closing.watching = Watching(described, base, dict(track or {}), stacklevel=3)
             self._tending = self._closing.tending = Tending(
                 self._store,
                 self._writer,
@@ -249,7 +251,8 @@ class Checkpointer:
             CheckpointerClosed, UsedAfterFork, RangeBusy, LimitReached.
         """
         with self._alone("add"):
-            self._watching.add(describe(name, buffer), stacklevel=4)
+            self._require_open()
+            self._watching.add(describe(name, buffer), stacklevel=3)
 
     def remove(self, name: str) -> None:
         """Save a buffer no more, and let go of it. Generations that have it keep it.
@@ -259,6 +262,7 @@ class Checkpointer:
             CheckpointerClosed, UsedAfterFork.
         """
         with self._alone("remove"):
+            self._require_open()
             self._watching.remove(name)
 
     def replace(self, name: str, buffer: Saveable) -> None:
@@ -270,7 +274,8 @@ class Checkpointer:
             CheckpointerClosed, UsedAfterFork, RangeBusy, LimitReached.
         """
         with self._alone("replace"):
-            self._watching.replace(describe(name, buffer), stacklevel=4)
+            self._require_open()
+            self._watching.replace(describe(name, buffer), stacklevel=3)
 
     # ---- saving
 
@@ -293,7 +298,9 @@ class Checkpointer:
         """
         kept = _as_json(meta)
         with self._alone("save"):
+            self._require_open()
             saver, began = self._saver, time.perf_counter()
+            self._recover()
             saver.raise_unreported()
             if self._when_busy == "skip" and saver.busy:
                 return Save(None, "skipped", kept)
@@ -314,14 +321,21 @@ class Checkpointer:
                 taken.save._end("coalesced")
             return save
 
+    def _recover(self) -> None:
+        """From a save that was interrupted, and again while it cleaned up. The caller has the lock."""
+        self._saver.abort_abandoned()
+        if self._taken is not None and not self._taken.done:
+            self._taken._end("failed", StoreFailed("the save that took over its pages was interrupted"))
+
     def _taken_back(self) -> Job | None:
         if self._when_busy != "coalesce":
             return None
-        self._unsure = True
+        before, self._unsure = self._unsure, True
         taken = self._saver.take_back()
         if taken is not None:
+            self._taken = taken.save
             self._watching.tracker.put_back(taken.dirty)
-        self._unsure = False
+        self._unsure = before
         return taken
 
     def _save(self, meta: Any, full: bool) -> Save:
@@ -377,6 +391,11 @@ class Checkpointer:
             UsedAfterFork.
         """
         self._require_own()
+        if not self._lock._is_owned() and self._lock.acquire(blocking=False):  # type: ignore[attr-defined]
+            try:
+                self._recover()
+            finally:
+                self._lock.release()
         done = self._saver.wait(timeout)
         self._saver.raise_unreported()
         return done
@@ -404,9 +423,12 @@ class Checkpointer:
         Raises:
             StoreFailed, or whatever a save failed of that nobody was told of yet; all is let go of first.
         """
-        if os.getpid() != self._pid or self._closed:
+        if os.getpid() != self._pid:
             return
-        with self._alone("close", closed=True):
+        with self._alone("close"):
+            if self._closed:
+                return
+            self._recover()
             self._saver.wait()
             self._closed = True
             self._finalizer.detach()
@@ -432,21 +454,19 @@ class Checkpointer:
                 "this Checkpointer is the parent's: a child that was forked makes one of its own, into another store"
             )
 
-    @contextmanager
-    def _alone(self, doing: str, *, closed: bool = False) -> Iterator[None]:
+    def _alone(self, doing: str) -> threading.RLock:
+        """What keeps other calls away. Whether this thread is in one already is the lock's own knowledge: whatever we
+        noted ourselves, an interrupt could keep us from taking back."""
         self._require_own()
-        if self._inside == threading.get_ident():
+        if self._lock._is_owned():  # type: ignore[attr-defined]
             raise StoreBusy(
                 f"{doing}() was called while this thread is in another call, by a signal handler or quiesce"
             )
-        with self._lock:
-            if self._closed and not closed:
-                raise CheckpointerClosed("this Checkpointer is closed: make another one, with resume=True to go on")
-            self._inside = threading.get_ident()
-            try:
-                yield
-            finally:
-                self._inside = 0
+        return self._lock
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise CheckpointerClosed("this Checkpointer is closed: make another one, with resume=True to go on")
 
 
 # ---- options

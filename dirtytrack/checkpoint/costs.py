@@ -5,7 +5,7 @@ from __future__ import annotations
 
 __all__ = ["Costs"]
 
-_LEAST_NBYTES = 256 << 10  # less tells nothing about the cost of a byte
+_LEAST_NBYTES = 4 << 20  # less tells nothing about the cost of a byte
 _WEIGHT = 0.3  # of the newest measurement
 
 

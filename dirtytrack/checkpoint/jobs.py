@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..errors import UsedAfterFork
+from .bell import Bell
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,15 +50,16 @@ class Save:
         self._state: Literal["saving", "committed", "failed", "skipped", "coalesced"] = "saving"
         self._error: BaseException | None = None
         self._told: Callable[[], object] = int  # that the error came to somebody
-        self._ended, self._pid = threading.Event(), os.getpid()
+        self._bell, self._pid = Bell(), os.getpid()
         if kind == "skipped":
             self._end("skipped")
 
     def _end(
         self, state: Literal["committed", "failed", "skipped", "coalesced"], error: BaseException | None = None
     ) -> None:
-        self._state, self._error = state, error
-        self._ended.set()
+        with self._bell.mutex:
+            self._state, self._error = state, error
+            self._bell.ring()
 
     @property
     def state(self) -> Literal["saving", "committed", "failed", "skipped", "coalesced"]:
@@ -68,7 +69,7 @@ class Save:
     @property
     def done(self) -> bool:
         """Whether it is over: committed, failed, skipped or coalesced."""
-        return self._ended.is_set()
+        return self._state != "saving"
 
     @property
     def error(self) -> BaseException | None:
@@ -92,7 +93,7 @@ class Save:
         if os.getpid() != self._pid and not self.done:
             raise UsedAfterFork("this save is the parent's, and only the parent knows when it is over")
         end = None if timeout is None else time.monotonic() + timeout
-        if not self._ended.wait(timeout):
+        if not self._bell.wait_for(lambda: self.done, timeout):
             return False
         if self._error is not None:
             self._told()

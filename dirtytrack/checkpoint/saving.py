@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import _thread
+import atexit
 import logging
 import threading
 import time
+import weakref
 from collections import deque
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..errors import StoreFailed
 from ..kernel import core, cutting
 from ..kernel.packing import all_zero, xxh64
+from .bell import Bell
 from .crew import Crew
 from .manifests import Manifest
 from .segments import Codec, FrameKind
@@ -78,7 +82,8 @@ class Saver:
         self.frame_nbytes = frame_nbytes
         self._store, self._writer, self._encoder, self._mirrors = store, writer, encoder, mirrors
         self._costs, self._threads, self._put_back, self._tend = costs, threads, put_back, tend
-        self._changed = threading.Condition(threading.Lock())
+        self._bell = Bell()
+        self._mutex = self._bell.mutex
         self._queue: deque[Job] = deque()
         self._current: Job | None = None
         self._thread: threading.Thread | None = None
@@ -103,7 +108,7 @@ class Saver:
 
     def expected(self) -> tuple[int, frozenset[int] | None]:
         """The token, and the numbers of the regions that the next increment can build on; None: it must be full."""
-        with self._changed:
+        with self._mutex:
             lost_at = 0 if self._lost_at is None else self._lost_at
             for job in reversed((*((self._current,) if self._current else ()), *self._queue)):
                 holds = job.token == self._token or (job.full and job.token >= lost_at)
@@ -115,52 +120,70 @@ class Saver:
 
     def forget_base(self) -> None:
         """Nobody knows any more what changed since the last save: the next one is full."""
-        with self._changed:
+        with self._mutex:
             self._token += 1
             self._lost_at = self._token
 
     def submit(self, job: Job) -> None:
         """Put a job behind the others."""
-        with self._changed:
+        with self._mutex:
             job.save._told = self._told_of(job.save)
             if self._thread is None:
-                thread = threading.Thread(target=self._run, name="dirtytrack-save")
-                thread.start()  # which waits for the lock that we have
-                self._thread = thread
+                self._start()
             self._queue.append(job)
-            self._changed.notify_all()
+            self._bell.ring()
+
+    def _start(self) -> None:
+        """By another thread: an interrupt in Thread.start() can leave a thread that never runs."""
+        thread = threading.Thread(target=lambda: self._run(thread), name="dirtytrack-save", daemon=True)
+        self._thread = thread
+        _savers.add(self)
+        try:
+            _thread.start_new_thread(_begin, (thread,))
+        except BaseException:
+            self._thread = None  # should it run all the same, it sees that it is not the one
+            raise
 
     def push(self, job: Job, batch: Batch) -> bool:
         """More of a job is staged. False where it has failed: the room was given back."""
-        with self._changed:
+        with self._mutex:
             if not job.failed:
                 job.batches.append(batch)
-                self._changed.notify_all()
+                self._bell.ring()
                 return True
         self.staging.give_back(batch.room)
         return False
 
     def seal(self, job: Job) -> None:
         """All of a job is staged."""
-        with self._changed:
+        with self._mutex:
             job.sealed = True
-            self._changed.notify_all()
+            self._bell.ring()
 
     def abort(self, job: Job, error: BaseException) -> bool:
         """Whoever stages a job has come to grief: its pages go back, unless it is committed already. False where it
         never came here."""
-        with self._changed:
+        with self._mutex:
             job.aborted, job.sealed = error, True
-            self._changed.notify_all()
+            self._bell.ring()
             return job is self._current or job in self._queue or job.save.done
+
+    def abort_abandoned(self) -> None:
+        """The caller knows that nobody stages any more: what is not sealed was left by somebody who was interrupted, and
+        again while he cleaned up."""
+        with self._mutex:
+            for job in (self._current, *self._queue):
+                if job is not None and not job.sealed:
+                    job.aborted, job.sealed = StoreFailed("its staging was interrupted"), True
+            self._bell.ring()
 
     def take_back(self) -> Job | None:
         """The last job, where it is wholly staged and not begun; its room is free again, its pages are the caller's."""
-        with self._changed:
+        with self._mutex:
             if not self._queue or not self._queue[-1].sealed:
                 return None
             job = self._queue.pop()
-            self._changed.notify_all()
+            self._bell.ring()
         self._free(job)
         return job
 
@@ -173,24 +196,23 @@ class Saver:
             jobs = (self._current, *self._queue)
             return all(job is None or job.aborted is None for job in jobs)
 
-        with self._changed:
-            return self._changed.wait_for(over, timeout)
+        return self._bell.wait_for(over, timeout)
 
     def raise_unreported(self) -> None:
         """Raise what went wrong behind the program's back, once."""
-        with self._changed:
+        with self._mutex:
             found, self._unreported = self._unreported, None
         if found is not None:
             raise found[1]
 
     def report(self, error: BaseException, save: Save | None = None) -> None:
         """Something went wrong that the next call is to raise."""
-        with self._changed:
+        with self._mutex:
             self._unreported = self._unreported or (save, error)
 
     def _told_of(self, save: Save) -> Callable[[], object]:
         def told() -> None:
-            with self._changed:
+            with self._mutex:
                 if self._unreported is not None and self._unreported[0] is save:
                     self._unreported = None
 
@@ -198,7 +220,7 @@ class Saver:
 
     def leave(self, at_end: Callable[[], object]) -> None:
         """Call this when nothing is under way any more, now or then."""
-        with self._changed:
+        with self._mutex:
             if self.busy:
                 self._at_end = at_end
                 return
@@ -206,10 +228,13 @@ class Saver:
 
     # ---- the thread
 
-    def _run(self) -> None:
+    def _run(self, me: threading.Thread) -> None:
         with Crew(self._threads) as crew:
             while True:
-                with self._changed:
+                with self._mutex:
+                    at_end: Callable[[], object] | None = None
+                    if self._thread is not me:
+                        break
                     if not self._queue:
                         self._thread = None
                         at_end, self._at_end = self._at_end, None
@@ -218,9 +243,9 @@ class Saver:
                 try:
                     self._do(job, crew)
                 finally:
-                    with self._changed:
+                    with self._mutex:
                         self._current = None
-                        self._changed.notify_all()
+                        self._bell.ring()
                 del job
         if at_end is not None:
             at_end()
@@ -238,7 +263,7 @@ class Saver:
             parts.abandon()
             self._fail(job, error)
             return
-        with self._changed:
+        with self._mutex:
             self._base = manifest
             if job.full and self._lost_at is not None and job.token >= self._lost_at:
                 self._lost_at = None
@@ -257,11 +282,11 @@ class Saver:
             _log.warning("after generation %d was committed: %s", manifest.generation, error)
             self.report(error)
         else:
-            with self._changed:
+            with self._mutex:
                 self._base = following
 
     def _fail(self, job: Job, error: BaseException) -> None:
-        with self._changed:
+        with self._mutex:
             job.failed = True
         self._free(job)
         self.staging.wake()
@@ -274,18 +299,18 @@ class Saver:
         except BaseException as problem:
             _log.warning("the pages of a failed save cannot be given back, so the next one is full: %s", problem)
             lost = True
-        with self._changed:  # now that they are back
+        with self._mutex:  # now that they are back
             self._token += 1
             if lost:
                 self._lost_at = self._token
             if error is not job.aborted:  # else it was raised where it happened
                 self._unreported = self._unreported or (job.save, error)
-        _log.warning("generation %s was not saved: %s", job.save.generation, error)
+        _log.warning("generation %s was not saved: %r", job.save.generation, error)
         job.save._end("failed", error)
 
     def _free(self, job: Job) -> None:
         while True:
-            with self._changed:
+            with self._mutex:
                 if not job.batches:
                     return
                 batch = job.batches.popleft()
@@ -295,15 +320,15 @@ class Saver:
 
     def _batches(self, job: Job) -> Iterator[Batch]:
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: job.batches or job.sealed)
+            self._bell.wait_for(lambda: job.batches or job.sealed)
+            with self._mutex:
                 if job.aborted is not None:
                     raise job.aborted
                 if not job.batches:
                     return
                 batch = job.batches[0]
             yield batch
-            with self._changed:
+            with self._mutex:
                 job.batches.popleft()
             self.staging.give_back(batch.room)
 
@@ -416,3 +441,25 @@ class _Parts:
     def abandon(self) -> None:
         for segment in self._segments:
             segment.abandon()
+
+
+# ---- threads that begin and end
+
+_savers: weakref.WeakSet[Saver] = weakref.WeakSet()
+
+
+def _begin(thread: threading.Thread) -> None:
+    try:
+        thread.start()
+    except RuntimeError:  # no more threads are to be had; but we are one
+        thread.run()
+
+
+def _finish_all() -> None:
+    """The interpreter ends: what is under way is not lost."""
+    for saver in tuple(_savers):
+        saver.abort_abandoned()
+        saver.wait()
+
+
+atexit.register(_finish_all)

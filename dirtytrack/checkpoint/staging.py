@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import mmap
-import threading
 from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InvalidMemory
 from ..kernel import core
 from ..memory import allocate
+from .bell import Bell
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,7 +65,8 @@ class Staging:
                 memory[at] = 0
         self.view, self._address = memoryview(memory), memory.address
         self._taken: deque[Room] = deque()
-        self._changed = threading.Condition(threading.Lock())
+        self._bell = Bell()
+        self._mutex = self._bell.mutex
 
     def _free(self, least: int) -> Room:
         """A free stretch of at least so many bytes; else the longest."""
@@ -88,11 +89,12 @@ class Staging:
         Returns:
             None where that was not to be had without waiting, or was given up.
         """
-        with self._changed:
-            while (free := self._free(least)).nbytes < least:
-                if given_up is None or given_up():
-                    return None
-                self._changed.wait(1.0)
+        if given_up is not None:
+            self._bell.wait_for(lambda: self._free(least).nbytes >= least or given_up())
+        with self._mutex:
+            free = self._free(least)
+            if free.nbytes < least:
+                return None
             room = Room(free.offset, min(free.nbytes, most))
             self._taken.append(room)
             return room
@@ -103,22 +105,22 @@ class Staging:
 
     def shorten(self, room: Room, nbytes: int) -> None:
         """Give back the end of what was taken last."""
-        with self._changed:
+        with self._mutex:
             room.nbytes = nbytes
 
     def give_back(self, room: Room) -> None:
         """Give a stretch back: the one that was taken first of those that are out, or the last. Again does nothing."""
-        with self._changed:
+        with self._mutex:
             self._taken = deque(each for each in self._taken if each is not room)
-            self._changed.notify_all()
+            self._bell.ring()
 
     def clear(self) -> None:
         """All of it is free."""
-        with self._changed:
+        with self._mutex:
             self._taken.clear()
-            self._changed.notify_all()
+            self._bell.ring()
 
     def wake(self) -> None:
         """Make whoever waits ask whether it was given up."""
-        with self._changed:
-            self._changed.notify_all()
+        with self._mutex:
+            self._bell.ring()

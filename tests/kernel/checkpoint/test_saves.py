@@ -19,7 +19,7 @@ import dirtytrack
 from dirtytrack.checkpoint import Checkpointer, restore, verify
 from dirtytrack.checkpoint.segments import FrameKind
 from dirtytrack.checkpoint.store import DirectoryStore
-from dirtytrack.errors import InvalidCheckpoint, InvalidMemory
+from dirtytrack.errors import BlindSpotWarning, InvalidCheckpoint, InvalidMemory
 from dirtytrack.kernel import core
 from tests.generations import Keyed
 from tests.saving import PAGE, Program, bytes_of, paged, require_equal, scribble
@@ -89,6 +89,15 @@ def test_arrays_come_back_as_they_were(where: Path, dtype: Any, shape: tuple[int
     into = np.zeros_like(grid)
     restore(where, into={"grid": into})
     assert into.tobytes() == grid.tobytes()
+
+
+def test_memory_that_others_may_write_is_warned_of_where_it_was_given(where: Path) -> None:
+    with pytest.warns(BlindSpotWarning, match="'it'") as caught:
+        ckpt = Checkpointer(where, {"it": mmap.mmap(-1, PAGE)})
+    with ckpt, pytest.warns(BlindSpotWarning, match="'more'") as more:
+        ckpt.add("more", mmap.mmap(-1, PAGE))
+        ckpt.replace("more", mmap.mmap(-1, PAGE))
+    assert {each.filename for each in (*caught, *more)} == {__file__}
 
 
 def test_a_raw_range(where: Path) -> None:
@@ -244,7 +253,7 @@ def test_meta_is_kept_as_it_was(where: Path) -> None:
 
 
 def test_buffers_come_and_go(where: Path) -> None:
-    with Program(where, {"a": np.zeros(20 * PAGE, np.uint8)}) as program:
+    with Program(where, {"a": paged(20)}) as program:
         ckpt, buffers = program.ckpt, program.buffers
         program.save()
         buffers["b"] = np.arange(5000)
