@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import (
     CheckpointerClosed,
+    DamagedCheckpoint,
     InvalidCheckpoint,
     InvalidMemory,
     StoreBusy,
@@ -190,7 +191,10 @@ class Checkpointer:
         if resume is True and not self._store.catalog():
             return None
         generation = None if resume is True else resume
-        there = [region.name for region in self._store.manifest(generation).regions]
+        try:
+            there = [region.name for region in self._store.manifest(generation).regions]
+        except DamagedCheckpoint:  # restoring says it too, and which older one is whole
+            there = []
         lacking = [name for name in there if name not in described]
         if lacking:
             raise InvalidMemory(

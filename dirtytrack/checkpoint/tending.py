@@ -8,6 +8,7 @@ import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ..errors import DirtyTrackError
 from .chains import compacted, removable
 from .protocols import Kept
 
@@ -69,6 +70,7 @@ class Tending:
         self._before: Manifest | None = None  # what is compacted
         self._after: Manifest | None = None  # what came of it
         self._stop = False
+        self._put_off = 0  # the newest generation when something was to be removed, and could not be
 
     def __call__(self, manifest: Manifest) -> Manifest:
         """A generation was committed."""
@@ -79,12 +81,14 @@ class Tending:
             else:
                 self.full_next = True
         if self._retain is not None:
-            held = 0 if self._before is None else self._before.generation
-            gone = removable(self._store, self._retain, whole=manifest.generation)
-            gone = tuple(each for each in gone if each.generation != held)
-            if gone:
-                self._writer.remove(gone)
+            self._prune(self._retain, manifest.generation)
         return manifest
+
+    def _prune(self, retain: Retention, newest: int) -> None:
+        held = 0 if self._before is None else self._before.generation
+        gone = [each for each in removable(self._store, retain, whole=newest) if each.generation != held]
+        done = not gone or self._writer.remove(gone)
+        self._put_off = 0 if done else newest  # somebody reads, or it is compacted
 
     @staticmethod
     def _has_grown(manifest: Manifest, bound: float) -> bool:
@@ -143,3 +147,8 @@ class Tending:
         self._stop = True
         if self._thread is not None:
             self._thread.join()
+        if self._put_off and self._retain is not None:
+            try:
+                self._prune(self._retain, self._put_off)
+            except DirtyTrackError as error:  # another time
+                _log.warning("older generations were not removed: %s", error)
