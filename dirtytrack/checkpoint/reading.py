@@ -290,16 +290,16 @@ class Generation:
         self, frame: Frame, window: Window, index: int, reader: SegmentReader, source: Source, held: HeldFrames | None
     ) -> None:
         low, target = window.low, window.target
+        if frame.codec == Codec.NONE and frame.kind == FrameKind.PAGES and not frame.encrypted and len(frame.runs) == 1:
+            at, nbytes = frame.runs[0, 0] - low, frame.stored_nbytes
+            if target.view is not None and 0 <= at <= target.nbytes - nbytes:
+                _read(frame, target.view[at : at + nbytes], reader, source)
+                return
         runs, begin, end = _clipped(frame.runs, low, low + target.nbytes)
         if not len(runs):
             return
         if frame.kind == FrameKind.ZEROS:
             unpack(target.address, target.nbytes, runs, None, unpinned=target.view is None)
-            return
-        raw = frame.codec == Codec.NONE and not frame.encrypted and frame.kind == FrameKind.PAGES
-        if raw and target.view is not None and len(frame.runs) == 1 and end - begin == frame.stored_nbytes:
-            straight = target.view[runs[0] : runs[0] + runs[1]]
-            _read(frame, straight, reader, source)
             return
         plain: Any = held.get(index, frame) if held is not None else None
         if plain is None:

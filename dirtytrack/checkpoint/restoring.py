@@ -90,7 +90,8 @@ def restore(
         generation: which; the newest where it is left out.
         into: buffers by name, as they were saved: of the same length, and where both are known of the same type and
             shape. Only those are restored. Nobody else may write to them meanwhile. Left out: all, into new memory.
-        fallback: where that generation is damaged, take the newest older one that is not; ``passed_over`` of the state tells.
+        fallback: where that generation is damaged, take the newest older one that is not; the state's
+            ``passed_over`` tells.
         decrypt: undoes what ``encrypt=`` of `Checkpointer` did; called from several threads.
         threads: how many read, check and decompress; one for each processor, up to eight, where it is left out.
         progress: called with the stored bytes that are done and those that there are, now and then, in this thread;

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Restoring, compacting, pruning and comparing what a `Checkpointer` saved: beside it, after it, into tracked memory."""
+"""Restoring, compacting, pruning and comparing what a `Checkpointer` saved: beside it, after it, into tracked pages."""
 
 from __future__ import annotations
 
