@@ -201,6 +201,20 @@ def test_retention(where: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(DirectoryStore(where).segments()) == named
 
 
+def test_what_is_compacted_is_not_pruned_before_a_generation_has_it(
+    where: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tending, "_SPARE_NBYTES", 0)
+    options: dict[str, Any] = {"retain": Retention(last=1), "compact": 0.5, "compression": None}
+    with Program(where, {"grid": paged(50, 1)}, **options) as program:
+        for number in range(60):
+            program.scribble(0.1)
+            save = program.save()
+            if number % 2:
+                wait_for_compaction(program.ckpt)
+        program.check(save.generation or 0)
+
+
 def test_what_cannot_be_compacted_is_saved_anew(where: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tending, "_SPARE_NBYTES", 0)
     with Program(where, {"grid": paged(50, 1)}, compact=1.0, compression=None, encrypt=Keyed(5)) as program:
