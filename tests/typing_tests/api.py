@@ -186,3 +186,19 @@ def stores() -> None:
         assert_type(report.whole, int | None)
         assert_type([each.damage for each in report.checked], list[tuple[str, ...]])
     checkpoint.verify("runs/a", 17)
+
+
+def checkpoints() -> None:
+    table = bytearray(4096)
+    with checkpoint.Checkpointer("runs/a", {"table": table}, retain=checkpoint.Retention(last=3)) as ckpt:
+        save = ckpt.save({"step": 1})
+        assert_type(save, checkpoint.Save)
+        assert_type(save.wait(), bool)
+    state = checkpoint.restore("runs/a", into={"table": table}, generation=17, fallback=True, progress=print)
+    assert_type(state, checkpoint.State)
+    assert_type(state.generation, int)
+    assert_type(state.regions[0], checkpoint.RegionEntry)
+    assert_type(checkpoint.compact("runs/a", memory_bytes=16 << 20), checkpoint.Manifest)
+    assert_type(checkpoint.prune("runs/a", checkpoint.Retention(age_seconds=3600)).removed, tuple[int, ...])
+    assert_type(checkpoint.compare("runs/a", 1, 2).regions[0].runs, tuple[tuple[int, int], ...])
+    assert_type(checkpoint.generations("runs/a"), tuple[checkpoint.Summary, ...])

@@ -289,6 +289,12 @@ def test_another_key_is_refused(where: Path, stored: str) -> None:
     with pytest.raises(InvalidCheckpoint, match="returns bytes"):
         restore(made.store, decrypt=print)  # type: ignore[arg-type]
 
+    def notices(data: bytes) -> bytes:
+        raise ArithmeticError("the tag does not match")
+
+    with pytest.raises(InvalidCheckpoint, match=r"refuses a frame \(ArithmeticError: the tag .* another key"):
+        restore(made.store, decrypt=notices)
+
 
 # ---- what is damaged
 
