@@ -143,6 +143,7 @@ def test_what_is_damaged_is_not_compacted(where: Path) -> None:
     assert [each.revision for each in generations(made.store)] == [0] * 6 and not made.store.strangers()
 
 
+@pytest.mark.unsanitized("it keeps what was freed")
 def test_a_scattered_chain_is_compacted_in_little_memory(where: Path) -> None:
     """Eight windows, frames of pages that lie in all of them: and never more memory than was said."""
     script = f"""

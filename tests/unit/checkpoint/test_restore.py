@@ -193,6 +193,26 @@ def test_a_chain_is_longer_than_files_may_be_open(where: Path) -> None:
     assert bytes_of(restore(made.store)) == made.truth[50]
 
 
+@pytest.mark.unsanitized("it keeps what was freed")
+def test_it_takes_no_more_memory_than_the_buffers_and_the_frames_in_flight(where: Path) -> None:
+    made = History(DirectoryStore(where / "store", create=True), compression="zstd", frame_bytes=1 << 20)
+    made.add("x", 24 << 20)
+    made.save()
+    for _ in range(3):
+        made.write(500)
+        made.save()
+    script = """
+import resource, sys
+from dirtytrack.checkpoint import restore
+into = bytearray(b"x") * (24 << 20)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+restore(sys.argv[1], into={"x": into}, threads=2)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script, where / "store"], check=True, capture_output=True, text=True)
+    assert int(done.stdout) < 16 << 10, "KiB more than before, with the modules that were loaded"
+
+
 # ---- what is refused, before anything is overwritten
 
 
