@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .algebra import algebra
 from .bare import Bare
+from .checkpoint import checkpoint
 from .collect import collect, listeners
 from .comparing import comparing
 from .content import changed, collect_into, gather
@@ -41,6 +42,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "process": process,
     "reading": reading,
     "attaching": attaching,
+    "checkpoint": checkpoint,
 }
 
 
