@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dirtytrack.checkpoint import Checkpointer, DirectoryStore, Retention, restore, tending, verify
-from dirtytrack.errors import DamagedCheckpoint, InvalidMemory, NoSuchGeneration, StoreFailed
+from dirtytrack.errors import DamagedCheckpoint, InvalidCheckpoint, InvalidMemory, NoSuchGeneration, StoreFailed
 from tests.generations import Keyed
 from tests.saving import PAGE, Program, paged, require_equal
 from tests.storing import Failing
@@ -241,13 +241,14 @@ def test_a_compaction_that_fails_is_told_and_harms_nothing(where: Path, monkeypa
         program.scribble(0.1)
         try:
             program.save()
-        except OverflowError:
+        except InvalidCheckpoint as error:
+            assert isinstance(error.__cause__, OverflowError)
             told += 1
         wait_for_compaction(program.ckpt)
     assert told
     try:
         program.close()
-    except OverflowError:
+    except InvalidCheckpoint:
         pass
     program.check()
 
