@@ -4,8 +4,37 @@
 ``import dirtytrack`` does not import this.
 """
 
+from .chains import Pruned, Retention, compact, prune
+from .checkpointer import Checkpointer
+from .comparing import Comparison, RegionComparison, compare
+from .jobs import Save
+from .listing import Summary, generations
+from .manifests import Manifest, RegionEntry, SegmentEntry
 from .protocols import Store
+from .restoring import State, restore
 from .store import DirectoryStore
 from .verifying import Report, Verified, verify
 
-__all__ = ["DirectoryStore", "Report", "Store", "Verified", "verify"]
+__all__ = [
+    "Checkpointer",
+    "Comparison",
+    "DirectoryStore",
+    "Manifest",
+    "Pruned",
+    "RegionComparison",
+    "RegionEntry",
+    "Report",
+    "Retention",
+    "Save",
+    "SegmentEntry",
+    "State",
+    "Store",
+    "Summary",
+    "Verified",
+    "compact",
+    "compare",
+    "generations",
+    "prune",
+    "restore",
+    "verify",
+]

@@ -318,7 +318,11 @@ class SegmentReader:
         Raises:
             DamagedCheckpoint: they are not what was written.
         """
-        if xxh64(stored) != frame.checksum:
+        self.check_sum(frame, xxh64(stored))
+
+    def check_sum(self, frame: Frame, checksum: int) -> None:
+        """As `check`, of stored bytes with this checksum."""
+        if checksum != frame.checksum:
             raise self.damaged(f"is damaged between {frame.offset} and {frame.offset + frame.stored_nbytes}")
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ from .failures import raise_failure
 if TYPE_CHECKING:
     from .core import CData
 
-__all__ = ["all_zero", "pack", "runs_nbytes", "unpack", "xxh64"]
+__all__ = ["Xxh64", "all_zero", "pack", "runs_nbytes", "unpack", "xxh64"]
 
 _NO_RUNS = 2**64 - 1
 
@@ -23,6 +23,29 @@ def xxh64(data: Any, seed: int = 0) -> int:
     core.load()
     pinned = core.pin(data, writable=False)
     return core.lib.dt_xxh64(pinned, len(pinned), seed)
+
+
+class Xxh64:
+    """XXH64 of what comes in parts, each but the last of a multiple of 32 bytes. One thread at a time."""
+
+    __slots__ = ("_parts",)
+
+    def __init__(self, seed: int = 0) -> None:
+        core.load()
+        self._parts = core.ffi.new("dt_xxh64_parts *")
+        core.lib.dt_xxh64_begin(self._parts, seed)
+
+    def add(self, data: Any) -> None:
+        """A part that is not the last, a contiguous buffer."""
+        pinned = core.pin(data, writable=False)
+        if len(pinned) % 32:
+            raise InvalidMemory(f"a checksum is computed of parts of whole 32 bytes, not of {len(pinned)}")
+        core.lib.dt_xxh64_add(self._parts, pinned, len(pinned))
+
+    def end(self, data: Any) -> int:
+        """The last part; the checksum of all."""
+        pinned = core.pin(data, writable=False)
+        return core.lib.dt_xxh64_end(self._parts, pinned, len(pinned))
 
 
 def all_zero(data: Any) -> bool:

@@ -96,6 +96,19 @@ static void test_xxh64(void)
     CHECK(dt_xxh64((const uint8_t *)"abc", 3, 0) == UINT64_C(0x44BC2CF5AD770999));
     const char *line = "Nobody inspects the spammish repetition";
     CHECK(dt_xxh64((const uint8_t *)line, strlen(line), 0) == UINT64_C(0xFBCEA83C8A378BF1));
+
+    uint8_t data[300];
+    for (unsigned i = 0; i < sizeof data; i++)
+        data[i] = (uint8_t)(i * 37 + 11);
+    for (uint64_t length = 0; length <= sizeof data; length++)
+        for (uint64_t part = 32; part <= 128; part += 32) {
+            dt_xxh64_parts parts;
+            dt_xxh64_begin(&parts, 7);
+            uint64_t at = 0;
+            for (; length - at > part; at += part)
+                dt_xxh64_add(&parts, data + at, part);
+            CHECK(dt_xxh64_end(&parts, data + at, length - at) == dt_xxh64(data, length, 7));
+        }
 }
 
 int main(void)

@@ -209,3 +209,19 @@ def collector(memory: dirtytrack.Memory, tracker: dirtytrack.DirtyTracker, low: 
     cards.update()
     assert_type(crossing.objects_on(cards.dirty_ranges()), memoryview)
     assert_type(cards.index(low), tuple[dirtytrack.Region, int])
+
+
+def checkpoints() -> None:
+    table = bytearray(4096)
+    with checkpoint.Checkpointer("runs/a", {"table": table}, retain=checkpoint.Retention(last=3)) as ckpt:
+        save = ckpt.save({"step": 1})
+        assert_type(save, checkpoint.Save)
+        assert_type(save.wait(), bool)
+    state = checkpoint.restore("runs/a", into={"table": table}, generation=17, fallback=True, progress=print)
+    assert_type(state, checkpoint.State)
+    assert_type(state.generation, int)
+    assert_type(state.regions[0], checkpoint.RegionEntry)
+    assert_type(checkpoint.compact("runs/a", memory_bytes=16 << 20), checkpoint.Manifest)
+    assert_type(checkpoint.prune("runs/a", checkpoint.Retention(age_seconds=3600)).removed, tuple[int, ...])
+    assert_type(checkpoint.compare("runs/a", 1, 2).regions[0].runs, tuple[tuple[int, int], ...])
+    assert_type(checkpoint.generations("runs/a"), tuple[checkpoint.Summary, ...])

@@ -351,20 +351,35 @@ static uint64_t word_at(const uint8_t *at)
 }
 static uint64_t mixed(uint64_t lane, uint64_t word) { return rotated(lane + word * P2, 31) * P1; }
 
-uint64_t dt_xxh64(const uint8_t *at, uint64_t length, uint64_t seed)
+void dt_xxh64_begin(dt_xxh64_parts *parts, uint64_t seed)
 {
+    *parts = (dt_xxh64_parts){{seed + P1 + P2, seed + P2, seed, seed - P1}, 0};
+}
+
+void dt_xxh64_add(dt_xxh64_parts *parts, const uint8_t *at, uint64_t length)
+{
+    uint64_t lane[4];
+    memcpy(lane, parts->lane, sizeof lane); /* so that they live in registers */
+    for (const uint8_t *end = at + dt_down(length, 32); at < end; at += 32)
+        for (unsigned i = 0; i < 4; i++)
+            lane[i] = mixed(lane[i], word_at(at + 8 * i));
+    memcpy(parts->lane, lane, sizeof lane);
+    parts->length += dt_down(length, 32);
+}
+
+uint64_t dt_xxh64_end(dt_xxh64_parts *parts, const uint8_t *at, uint64_t length)
+{
+    dt_xxh64_add(parts, at, length);
     const uint8_t *end = at + length;
-    uint64_t h = seed + P5;
-    if (length >= 32) {
-        uint64_t lane[4] = {seed + P1 + P2, seed + P2, seed, seed - P1};
-        for (; end - at >= 32; at += 32)
-            for (unsigned i = 0; i < 4; i++)
-                lane[i] = mixed(lane[i], word_at(at + 8 * i));
+    const uint64_t *lane = parts->lane;
+    uint64_t h = lane[2] + P5; /* the seed, where there was nothing to mix in */
+    at += dt_down(length, 32);
+    if (parts->length) {
         h = rotated(lane[0], 1) + rotated(lane[1], 7) + rotated(lane[2], 12) + rotated(lane[3], 18);
         for (unsigned i = 0; i < 4; i++)
             h = (h ^ mixed(0, lane[i])) * P1 + P4;
     }
-    h += length;
+    h += parts->length + (uint64_t)(end - at);
     for (; end - at >= 8; at += 8)
         h = rotated(h ^ mixed(0, word_at(at)), 27) * P1 + P4;
     if (end - at >= 4) {
@@ -378,6 +393,13 @@ uint64_t dt_xxh64(const uint8_t *at, uint64_t length, uint64_t seed)
     h = (h ^ h >> 33) * P2;
     h = (h ^ h >> 29) * P3;
     return h ^ h >> 32;
+}
+
+uint64_t dt_xxh64(const uint8_t *data, uint64_t length, uint64_t seed)
+{
+    dt_xxh64_parts parts;
+    dt_xxh64_begin(&parts, seed);
+    return dt_xxh64_end(&parts, data, length);
 }
 
 uint64_t dt_delta_checksum(const uint8_t *delta, uint64_t length)

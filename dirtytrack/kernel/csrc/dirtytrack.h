@@ -208,6 +208,13 @@ typedef struct dt_span {
 
 /* XXH64 by its specification. */
 uint64_t dt_xxh64(const uint8_t *data, uint64_t length, uint64_t seed);
+/* The same of data in parts: `add` takes as many whole 32 bytes as there are, `end` the last part, whole or not. */
+typedef struct dt_xxh64_parts {
+    uint64_t lane[4], length;
+} dt_xxh64_parts;
+void dt_xxh64_begin(dt_xxh64_parts *parts, uint64_t seed);
+void dt_xxh64_add(dt_xxh64_parts *parts, const uint8_t *data, uint64_t length);
+uint64_t dt_xxh64_end(dt_xxh64_parts *parts, const uint8_t *data, uint64_t length);
 int dt_all_zero(const uint8_t *data, uint64_t length); /* 1 or 0 */
 /* Their sum; UINT64_MAX unless they are in order, disjoint, not empty and within the memory. */
 uint64_t dt_spans_nbytes(const dt_span *spans, uint64_t n, uint64_t memory_nbytes);
@@ -333,6 +340,18 @@ int dt_moving_put(const dt_moving *m, const dt_stretch *stretches, uint64_t n, c
  * or the number behind the last. */
 int dt_moving_digest(const dt_moving *m, uint64_t first, uint64_t count, int check, uint64_t *at, dt_failure *why);
 void dt_page_digest(const uint8_t *page, uint64_t page_bytes, const uint8_t *key, uint64_t *out); /* two numbers */
+/* A part of what a set has of one of several memories: `count` spans, from the `first` of all on. */
+typedef struct dt_cut {
+    uint64_t memory; /* its index */
+    uint64_t first, count;
+    uint64_t nbytes; /* of the spans together */
+} dt_cut;
+
+/* Cuts what the set has of each memory's own bytes into parts of at most `most_nbytes` > 0, memory by memory; memories may
+ * overlap and be in any order. Writes at most as much as there is room for. `total`: how many cuts there are (as
+ * `memory`), how many spans, how many bytes. */
+void dt_set_cut(const dt_set *set, const dt_extent *memories, uint64_t n, uint64_t most_nbytes, dt_span *spans,
+                uint64_t span_room, dt_cut *cuts, uint64_t cut_room, dt_cut *total);
 
 /* ---- mappings and raw scans ---------------------------------------------------------------------------------- */
 

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: MIT
+"""Checkpoints: the stall against a bare collect and memcpy; a save against numpy.save; a full one against pwrite."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dirtytrack.checkpoint import Checkpointer, Retention
+
+from .bare import Bare, address_of
+from .harness import GIB, MIB, Arena, Row, Settings, arena, flat, paired, scattered, show_bytes
+
+SHARES = (0.001, 0.01, 0.1)
+STAGING_SHARE = 0.12  # of the memory: the dirty bytes fit
+MOST_STALL, EXTRA_STALL_NS = 1.15, 100_000
+LEAST_SPEED_UP, LEAST_FULL_SPEED = 20.0, 0.8
+CHUNK = MIB
+FEW_ROUNDS = 5  # of what writes all of the memory to a disk
+
+
+@contextmanager
+def saving(space: Arena, where: Path, **options: Any) -> Iterator[Checkpointer]:
+    """A Checkpointer of the arena that has saved once; it keeps little."""
+    track = {"session": space.trackers[0].session, "exact": True}
+    staging_bytes = max(1 << 16, int(space.memory.nbytes * STAGING_SHARE))
+    options = {"compression": None, "retain": Retention(last=1), "compact": None, "track": track, **options}
+    with Checkpointer(where / "store", {"memory": space.memory}, staging_bytes=staging_bytes, **options) as ckpt:
+        ckpt.save().wait()
+        yield ckpt
+
+
+@contextmanager
+def directory() -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp(prefix="dirtytrack-benchmark-"))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def timed(run: Callable[[], object]) -> int:
+    begin = time.perf_counter_ns()
+    run()
+    return time.perf_counter_ns() - begin
+
+
+def synced(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file, and wait until it and its name are durable."""
+    write(path)
+    for each in (path, path.parent):
+        file = os.open(each, os.O_RDONLY)
+        os.fsync(file)
+        os.close(file)
+
+
+def stall(settings: Settings, bare: Bare, space: Arena, where: Path, nbytes: int) -> Iterator[Row]:
+    staging = np.empty(max(1 << 16, int(nbytes * STAGING_SHARE)), np.uint8)
+    bare.populate(address_of(staging), staging.nbytes)
+    start, end, address = space.region.start, space.region.end, address_of(staging)
+    with saving(space, where) as ckpt:
+        for share in SHARES:
+            pages = scattered(space.page_count, share)
+            bare.write(start, pages)
+            space.trackers[0].collect()  # what was written before
+            bare.write(start, pages)
+            runs = flat(space.trackers[0].collect().runs)
+
+            def prepare(pages: Any = pages) -> None:
+                ckpt.wait()
+                bare.write(start, pages)
+                space.rehearse()
+
+            def ours(count: int = len(pages)) -> int:
+                save = ckpt.save()
+                assert save.kind == "increment"
+                return int(save.stall_seconds * 1e9)
+
+            def loop(runs: Any = runs) -> int:
+                return bare.collect(start, end)[0] + bare.gather(runs, address)
+
+            pair = paired(settings, prepare, ours, loop)
+            yield pair.cost_row(f"stall {show_bytes(nbytes)}, {share:.4g} dirty", MOST_STALL, EXTRA_STALL_NS)
+
+
+def others(where: Path, data: Any) -> Iterator[tuple[str, Callable[[], object]]]:
+    """How else one saves an array, durably."""
+    yield "numpy.save", lambda: synced(where / "all.npy", lambda path: np.save(path, data))
+    if find_spec("zarr"):
+        zarr = import_module("zarr")
+
+        def to_zarr() -> None:
+            shutil.rmtree(where / "all.zarr", ignore_errors=True)
+            zarr.save(str(where / "all.zarr"), data)
+            os.sync()
+
+        yield "zarr.save", to_zarr
+    if find_spec("torch"):
+        torch = import_module("torch")
+        tensor = torch.from_numpy(data)
+        yield "torch.save", lambda: synced(where / "all.pt", lambda path: torch.save(tensor, path))
+        saved = import_module("torch.distributed.checkpoint")
+
+        def to_dcp() -> None:
+            shutil.rmtree(where / "all.dcp", ignore_errors=True)
+            saved.save({"data": tensor}, checkpoint_id=str(where / "all.dcp"))
+            os.sync()
+
+        yield "torch DCP", to_dcp
+
+
+def end_to_end(settings: Settings, bare: Bare, space: Arena, where: Path, nbytes: int) -> Iterator[Row]:
+    data = np.frombuffer(space.memory, np.uint8)
+    pages = scattered(space.page_count, 0.01)
+    with saving(space, where) as ckpt:
+
+        def prepare() -> None:
+            ckpt.wait()
+            bare.write(space.region.start, pages)
+
+        for name, save_all in others(where, data):
+            pair = paired(
+                settings,
+                prepare,
+                lambda: timed(lambda: ckpt.save().wait()),
+                lambda run=save_all: timed(run),  # type: ignore[misc]
+            )
+            title = f"{show_bytes(nbytes)}, 0.01 dirty, to {name}"
+            yield pair.speed_row(title, LEAST_SPEED_UP) if name == "numpy.save" else pair.told_row(title)
+
+
+def full(settings: Settings, bare: Bare, space: Arena, where: Path, nbytes: int) -> Iterator[Row]:
+    view = memoryview(space.memory)
+
+    def write(path: Path) -> None:
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        for at in range(0, nbytes, CHUNK):
+            os.pwrite(file, view[at : at + CHUNK], at)
+        os.close(file)
+
+    def prepare() -> None:
+        ckpt.wait()
+        (where / "all").unlink(missing_ok=True)
+        os.sync()
+
+    with saving(space, where) as ckpt:
+        pair = paired(
+            settings,
+            prepare,
+            lambda: timed(lambda: ckpt.save(full=True).wait()),
+            lambda: timed(lambda: synced(where / "all", write)),
+        )
+        yield pair.speed_row(f"full {show_bytes(nbytes)}", LEAST_FULL_SPEED)
+
+
+def checkpoint(settings: Settings, bare: Bare) -> Iterator[Row]:
+    """Saves into a store on the disk of the temporary directory (TMPDIR), beside other ways, with the same fsyncs."""
+    few = replace(settings, least_rounds=min(settings.least_rounds, FEW_ROUNDS), most_rounds=FEW_ROUNDS)
+    for nbytes in settings.sizes(GIB):
+        for measure, how_long in ((stall, settings), (end_to_end, few), (full, few)):
+            with arena(bare, nbytes) as space, directory() as where:
+                np.frombuffer(space.memory, np.uint64)[:] = np.arange(nbytes // 8, dtype=np.uint64) * 0x9E3779B97F4A7C15
+                space.trackers[0].collect()
+                yield from measure(how_long, bare, space, where, nbytes)
