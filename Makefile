@@ -9,6 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 CSRC := dirtytrack/kernel/csrc
+BESIDE := tests/unit tests/kernel/checkpoint tests/kernel/gc tests/kernel/migration
 CORE := $(wildcard $(CSRC)/*.c)
 HEADERS := $(wildcard $(CSRC)/*.h)
 C_TESTS := $(wildcard tests/c/*.c)
@@ -112,7 +113,16 @@ bench-observe: $(VENV)/.test ## measure what recording costs redis (apt-get inst
 
 .PHONY: test
 test: $(VENV)/.test c-test ## set up, then all tests; with CI=true a skipped test is a failure
+ifneq ($(strip $(ARGS)),)
 	$(BIN)/python -m pytest --durations=15 $(ARGS)
+else
+# Two runs side by side: what takes huge pages, swap or settings from the machine is all in the second.
+	@mkdir -p build
+	@$(BIN)/python -m pytest --durations=15 $(BESIDE) >build/beside.log 2>&1 & beside=$$!; \
+	$(BIN)/python -m pytest --durations=15 tests $(BESIDE:%=--ignore %); status=$$?; \
+	wait $$beside || status=1; \
+	echo "== beside it: $(BESIDE)"; cat build/beside.log; exit $$status
+endif
 
 .PHONY: c-test
 c-test: $(C_TESTS:tests/c/%.c=build/c/%.ran) ## the C core with its own tests, without Python

@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import os
 import platform
+import signal
 from collections.abc import Generator
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +33,9 @@ MAY_BE_SKIPPED: dict[str, str] = {
     "tests/programs/test_freezer.py::": "a container may have no cgroup of version 2, or none that it may write to",
     "tests/kernel/failures/test_processes.py::test_freezing_": "the same",
 }
+
+# What a shell runs in the background ignores Ctrl-C, and so would all that is started here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile(
     "dirtytrack", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True, derandomize=IN_CI
