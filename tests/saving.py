@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def bytes_of(buffer: Any) -> np.ndarray[Any, Any]:
     if isinstance(buffer, np.ndarray):
         return buffer.reshape(-1).view(np.uint8)
     if hasattr(buffer, "untyped_storage"):
-        import torch
+        torch: Any = import_module("torch")
 
         found: np.ndarray[Any, Any] = buffer.detach().reshape(-1).view(torch.uint8).numpy()
         return found
@@ -60,7 +61,10 @@ def scribble(buffer: Any, draw: random.Random, share: float = 0.1) -> None:
 
 
 def require_equal(
-    where: Path | DirectoryStore, expected: Mapping[str, bytes], generation: int | None = None, decrypt: Decrypt | None = None
+    where: Path | DirectoryStore,
+    expected: Mapping[str, bytes],
+    generation: int | None = None,
+    decrypt: Decrypt | None = None,
 ) -> None:
     """The generation is these bytes: by `restore`, and by the plainest way to put frames together."""
     store = where if isinstance(where, DirectoryStore) else DirectoryStore(where)
@@ -75,7 +79,9 @@ def require_equal(
 class Program:
     """Buffers, and what each generation of them is."""
 
-    def __init__(self, where: Path | DirectoryStore, buffers: Mapping[str, Any], *, seed: int = 1, **options: Any) -> None:
+    def __init__(
+        self, where: Path | DirectoryStore, buffers: Mapping[str, Any], *, seed: int = 1, **options: Any
+    ) -> None:
         self.where, self.buffers, self.draw = where, dict(buffers), random.Random(seed)
         self.decrypt: Decrypt | None = options.get("decrypt")
         self.truth: dict[int, dict[str, bytes]] = {}

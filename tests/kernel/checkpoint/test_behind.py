@@ -28,7 +28,6 @@ from dirtytrack.errors import CheckpointerClosed, DirtyTrackError, InvalidMemory
 from tests.saving import PAGE, Program, paged, require_equal
 from tests.storing import Failing, Hooked
 
-
 PACKAGE = str(Path(dirtytrack.__file__).parent)
 FINALIZERS = ("_let_go", "__del__")
 
@@ -307,7 +306,9 @@ def test_what_was_made_on_a_failed_save_fails_too(where: Path) -> None:
             self.gate.set()
 
         def operate(self, name: str, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
-            return Failing.operate(self, name, lambda *a, **o: Gated.operate(self, name, call, *a, **o), *args, **options)
+            return Failing.operate(
+                self, name, lambda *a, **o: Gated.operate(self, name, call, *a, **o), *args, **options
+            )
 
     files = Both()
     store = DirectoryStore(where, create=True, files=files)
@@ -357,7 +358,7 @@ def test_an_error_is_told_once(where: Path) -> None:
     for _ in range(2):
         with pytest.raises(StoreFailed):
             save.wait()
-    assert program.save()
+    program.save()
     fail()  # by wait
     with pytest.raises(StoreFailed):
         ckpt.wait()
@@ -381,7 +382,7 @@ def test_an_error_in_the_block_is_not_hidden_by_one_of_the_store(where: Path) ->
 
 
 def test_encrypt_that_fails(where: Path) -> None:
-    broken = []
+    broken: list[int] = []
 
     def encrypt(data: bytes) -> bytes:
         if broken:
@@ -426,7 +427,11 @@ def test_an_interrupt_anywhere_in_a_save_loses_nothing(where: Path, staging_byte
     def interrupt(number: int, frame: Any) -> None:
         nonlocal interrupts
         # In the library, and what it calls; what is raised in a finaliser is nobody's.
-        if armed and frame.f_code.co_filename.startswith((PACKAGE, threading.__file__)) and frame.f_code.co_name not in FINALIZERS:
+        if (
+            armed
+            and frame.f_code.co_filename.startswith((PACKAGE, threading.__file__))
+            and frame.f_code.co_name not in FINALIZERS
+        ):
             interrupts += 1
             raise Interrupt
 
@@ -473,11 +478,16 @@ def test_ctrl_c(where: Path) -> None:
         from dirtytrack.checkpoint import Checkpointer, restore
         data = np.zeros(400 * 4096, np.uint8)
         caught = 0
+
+        def strike():
+            for _ in range(150):
+                time.sleep(0.004)
+                os.kill(os.getpid(), signal.SIGINT)
+
         deadline = time.monotonic() + 2
         with Checkpointer(sys.argv[1], {"data": data}, compression=None, staging_bytes=1 << 18) as ckpt:
             step = 0
-            threading.Thread(target=lambda: [(time.sleep(0.004), os.kill(os.getpid(), signal.SIGINT)) for _ in range(150)],
-                             daemon=True).start()
+            threading.Thread(target=strike, daemon=True).start()
             while caught < 60 and time.monotonic() < deadline + 20:
                 try:
                     step += 1
@@ -599,7 +609,10 @@ def test_saves_under_way_are_finished_at_exit(where: Path) -> None:
 
 def test_two_checkpointers_of_one_memory(where: Path) -> None:
     data = paged(50, 1)
-    with Program(where, {"data": data}) as one, Program(where.parent / "other", {"data": data}, compression=None) as two:
+    with (
+        Program(where, {"data": data}) as one,
+        Program(where.parent / "other", {"data": data}, compression=None) as two,
+    ):
         for step in range(12):
             data[step * PAGE] ^= 0x55
             one.save()

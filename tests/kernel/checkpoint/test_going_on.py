@@ -156,9 +156,11 @@ def test_a_long_chain_is_compacted_while_saves_go_on(
 ) -> None:
     monkeypatch.setattr(tending, "_SPARE_NBYTES", 0)
     kinds, chains = set(), []
-    with Program(where, {"grid": paged(50, 1), "table": paged(7, 2)}, compact=1.0, compression=None, **options) as program:
+    with Program(
+        where, {"grid": paged(50, 1), "table": paged(7, 2)}, compact=1.0, compression=None, **options
+    ) as program:
         store = DirectoryStore(where)
-        for number in range(60):
+        for number in range(36):
             program.scribble(0.1)
             save = program.save()
             assert save.kind == ("increment" if number else "full")
@@ -197,7 +199,11 @@ def test_retention(where: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(kept) <= 7  # what is compacted is held
         for generation in kept:
             program.check(generation)
-    named = {entry.name for each in DirectoryStore(where).catalog() for entry in DirectoryStore(where).manifest(*each).segments}
+    named = {
+        entry.name
+        for each in DirectoryStore(where).catalog()
+        for entry in DirectoryStore(where).manifest(*each).segments
+    }
     assert set(DirectoryStore(where).segments()) == named
 
 
@@ -256,10 +262,10 @@ def test_close_does_not_wait_for_a_compaction(where: Path, monkeypatch: pytest.M
     monkeypatch.setattr(tending, "_SPARE_NBYTES", 0)
 
     def slow(data: bytes) -> bytes:
-        time.sleep(0.05)
+        time.sleep(0.2)
         return Keyed(5)(data)
 
-    grid = np.tile(paged(256, 1), 40)
+    grid = np.tile(paged(256, 1), 12)
     program = Program(where, {"grid": grid}, compact=0.01, compression=None, encrypt=Keyed(5), decrypt=slow)
     program.decrypt = Keyed(5)
     program.save()

@@ -60,7 +60,12 @@ class Machine(RuleBasedStateMachine):
     def begin(self, pages: int, seed: int, key: int | None, waves: bool, compacts: Any, **options: Any) -> None:
         self.draw = random.Random(seed)
         self.decrypt = None if key is None else Keyed(key)
-        self.options: dict[str, Any] = {"compact": compacts, "encrypt": self.decrypt, "decrypt": self.decrypt, **options}
+        self.options: dict[str, Any] = {
+            "compact": compacts,
+            "encrypt": self.decrypt,
+            "decrypt": self.decrypt,
+            **options,
+        }
         if waves:
             self.options["staging_bytes"] = 1 << 16
         self.store = DirectoryStore(self.path / "store", create=True, files=self.files)
@@ -203,10 +208,10 @@ class Machine(RuleBasedStateMachine):
         assert set(self.truth) <= (self.kept() if self.truth else set())
 
 
-class TestModel(Machine.TestCase):  # type: ignore[misc]
+class TestModel(Machine.TestCase):  # type: ignore[misc,valid-type]
     settings = settings(max_examples=30, stateful_step_count=25)
 
 
 @pytest.mark.soak
-class TestModelLong(Machine.TestCase):  # type: ignore[misc]
+class TestModelLong(Machine.TestCase):  # type: ignore[misc,valid-type]
     settings = settings(max_examples=1000, stateful_step_count=60)
