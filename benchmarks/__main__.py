@@ -11,6 +11,7 @@ from pathlib import Path
 from .algebra import algebra
 from .bare import Bare
 from .checkpoint import checkpoint
+from .checkpoint_restore import checkpoint_restore
 from .collect import collect, listeners
 from .comparing import comparing
 from .content import changed, collect_into, gather
@@ -43,6 +44,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "reading": reading,
     "attaching": attaching,
     "checkpoint": checkpoint,
+    "checkpoint_restore": checkpoint_restore,
 }
 
 

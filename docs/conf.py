@@ -159,7 +159,8 @@ _MADE_BY_US |= {
     "WorkingSet",
     "HotSet",
 }
-_MADE_BY_US |= {"Report", "Verified"}
+_MADE_BY_US |= {"Report", "Verified", "Save", "State", "Summary", "Comparison", "RegionComparison", "Pruned"}
+_MADE_BY_US |= {"Manifest", "RegionEntry", "SegmentEntry"}
 _MADE_BY_US |= {"HotRange", "Checkpoint", "Checkpoints", "Precopy", "Round"}
 
 
@@ -174,7 +175,7 @@ def _process_signature(
 
 # ---- names that have no page of their own ---------------------------------------------------------------------------
 
-_ALIASES = {"AnyBuffer", "Trackable", "Mirror", "Source"}  # for type checkers; api/index.md explains them
+_ALIASES = {"AnyBuffer", "Trackable", "Mirror", "Source", "Saveable"}  # for type checkers; api/index.md explains them
 _UNPAGED = {"End", "NDArray", "np.int64", "np.float64", "dirtytrack.process.mappings.Mapping"}
 _UNPAGED |= {"dirtytrack.checkpoint.files.Files"}
 _UNPAGED |= {"Counts", "Shares", "np.uint64"}
@@ -186,7 +187,7 @@ def _is_of_python(target: str) -> bool:
     if target in _TYPING:
         return True
     found = pydoc.locate(target)
-    for module in ("typing", "collections.abc", "types"):
+    for module in ("typing", "collections.abc", "types", "contextlib"):
         found = found or getattr(sys.modules[module], target, None)
     home = getattr(found, "__module__", None) or getattr(inspect.getmodule(found), "__name__", "")
     return found is not None and str(home).split(".")[0] in sys.stdlib_module_names

@@ -9,6 +9,7 @@ from .checkpointer import Checkpointer
 from .comparing import Comparison, RegionComparison, compare
 from .jobs import Save
 from .listing import Summary, generations
+from .manifests import Manifest, RegionEntry, SegmentEntry
 from .protocols import Store
 from .restoring import State, restore
 from .store import DirectoryStore
@@ -18,11 +19,14 @@ __all__ = [
     "Checkpointer",
     "Comparison",
     "DirectoryStore",
+    "Manifest",
     "Pruned",
     "RegionComparison",
+    "RegionEntry",
     "Report",
     "Retention",
     "Save",
+    "SegmentEntry",
     "State",
     "Store",
     "Summary",

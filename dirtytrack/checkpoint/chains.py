@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from ..errors import DamagedCheckpoint, InvalidCheckpoint, NoSuchGeneration
 from ..kernel.packing import all_zero
 from .coding import Decoder, Encoder
-from .reading import Generation, HeldFrames, Window, Workers, default_threads, letting_go, target_of
+from .crew import Crew
+from .reading import Generation, HeldFrames, Window, letting_go, reading_threads, target_of
 from .segments import FRAME_NBYTES, Codec, FrameKind
 from .store import open_store
 
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 
     from .coding import Encoded
     from .manifests import Manifest, RegionEntry, SegmentEntry
-    from .segments import SegmentWriter
     from .protocols import Kept, Store, Writer
+    from .segments import SegmentWriter
 
 __all__ = ["Pruned", "Retention", "compact", "compacted", "prune", "removable"]
 
@@ -144,10 +145,10 @@ def _rewritten(
         )
     segments = _Segments(writer, manifest.generation)
     try:
-        with Workers(default_threads() if threads is None else threads) as workers:
+        with Crew(reading_threads() if threads is None else threads) as crew:
             done = 0
-            for region, low, window in _windows(found, workers, memory_bytes):
-                _write(segments, workers, encoder, region, low, window)
+            for region, low, window in _windows(found, crew, memory_bytes):
+                _write(segments, crew, encoder, region, low, window)
                 done += len(window)
                 if progress is not None:
                     progress(done, manifest.nbytes)
@@ -163,32 +164,31 @@ def _rewritten(
     return made
 
 
-def _windows(
-    found: Generation, workers: Workers, memory_bytes: int
-) -> Iterator[tuple[RegionEntry, int, memoryview]]:
+def _windows(found: Generation, crew: Crew, memory_bytes: int) -> Iterator[tuple[RegionEntry, int, memoryview]]:
     """All bytes of a generation in order, some at a time: region, offset, and the bytes, until the next are asked for.
 
     A frame of a few scattered pages reaches over many windows: it is held until they are done, where there is room.
     """
     most = memory_bytes // 4 // FRAME_NBYTES * FRAME_NBYTES
-    room = memoryview(bytearray(min(most, max((region.nbytes for region in found.regions), default=0))))
+    room = target_of(bytearray(min(most, max((region.nbytes for region in found.regions), default=0))))
     for region in found.regions:
         held = HeldFrames(memory_bytes // 4)
         for low in range(0, region.nbytes, most):
-            window = room[: min(most, region.nbytes - low)]
-            found.read([Window(region, low, target_of(window))], workers, held)
-            yield region, low, window
+            window = room.first(min(most, region.nbytes - low))
+            found.read([Window(region, low, window)], crew, held)
+            assert window.view is not None, "it is a bytearray"
+            yield region, low, window.view
 
 
 def _write(
-    segments: _Segments, workers: Workers, encoder: Encoder, region: RegionEntry, low: int, window: memoryview
+    segments: _Segments, crew: Crew, encoder: Encoder, region: RegionEntry, low: int, window: memoryview
 ) -> None:
     chunks = [window[at : at + FRAME_NBYTES] for at in range(0, len(window), FRAME_NBYTES)]
 
     def encoded(chunk: memoryview) -> Encoded | None:
         return None if all_zero(chunk) else encoder.encode(chunk)
 
-    for chunk, made in zip(chunks, workers.map(encoded, chunks), strict=True):
+    for chunk, made in zip(chunks, crew.map(encoded, chunks), strict=True):
         segments.add(region, low, len(chunk), made)
         low += len(chunk)
 
@@ -319,7 +319,8 @@ def prune(
 
     No generation needs another one: what is kept is restored as before. Kept is also the newest generation that can be
     restored, as far as manifests and indexes tell, whatever its number. Whatever interrupts this leaves each generation
-    whole or gone; what else it leaves, the next writer removes. While somebody restores or verifies, nothing is removed.
+    whole or gone; what else it leaves, the next writer removes. While somebody restores or verifies, nothing is
+    removed.
 
     Args:
         store: it, or its path. Nobody else may write to it meanwhile: a `Checkpointer` prunes by itself (``retain=``).

@@ -66,7 +66,7 @@ class Checkpointer:
 
     Args:
         store: a directory (made where there is none), or a `Store`. One at a time may write to it.
-        buffers: by name; what `describe` in `dirtytrack.checkpoint.buffers` takes: arrays, tensors on the CPU, shared
+        buffers: by name: arrays, tensors on the CPU, shared
             memory, anything with the buffer protocol, (address, nbytes). They are held until `remove` or `close`.
         resume: True: fill the buffers from the newest generation and go on from there, so that the next save is an
             increment; a store that has none yet is begun. A number: from that generation. Nobody else may write to the
@@ -91,7 +91,7 @@ class Checkpointer:
         track: options of `dirtytrack.track`, as ``{"blind_spots": "accepted"}``.
 
     **Full or increment.** The first save is full, and each after which nobody knows what changed. Else what is cheaper
-    as measured here: see `Costs` in `dirtytrack.checkpoint.costs`. A full save stands for itself; the increments before
+    as measured here: see ``dirtytrack/checkpoint/costs.py``. A full save stands for itself; the increments before
     it are then needed only by their own generations.
 
     Raises:

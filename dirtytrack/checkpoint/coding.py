@@ -131,7 +131,13 @@ class Decoder:
     def _opened(self, frame: Frame, stored: Any) -> tuple[int, memoryview]:
         if self._decrypt is None:
             raise InvalidCheckpoint("this checkpoint is encrypted: pass decrypt=, which undoes what encrypt= did")
-        opened = self._decrypt(bytes(stored))
+        try:
+            opened = self._decrypt(bytes(stored))
+        except Exception as error:  # ciphers that notice another key have errors of their own
+            told = f": {error}" if str(error) else ""
+            raise InvalidCheckpoint(
+                f"decrypt= refuses a frame ({type(error).__name__}{told}): is it another key?"
+            ) from error
         if not isinstance(opened, (bytes, bytearray, memoryview)):
             raise InvalidCheckpoint(f"decrypt= returns bytes, not {type(opened).__name__}")
         view = memoryview(opened).cast("B")

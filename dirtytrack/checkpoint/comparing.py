@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from ..delta import diff
 from ..errors import InvalidCheckpoint
 from .coding import Decoder
-from .reading import Generation, HeldFrames, Window, Workers, default_threads, letting_go, target_of
+from .crew import Crew
+from .reading import Generation, HeldFrames, Window, letting_go, reading_threads, target_of
 from .segments import FRAME_NBYTES
 from .store import open_store
 
@@ -80,8 +81,8 @@ def compare(
     decoder = Decoder(decrypt)
     with letting_go(), open_store(store) as opened, opened.reading():
         before, after = (Generation(opened, opened.manifest(each), decoder=decoder) for each in (older, newer))
-        with Workers(default_threads() if threads is None else threads) as workers:
-            comparing = _Comparing(before, after, workers, memory_bytes, progress)
+        with Crew(reading_threads() if threads is None else threads) as crew:
+            comparing = _Comparing(before, after, crew, memory_bytes, progress)
             return Comparison(older, newer, tuple(comparing.regions()))
 
 
@@ -90,11 +91,11 @@ class _Comparing:
         self,
         before: Generation,
         after: Generation,
-        workers: Workers,
+        crew: Crew,
         memory_bytes: int,
         progress: Callable[[int, int], object] | None,
     ) -> None:
-        self._both, self._workers, self._progress = (before, after), workers, progress
+        self._both, self._crew, self._progress = (before, after), crew, progress
         pairs = zip(before.manifest.segments, after.manifest.segments, strict=False)
         self._common = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
         # Two windows, and what `diff` makes of them.
@@ -131,19 +132,19 @@ class _Comparing:
 
     def _changed(self, older: RegionEntry, newer: RegionEntry) -> tuple[int, list[int]]:
         least, most = min(older.nbytes, newer.nbytes), self._most
-        rooms = [memoryview(bytearray(min(most, least))) for _ in self._both]
+        rooms = [bytearray(min(most, least)) for _ in self._both]
         held = [HeldFrames(self._held_nbytes // 2) for _ in self._both]
         changed, blocks = 0, list[int]()
         for low in range(0, least, most):
             nbytes = min(most, least - low)
             if self._may_differ(older, newer, low, low + nbytes):
-                views = [room[:nbytes] for room in rooms]
-                for each, region, view, kept in zip(self._both, (older, newer), views, held, strict=True):
-                    each.read([Window(region, low, target_of(view))], self._workers, kept)
-                found = diff(views[1], views[0], granule=_PAGE)
-                if found:
+                targets = [target_of(room).first(nbytes) for room in rooms]
+                for each, region, target, frames in zip(self._both, (older, newer), targets, held, strict=True):
+                    each.read([Window(region, low, target)], self._crew, frames)
+                before, after = (memoryview(room)[:nbytes] for room in rooms)
+                if found := diff(after, before, granule=_PAGE):
                     blocks += [(low + offset) // _PAGE for offset, _ in found]
-                    changed += diff(views[1], views[0], granule=1).changed_nbytes
+                    changed += diff(after, before, granule=1).changed_nbytes
             self._count(nbytes)
         self._count(newer.nbytes - least)
         return changed, blocks

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import threading
+import traceback
 from collections import deque
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-__all__ = ["Crew", "default_threads"]
+__all__ = ["Crew", "default_threads", "let_go"]
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -24,6 +25,17 @@ def default_threads() -> int:
     """How many threads work on a save where nobody says: half of the processors that there are for this process, up to
     four. The program goes on beside them."""
     return max(1, min(4, len(os.sched_getaffinity(0)) // 2))
+
+
+def let_go(error: BaseException | None) -> None:
+    """Have the frames of an error's traceback hold nothing: who keeps the error does not keep buffers pinned.
+
+    Before Python 3.12.2 and 3.11.8 the collector may even crash over them, where it finds a pinned memoryview in a
+    cycle (CPython's gh-77894); and whoever catches an error easily makes one of it and his own frame.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 class _Task(Generic[_T, _R]):
@@ -38,13 +50,19 @@ class _Task(Generic[_T, _R]):
         try:
             self._result = self._work(self._item)
         except BaseException as error:
+            let_go(error)
             self._error = error
+        del self._item, self._work  # which an error, whose frames hold this, would keep
         self._done.release()
 
     def result(self) -> _R:
         self._done.acquire()
-        if self._error is not None:
-            raise self._error
+        error, self._error = self._error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error, self  # the same
         return self._result
 
 

@@ -33,7 +33,7 @@ class Save:
         meta: as it is kept.
         stall_seconds: how long the program stood still: from before ``quiesce`` until after it, and from before the
             pages were armed again until after they were copied.
-        waited_seconds: how long `save` waited before that for saves that were under way.
+        waited_seconds: how long `Checkpointer.save` waited before that for saves that were under way.
         bytes_dirty: what was found to be written since the last save, and so had to be saved; of a full save all bytes
             are saved, whatever this is.
         bytes_written: to the store; 0 until it is committed.

@@ -6,43 +6,39 @@ from __future__ import annotations
 import errno
 import os
 import threading
-import traceback
 from array import array
 from bisect import bisect_left, bisect_right
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..delta import Delta, apply
 from ..errors import DamagedCheckpoint, InvalidCheckpoint, InvalidDelta, InvalidMemory, StoreFailed
 from ..kernel import core
 from ..kernel.packing import Xxh64, pack, unpack
+from .crew import let_go
 from .segments import Codec, FrameKind, SegmentReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
 
     from .coding import Decoder
+    from .crew import Crew
     from .manifests import Manifest, RegionEntry, SegmentEntry
-    from .segments import Frame
     from .protocols import Source, Store
+    from .segments import Frame
 
-__all__ = ["Generation", "Scratch", "Target", "Window", "Workers", "default_threads", "letting_go", "target_of"]
+__all__ = ["Generation", "HeldFrames", "Target", "Window", "letting_go", "reading_threads", "target_of"]
 
 _MOST_THREADS = 8
 _PIECE_NBYTES = 256 << 10  # with what it is copied from, it fits into the second level of cache of all that is sold
-_T = TypeVar("_T")
 
 
-def default_threads() -> int:
+def reading_threads() -> int:
     """How many threads read where nobody says: the processors that this process may use, up to eight."""
     return max(1, min(_MOST_THREADS, len(os.sched_getaffinity(0))))
 
 
-# ---- the threads
-
-
-class Scratch(threading.local):
+class _Scratch(threading.local):
     """Room that each thread has for itself, so that no frame costs an allocation."""
 
     def __init__(self) -> None:
@@ -56,92 +52,13 @@ class Scratch(threading.local):
         return room[:nbytes]
 
 
-class Workers:
-    """Threads that share work. A context manager; one `each` at a time.
-
-    Args:
-        threads: how many; 1 is the caller's own.
-        progress: called with the bytes that are done and those that there are, in the caller's thread; what it raises
-            ends the work.
-        total_nbytes: those that there are.
-    """
-
-    def __init__(
-        self, threads: int, progress: Callable[[int, int], object] | None = None, total_nbytes: int = 0
-    ) -> None:
-        self._threads, self._progress, self.total_nbytes = threads, progress, total_nbytes
-        self._pool = ThreadPoolExecutor(threads, "dirtytrack-read") if threads > 1 else None
-        self._mutex, self._done, self._stop = threading.Lock(), 0, False
-
-    def done(self, nbytes: int) -> None:
-        """Count bytes; from any thread."""
-        with self._mutex:
-            self._done += nbytes
-
-    def tell(self) -> None:
-        """Tell of the progress."""
-        if self._progress is not None:
-            self._progress(self._done, self.total_nbytes)
-
-    def each(self, work: Callable[[_T], object], items: Sequence[_T]) -> None:
-        """Do the work for each item, in no order. The first failure ends it, and is raised when no thread works."""
-        if self._pool is None or len(items) < 2:
-            for item in items:
-                work(item)
-                self.tell()
-            return
-        self._stop = False
-        rest = iter(items)
-        futures = {self._pool.submit(self._drain, work, rest) for _ in range(min(self._threads, len(items)))}
-        try:
-            left = futures
-            while left:
-                _, left = wait(left, timeout=0.1 if self._progress is not None else None)
-                self.tell()
-        finally:
-            self._stop = True
-            wait(futures)
-        for future in futures:
-            future.result()
-
-    def _drain(self, work: Callable[[_T], object], rest: Iterator[_T]) -> None:
-        try:
-            while not self._stop:
-                with self._mutex:
-                    item = next(rest, None)
-                if item is None:
-                    return
-                work(item)
-        except BaseException:
-            self._stop = True
-            raise
-
-    def map(self, work: Callable[[_T], Any], items: Sequence[_T]) -> Iterator[Any]:
-        """The results of the work for each item, in order."""
-        return map(work, items) if self._pool is None else self._pool.map(work, items)
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-
-
 @contextmanager
 def letting_go() -> Iterator[None]:
-    """Who keeps an error that comes out of here does not keep buffers pinned, which the frames of its traceback hold.
-
-    Before Python 3.12.2 and 3.11.8 the collector may even crash over them, where it finds a pinned memoryview in a
-    cycle (CPython's gh-77894), and whoever catches an error easily makes one of it and his own frame.
-    """
+    """Errors that come out of here hold no buffers: see `let_go`."""
     try:
         yield
     except BaseException as error:
-        chain: BaseException | None = error
-        while chain is not None:
-            traceback.clear_frames(chain.__traceback__)
-            chain = chain.__cause__ or chain.__context__
+        let_go(error)
         raise
 
 
@@ -157,6 +74,10 @@ class Target(NamedTuple):
     """None where pages may vanish: bytes are then copied there by the core, which tells it."""
     fresh: bool = False
     """Whether all of it is zero."""
+
+    def first(self, nbytes: int) -> Target:
+        """Its beginning."""
+        return self._replace(nbytes=nbytes, view=None if self.view is None else self.view[:nbytes])
 
 
 class Window(NamedTuple):
@@ -229,7 +150,7 @@ class Generation:
         self.regions = tuple(region for region in manifest.regions if names is None or region.name in names)
         self._segments: list[_Segment] = []
         self._first: dict[int, int] = {}  # by region: the segment that its first bytes are in
-        self._scratch = Scratch()
+        self._scratch = _Scratch()
         damage: list[str] = []
         for entry in manifest.segments:
             try:
@@ -306,13 +227,20 @@ class Generation:
 
     # ---- reading
 
-    def read(self, windows: Sequence[Window], workers: Workers, held: HeldFrames | None = None) -> None:
+    def read(
+        self,
+        windows: Sequence[Window],
+        crew: Crew,
+        held: HeldFrames | None = None,
+        count: Callable[[int], object] = int,
+    ) -> None:
         """Put the bytes of these windows where they go, which do not overlap.
 
         Args:
             windows: which.
-            workers: who do it.
+            crew: who do it.
             held: frames that the next window needs too.
+            count: told of the stored bytes of each frame that is done, in this thread.
 
         Raises:
             DamagedCheckpoint: a frame is not what was written; some bytes have been put already.
@@ -338,12 +266,16 @@ class Generation:
             with self._told(), closing(self._store.open_segment(reader.entry.name)) as source:
 
                 def put(
-                    job: tuple[Frame, Window], index: int = index, reader: SegmentReader = reader, source: Source = source
-                ) -> None:
+                    job: tuple[Frame, Window],
+                    index: int = index,
+                    reader: SegmentReader = reader,
+                    source: Source = source,
+                ) -> int:
                     self._put(*job, index, reader, source, held)
-                    workers.done(job[0].stored_nbytes)
+                    return job[0].stored_nbytes
 
-                workers.each(put, jobs)
+                for nbytes in crew.map(put, jobs):
+                    count(nbytes)
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -358,18 +290,18 @@ class Generation:
         self, frame: Frame, window: Window, index: int, reader: SegmentReader, source: Source, held: HeldFrames | None
     ) -> None:
         low, target = window.low, window.target
+        if frame.codec == Codec.NONE and frame.kind == FrameKind.PAGES and not frame.encrypted and len(frame.runs) == 1:
+            at, nbytes = frame.runs[0, 0] - low, frame.stored_nbytes
+            if target.view is not None and 0 <= at <= target.nbytes - nbytes:
+                _read(frame, target.view[at : at + nbytes], reader, source)
+                return
         runs, begin, end = _clipped(frame.runs, low, low + target.nbytes)
         if not len(runs):
             return
         if frame.kind == FrameKind.ZEROS:
             unpack(target.address, target.nbytes, runs, None, unpinned=target.view is None)
             return
-        raw = frame.codec == Codec.NONE and not frame.encrypted and frame.kind == FrameKind.PAGES
-        if raw and target.view is not None and len(frame.runs) == 1 and end - begin == frame.stored_nbytes:
-            straight = target.view[runs[0] : runs[0] + runs[1]]
-            _read(frame, straight, reader, source)
-            return
-        plain = held.get(index, frame) if held is not None else None
+        plain: Any = held.get(index, frame) if held is not None else None
         if plain is None:
             plain = self._plain(frame, reader, source)
         if held is not None:

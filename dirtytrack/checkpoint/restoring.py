@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DamagedCheckpoint, InvalidCheckpoint, InvalidMemory, NoSuchGeneration
 from ..memory import allocate
 from .buffers import array_of, describe, misfits
 from .coding import Decoder
-from .reading import Generation, Target, Window, Workers, default_threads, letting_go, target_of
+from .crew import Crew
+from .reading import Generation, Target, Window, letting_go, reading_threads, target_of
 from .store import open_store
 from .verifying import segment_damage
 
@@ -79,16 +81,17 @@ def restore(
 ) -> State:
     """Bring a generation back.
 
-    Every byte that is read is checked. What manifests and indexes can tell, and whether the buffers fit, is known before
-    a byte of ``into`` is written; damage that is found behind that leaves them partly overwritten, and the error says
-    so. It works where the kernel cannot track, and takes no more memory than the buffers and a few frames.
+    Every byte that is read is checked. What manifests and indexes can tell, and whether the buffers fit, is known
+    before a byte of ``into`` is written; damage that is found behind that leaves them partly overwritten, and the error
+    says so. It works where the kernel cannot track, and takes no more memory than the buffers and a few frames.
 
     Args:
         store: it, or its path.
         generation: which; the newest where it is left out.
         into: buffers by name, as they were saved: of the same length, and where both are known of the same type and
             shape. Only those are restored. Nobody else may write to them meanwhile. Left out: all, into new memory.
-        fallback: where that generation is damaged, take the newest older one that is not; `State.passed_over` tells.
+        fallback: where that generation is damaged, take the newest older one that is not; the state's
+            ``passed_over`` tells.
         decrypt: undoes what ``encrypt=`` of `Checkpointer` did; called from several threads.
         threads: how many read, check and decompress; one for each processor, up to eight, where it is left out.
         progress: called with the stored bytes that are done and those that there are, now and then, in this thread;
@@ -110,7 +113,7 @@ def restore(
     if threads is not None and (type(threads) is not int or threads < 1):
         raise InvalidCheckpoint(f"threads= is a whole number from 1 on, not {threads!r}")
     with letting_go():
-        return _restored(store, generation, into, fallback, Decoder(decrypt), threads or default_threads(), progress)
+        return _restored(store, generation, into, fallback, Decoder(decrypt), threads or reading_threads(), progress)
 
 
 def _restored(
@@ -141,11 +144,12 @@ def _restored(
 def _described(into: Mapping[str, Saveable] | None) -> dict[str, Described] | None:
     if into is None:
         return None
-    if not isinstance(into, Mapping) or not into:
+    mapping: Any = into
+    if not isinstance(mapping, Mapping) or not mapping:
         raise InvalidMemory("into= is a mapping from names to buffers, with one at least")
     given = {name: describe(name, buffer) for name, buffer in into.items()}
     ordered = sorted(given.values(), key=lambda each: each.address)
-    for one, other in zip(ordered, ordered[1:], strict=False):
+    for one, other in pairwise(ordered):
         if other.address < one.address + one.nbytes:
             raise InvalidMemory(f"buffers {one.name!r} and {other.name!r} are in the same memory, and are to differ")
     return given
@@ -174,6 +178,7 @@ class _Restoring:
         self._threads, self._progress = threads, progress
         self.wrote = False
         """Whether given buffers have been written to."""
+        self._done = self._total = 0
 
     def first_of(self, number: int, revisions: list[Kept]) -> tuple[Manifest, dict[str, Any]]:
         """Restore the highest revision that is whole: all are the same, as other segments have it."""
@@ -201,15 +206,21 @@ class _Restoring:
                     + "; ".join(problems)
                 )
             targets = {name: _target(given) for name, given in self._given.items()}
-        total = sum(frame.stored_nbytes for frame in found.frames())
-        with Workers(self._threads, self._progress, total) as workers:
+        self._done, self._total = 0, sum(frame.stored_nbytes for frame in found.frames())
+        with Crew(self._threads) as crew:
             self.wrote = self._given is not None
-            found.read([Window(region, 0, targets[region.name]) for region in found.regions], workers)
+            windows = [Window(region, 0, targets[region.name]) for region in found.regions]
+            found.read(windows, crew, count=self._count)
         return manifest, {
             region.name: array_of(memoryview(memories[region.name])[: region.nbytes], region.dtype, region.shape)
             for region in found.regions
             if region.name in memories
         }
+
+    def _count(self, nbytes: int) -> None:
+        self._done += nbytes
+        if self._progress is not None:
+            self._progress(self._done, self._total)
 
 
 def _memory(region: RegionEntry) -> Any:
@@ -243,7 +254,7 @@ def _newest_whole(store: Store, below: int) -> int | None:
 
     def whole(entry: SegmentEntry) -> bool:
         if entry not in looked:
-            looked[entry] = not any(segment_damage(store, entry, lambda nbytes: None))
+            looked[entry] = not any(segment_damage(store, entry, int))
         return looked[entry]
 
     for kept in sorted((kept for kept in store.catalog() if kept.generation < below), reverse=True):

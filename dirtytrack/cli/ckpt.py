@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "run"]
 
-_MODULES = dict.fromkeys(("ls", "show", "verify", "diff"), "ckpt_told") | dict.fromkeys(("compact", "prune"), "ckpt_done")
+_MODULES = dict.fromkeys(("ls", "show", "verify", "diff"), "ckpt_told") | dict.fromkeys(
+    ("compact", "prune"), "ckpt_done"
+)
 _MODULES["restore"] = "ckpt_files"
 
 
@@ -33,9 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     command = _action(commands, "restore", "write the buffers of a generation into files: .npy, or .bin for mere bytes")
     _add_generation(command, optional=True)
-    command.add_argument(
-        "-o", "--output", metavar="FOLDER", required=True, help="where to; not there yet, or empty"
-    )
+    command.add_argument("-o", "--output", metavar="FOLDER", required=True, help="where to; not there yet, or empty")
     command.add_argument("--name", action="append", metavar="NAME", help="only this buffer; may be given several times")
     command.add_argument(
         "--fallback", action="store_true", help="where it is damaged, the newest older generation that is not"
@@ -63,14 +63,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     command = _action(commands, "prune", "remove generations that are not to be kept; the newest always is")
     command.add_argument("--last", type=_generation, metavar="N", help="keep the N newest")
     command.add_argument("--every", type=_generation, metavar="N", help="keep those whose number is a multiple of N")
-    command.add_argument("--age", type=quantities.seconds, metavar="TIME", help="keep those that are not older: 12h, 7d")
+    command.add_argument(
+        "--age", type=quantities.seconds, metavar="TIME", help="keep those that are not older: 12h, 7d"
+    )
     command.add_argument("--dry-run", action="store_true", help="remove nothing, say what would be")
     command.epilog = "Exit status: 0; 1 where nothing could be removed since somebody reads."
     command.set_defaults(refuse=command.error)
 
 
 def _action(commands: Any, name: str, says: str) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(name, help=says, description=says[0].upper() + says[1:] + ".")
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=says, description=says[0].upper() + says[1:] + "."
+    )
     command.add_argument("store", metavar="STORE", help="the folder of checkpoints")
     command.add_argument("--json", action="store_true", help="for machines")
     return command
@@ -87,7 +91,9 @@ def _add_generation(command: argparse.ArgumentParser, *, optional: bool) -> None
 
 
 def _add_function(command: argparse.ArgumentParser, option: str, says: str) -> None:
-    command.add_argument(option, type=_function, metavar="MODULE:NAME", help=f"{says}: a Python function, bytes to bytes")
+    command.add_argument(
+        option, type=_function, metavar="MODULE:NAME", help=f"{says}: a Python function, bytes to bytes"
+    )
 
 
 def _generation(words: str) -> int:

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
+    from ..checkpoint import Store
     from ..checkpoint.manifests import Manifest, RegionEntry
-    from ..checkpoint.store import Store
 
 __all__ = ["restore"]
 
@@ -39,8 +39,9 @@ def restore(args: argparse.Namespace) -> int:
     """Write the buffers of a generation into a folder, which is there when all of them are.
 
     Raises:
-        InvalidCheckpoint: the folder holds something, or the generation has no such buffer; or as `dirtytrack.checkpoint.restore`.
+        InvalidCheckpoint: the folder holds something, or the generation has no such buffer.
         PermissionDenied, KernelRefused: a file cannot be written.
+        DamagedCheckpoint, NoSuchGeneration, StoreFailed: as `dirtytrack.checkpoint.restore`.
     """
     folder = Path(args.output)
     beside = folder.parent / f".{folder.name}.{os.getpid()}.new"

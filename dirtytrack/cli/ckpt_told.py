@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint import compare, generations, verify as verified
+from ..checkpoint import compare, generations
+from ..checkpoint import verify as verified
 from ..checkpoint.store import open_store
 from ..observe.units import show_bytes
 
@@ -88,8 +89,8 @@ def ls(args: argparse.Namespace) -> int:
     if not found:
         print(f"{args.store} has no checkpoint yet")
         return 0
-    rows = [("GENERATION", "KIND", "PARENT", "CREATED", "STATE", "WRITTEN", "RESTORED FROM", "META")]
-    rows += [_row(each) for each in found]
+    head = ("GENERATION", "KIND", "PARENT", "CREATED", "STATE", "WRITTEN", "RESTORED FROM", "META")
+    rows = [head, *map(_row, found)]
     width = max(80, shutil.get_terminal_size().columns) if sys.stdout.isatty() else 10_000
     for line in _table(rows, "><><>>><"):
         print(line if len(line) <= width else f"{line[: width - 3]}...")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import dirtytrack
-from dirtytrack import delta, observe, pagemap, process
+from dirtytrack import checkpoint, delta, observe, pagemap, process
 
 if TYPE_CHECKING:
     from typing_extensions import assert_type
@@ -177,3 +177,28 @@ def other_processes(pid: int) -> memoryview:
         assert_type(tracker.statistics().seconds, float)
         assert_type(process.Workers([tracker], "/dev/shm/*").collect(), dirtytrack.DirtySet)
         return tracker.read(dirty)
+
+
+def stores() -> None:
+    with checkpoint.DirectoryStore("runs/a", create=True) as store:
+        report = checkpoint.verify(store, all=True, progress=lambda done, total: print(done / total))
+        assert_type(report, checkpoint.Report)
+        assert_type(report.whole, int | None)
+        assert_type([each.damage for each in report.checked], list[tuple[str, ...]])
+    checkpoint.verify("runs/a", 17)
+
+
+def checkpoints() -> None:
+    table = bytearray(4096)
+    with checkpoint.Checkpointer("runs/a", {"table": table}, retain=checkpoint.Retention(last=3)) as ckpt:
+        save = ckpt.save({"step": 1})
+        assert_type(save, checkpoint.Save)
+        assert_type(save.wait(), bool)
+    state = checkpoint.restore("runs/a", into={"table": table}, generation=17, fallback=True, progress=print)
+    assert_type(state, checkpoint.State)
+    assert_type(state.generation, int)
+    assert_type(state.regions[0], checkpoint.RegionEntry)
+    assert_type(checkpoint.compact("runs/a", memory_bytes=16 << 20), checkpoint.Manifest)
+    assert_type(checkpoint.prune("runs/a", checkpoint.Retention(age_seconds=3600)).removed, tuple[int, ...])
+    assert_type(checkpoint.compare("runs/a", 1, 2).regions[0].runs, tuple[tuple[int, int], ...])
+    assert_type(checkpoint.generations("runs/a"), tuple[checkpoint.Summary, ...])

@@ -359,7 +359,16 @@ def test_first_writes_that_slow_the_program_down_are_told() -> None:
 
 @pytest.mark.parametrize(
     ("words", "seconds"),
-    [("100ms", 0.1), ("30s", 30), ("2 min", 120), ("1.5h", 5400), ("50us", 5e-5), ("50µs", 5e-5), (".5S", 0.5)],
+    [
+        ("100ms", 0.1),
+        ("30s", 30),
+        ("2 min", 120),
+        ("1.5h", 5400),
+        ("7d", 604_800),
+        ("50us", 5e-5),
+        ("50µs", 5e-5),
+        (".5S", 0.5),
+    ],
 )
 def test_times(words: str, seconds: float) -> None:
     assert seconds_of(words) == pytest.approx(seconds)

@@ -7,6 +7,7 @@ synced, each by itself, and may keep any of them early: a rename before the byte
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -15,8 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from dirtytrack.checkpoint import DirectoryStore, verify
-from dirtytrack.errors import DamagedCheckpoint, DirtyTrackError, InvalidCheckpoint
+from dirtytrack.errors import DamagedCheckpoint, DirtyTrackError, InvalidCheckpoint, StoreFailed
 from tests.storing import PAGE, Dying, Hooked, Moment, Recording, crashes, kept, read_back, save, store_at
 
 STEPS = [{"a": bytes([i]) * 2 * PAGE + b"\x07" * PAGE * 3, "b": bytes([200 + i]) * 700} for i in range(5)]
@@ -26,22 +29,22 @@ def history(root: Path, files: Hooked, note: Callable[[tuple[str, int]], object]
     """Three generations, the last compacted, the others removed, and another one; noted as it is reported."""
     with store_at(root / "runs" / "store", files) as store:
         with store.writer() as writer:
-            first = save(writer, store, STEPS[0])
+            first = save(writer, store, STEPS[0], meta=0)
             note(("committed", 1))
-            second = save(writer, store, STEPS[1], STEPS[0], first)
+            second = save(writer, store, STEPS[1], STEPS[0], first, meta=1)
             note(("committed", 2))
         with store.writer() as writer:
-            third = save(writer, store, STEPS[2], STEPS[1], second)
+            third = save(writer, store, STEPS[2], STEPS[1], second, meta=2)
             note(("committed", 3))
-            compacted = save(writer, store, STEPS[2], None, third, revision=1, generation=3)
+            compacted = save(writer, store, STEPS[2], None, third, revision=1, generation=3, meta=2)
             for each in (1, 2):
                 note(("removed", each))
             assert writer.remove([kept(first), kept(second), kept(third)])
-            save(writer, store, STEPS[3], STEPS[2], compacted)
+            save(writer, store, STEPS[3], STEPS[2], compacted, meta=3)
             note(("committed", 4))
 
 
-def problem_of(moment: Moment, root: Path) -> str | None:
+def problem_of(moment: Moment, root: Path, *, next_run: bool = True) -> str | None:
     """What is wrong with what a power loss left."""
     committed = {number for what, number in moment.notes if what == "committed"}
     committed -= {number for what, number in moment.notes if what == "removed"}
@@ -58,8 +61,10 @@ def problem_of(moment: Moment, root: Path) -> str | None:
             report = verify(store, all=True)
             if not committed <= there or not report.ok:
                 return f"{committed - there} are gone, or torn: {report}"
-            if wrong := [each for each in there if read_back(store, each) != STEPS[each - 1]]:
+            if wrong := [each for each in there if read_back(store, each) != STEPS[store.manifest(each).meta]]:
                 return f"{wrong} are not what was saved"
+    if not next_run:
+        return None
     try:
         return problem_of_the_next_run(root, max(committed, default=0))
     except DirtyTrackError as error:
@@ -84,6 +89,49 @@ def test_each_legal_loss_leaves_what_was_committed_and_nothing_torn(where: Path)
         assert problem_of(moment, root) is None, moment
     assert seen > 300
     assert not files.descriptors
+
+
+class Stumbling(Recording):
+    """An operation that makes something durable, visible or gone fails, once."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.left = self.at = 0
+        self.failed = ""
+
+    def operate(self, name: str, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        self.left -= name in ("sync", "sync_directory", "link", "unlink")
+        if not self.left and not self.failed and name in ("sync", "sync_directory", "link", "unlink"):
+            self.failed, self.at = name, len(self.order)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super().operate(name, call, *args, **options)
+
+
+@pytest.mark.parametrize("cleans", [False, True])
+def test_a_failure_and_then_a_power_loss(where: Path, cleans: bool) -> None:
+    """What a failed commit left half done, and was taken back, may come to light again: it is not torn either."""
+    nth = 0
+    while True:
+        nth += 1
+        disk = where / f"disk{nth}"
+        disk.mkdir()
+        files = Stumbling(disk)
+        with store_at(disk / "runs" / "store", files) as store, store.writer() as writer:
+            newest, last = save(writer, store, STEPS[0], meta=0), 0
+            files.note(("committed", 1))
+            files.left = nth
+            for step in (1, 2):
+                try:
+                    newest, last = save(writer, store, STEPS[step], STEPS[last], newest, meta=step), step
+                    files.note(("committed", newest.generation))
+                except StoreFailed:
+                    if cleans:
+                        writer.clean()
+        if not files.failed:
+            break
+        for moment, root in crashes(files, where / "after", files.at):
+            assert problem_of(moment, root, next_run=False) is None, (files.failed, moment.notes)
+    assert nth > 8
 
 
 def tell(pipe: int, what: tuple[str, int]) -> None:

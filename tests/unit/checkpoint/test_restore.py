@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Restoring: every generation is what it was, in every way it can be stored; and what cannot be is refused untouched."""
+"""Restoring: every generation is what it was, in every way it can be stored; what cannot be is refused, untouched."""
 
 from __future__ import annotations
 
@@ -79,8 +79,9 @@ def test_each_generation_is_what_it_was(where: Path, stored: str, threads: int) 
         assert (state.generation, state.meta) == (generation, {"step": generation - 1})
         assert state.parent == (generation - 1 or None)
         into = buffers_for(contents)
-        assert restore(where / "store", generation=generation, into=into, threads=threads, decrypt=decrypt)["odd"] is (
-            into["odd"]
+        assert (
+            restore(where / "store", generation=generation, into=into, threads=threads, decrypt=decrypt)["odd"]
+            is (into["odd"])
         )
         assert into == contents
 
@@ -129,6 +130,7 @@ def test_every_kind_of_buffer_can_be_given(where: Path) -> None:
     contents = made.truth[8]["x"]
     memory = dirtytrack.allocate(len(contents))
     raw = np.zeros(len(contents), np.uint8)
+    buffer: Any
     plain: Any
     for buffer, plain in (
         (memory, memory),
@@ -189,6 +191,26 @@ def test_a_chain_is_longer_than_files_may_be_open(where: Path) -> None:
     )
     subprocess.run([sys.executable, "-c", script, where / "store"], check=True)
     assert bytes_of(restore(made.store)) == made.truth[50]
+
+
+@pytest.mark.unsanitized("it keeps what was freed")
+def test_it_takes_no_more_memory_than_the_buffers_and_the_frames_in_flight(where: Path) -> None:
+    made = History(DirectoryStore(where / "store", create=True), compression="zstd", frame_bytes=1 << 20)
+    made.add("x", 24 << 20)
+    made.save()
+    for _ in range(3):
+        made.write(500)
+        made.save()
+    script = """
+import resource, sys
+from dirtytrack.checkpoint import restore
+into = bytearray(b"x") * (24 << 20)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+restore(sys.argv[1], into={"x": into}, threads=2)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script, where / "store"], check=True, capture_output=True, text=True)
+    assert int(done.stdout) < 16 << 10, "KiB more than before, with the modules that were loaded"
 
 
 # ---- what is refused, before anything is overwritten
@@ -285,7 +307,13 @@ def test_another_key_is_refused(where: Path, stored: str) -> None:
             with pytest.raises(InvalidCheckpoint, match="another key"):
                 restore(made.store, decrypt=Keyed(key))
     with pytest.raises(InvalidCheckpoint, match="returns bytes"):
-        restore(made.store, decrypt=lambda data: None)  # type: ignore[arg-type, return-value]
+        restore(made.store, decrypt=print)  # type: ignore[arg-type]
+
+    def notices(data: bytes) -> bytes:
+        raise ArithmeticError("the tag does not match")
+
+    with pytest.raises(InvalidCheckpoint, match=r"refuses a frame \(ArithmeticError: the tag .* another key"):
+        restore(made.store, decrypt=notices)
 
 
 # ---- what is damaged
@@ -378,7 +406,7 @@ def test_a_frame_that_only_an_older_buffer_has_need_not_be_whole(where: Path) ->
 
 def test_a_reader_keeps_what_it_reads(where: Path) -> None:
     made = history(where)
-    pruned = []
+    pruned: list[Any] = []
 
     def while_reading(done: int, total: int) -> None:
         if not pruned:
