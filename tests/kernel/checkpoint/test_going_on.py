@@ -247,7 +247,8 @@ def test_a_compaction_that_fails_is_told_and_harms_nothing(where: Path, monkeypa
         program.scribble(0.1)
         try:
             program.save()
-        except InvalidCheckpoint:
+        except InvalidCheckpoint as error:
+            assert isinstance(error.__cause__, OverflowError)
             told += 1
         wait_for_compaction(program.ckpt)
     assert told
