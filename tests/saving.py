@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def bytes_of(buffer: Any) -> np.ndarray[Any, Any]:
     if isinstance(buffer, np.ndarray):
         return buffer.reshape(-1).view(np.uint8)
     if hasattr(buffer, "untyped_storage"):
-        import torch
+        torch: Any = import_module("torch")
 
         found: np.ndarray[Any, Any] = buffer.detach().reshape(-1).view(torch.uint8).numpy()
         return found

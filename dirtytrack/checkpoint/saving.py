@@ -169,8 +169,8 @@ class Saver:
             return job is self._current or job in self._queue or job.save.done
 
     def abort_abandoned(self) -> None:
-        """The caller knows that nobody stages any more: what is not sealed was left by somebody who was interrupted, and
-        again while he cleaned up."""
+        """The caller knows that nobody stages any more: what is not sealed was left by somebody who was interrupted,
+        and again while he cleaned up."""
         with self._mutex:
             for job in (self._current, *self._queue):
                 if job is not None and not job.sealed:

@@ -24,6 +24,7 @@ __all__ = ["Tending"]
 
 _log = logging.getLogger("dirtytrack")
 _SPARE_NBYTES = 1 << 20  # a chain that is shorter is read in no time
+_MEMORY_NBYTES = 16 << 20  # beside the program; and the less, the sooner it ends when it is told to
 _MOST_SEGMENTS = 1000  # a manifest lists them all
 
 
@@ -114,6 +115,7 @@ class Tending:
                 self._encoder,
                 self._decoder,
                 encrypts=self._encrypts,
+                memory_bytes=_MEMORY_NBYTES,
                 progress=self._progress,
             )
             self._after = made

@@ -35,7 +35,7 @@ def digest_of(buffers: Mapping[str, Any]) -> str:
     found = hashlib.sha1(usedforsecurity=False)
     for name in sorted(buffers):
         found.update(name.encode() + b"\0")
-        found.update(bytes_of(buffers[name]))
+        found.update(bytes_of(buffers[name]).data)
     return found.hexdigest()
 
 

@@ -208,10 +208,10 @@ class Machine(RuleBasedStateMachine):
         assert set(self.truth) <= (self.kept() if self.truth else set())
 
 
-class TestModel(Machine.TestCase):  # type: ignore[misc]
+class TestModel(Machine.TestCase):  # type: ignore[misc,valid-type]
     settings = settings(max_examples=30, stateful_step_count=25)
 
 
 @pytest.mark.soak
-class TestModelLong(Machine.TestCase):  # type: ignore[misc]
+class TestModelLong(Machine.TestCase):  # type: ignore[misc,valid-type]
     settings = settings(max_examples=1000, stateful_step_count=60)

@@ -96,10 +96,12 @@ def test_arrays_come_back_as_they_were(where: Path, dtype: Any, shape: tuple[int
 def test_memory_that_others_may_write_is_warned_of_where_it_was_given(where: Path) -> None:
     with pytest.warns(BlindSpotWarning, match="'it'") as caught:
         ckpt = Checkpointer(where, {"it": mmap.mmap(-1, PAGE)})
-    with ckpt, pytest.warns(BlindSpotWarning, match="'more'") as more:
-        ckpt.add("more", mmap.mmap(-1, PAGE))
-        ckpt.replace("more", mmap.mmap(-1, PAGE))
-    assert {each.filename for each in (*caught, *more)} == {__file__}
+    with ckpt:
+        with pytest.warns(BlindSpotWarning, match="'more'") as added:
+            ckpt.add("more", mmap.mmap(-1, PAGE))
+        with pytest.warns(BlindSpotWarning, match="'more'") as replaced:
+            ckpt.replace("more", mmap.mmap(-1, PAGE))
+    assert {each.filename for each in (*caught, *added, *replaced)} == {__file__}
 
 
 def test_a_raw_range(where: Path) -> None:
