@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: MIT
+"""Moves a key-value service to another process while clients use it, and looks whether they could have noticed.
+
+Run it as ``python -m examples.kv_service``. The exit status is 0 only if what the clients saw is what one table would
+have answered that does one command after the other: no write lost, none done twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+import threading
+
+from .client import Client
+from .cluster import Cluster, Load
+from .history import check
+from .registry import Registry
+from .server import Server
+from .store import Store
+
+MIB = 1 << 20
+
+
+async def process(options: argparse.Namespace) -> int:
+    """One process of the service, until its parent is gone."""
+    server = Server(Registry(options.directory, options.name))
+    await server.listen()
+    if options.role == "serve":
+        store = Store.allocate(options.mib * MIB)
+        for number in range(options.mib * MIB // 1024):  # a quarter of its slots
+            store.table.put(b"old-%d" % number, b'"%d"' % number)
+        await server.begin(store)
+    else:
+        await server.take_over()
+    await asyncio.Event().wait()
+    return 0
+
+
+def end_with_parent() -> None:
+    sys.stdin.buffer.read()
+    os._exit(0)
+
+
+async def main(options: argparse.Namespace) -> int:
+    with Cluster.made(options.mib) as cluster:
+        cluster.start("A", "B")
+        load = Load(cluster.registry)
+        await asyncio.sleep(options.seconds)
+        with Client(cluster.registry, "operator") as operator:
+            moved = await operator.migrate("B")
+        await asyncio.sleep(options.seconds)
+        await load.end()
+        with Client(cluster.registry, "reader") as reader:
+            counters = [await reader.get(f"counter-{number}") for number in range(4)]
+    commands = check(load.history)
+    total = sum(value for value in counters if isinstance(value, int))
+    longest, moves = max(client.longest for client in load.clients), sum(client.moves for client in load.clients)
+    print(f"moved in {moved['rounds']} rounds; neither served for {moved['downtime'] * 1e3:.1f} ms")
+    print(
+        f"{len(load.clients)} clients were told {moves} times that it moved; the longest wait: {longest * 1e3:.1f} ms"
+    )
+    print(f"{commands:,} commands could have been done one after the other; counted to {total:,}")
+    if total != load.counted or moves != len(load.clients):
+        print(f"but {load.counted:,} were to be counted")
+        return 1
+    print("their answers are identical to those of one table")
+    return 0
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m examples.kv_service", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("role", nargs="?", choices=["move", "serve", "receive"], default="move", help=argparse.SUPPRESS)
+    parser.add_argument("name", nargs="?", help=argparse.SUPPRESS)
+    parser.add_argument("directory", nargs="?", help=argparse.SUPPRESS)
+    parser.add_argument("--mib", type=int, default=64, help="the table's memory (default: 64)")
+    parser.add_argument("--seconds", type=float, default=0.7, help="how long clients use it before, and after")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    options = parse(sys.argv[1:])
+    if options.role != "move":
+        threading.Thread(target=end_with_parent, daemon=True).start()
+    sys.exit(asyncio.run(main(options) if options.role == "move" else process(options)))

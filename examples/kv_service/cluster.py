@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: MIT
+"""Processes of the service on this machine, and clients that keep them busy."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from .client import Client, ServiceGone
+from .history import Operation
+from .registry import Registry
+
+ROOT = Path(__file__).parents[2]
+CLIENTS = 6
+
+
+class Cluster:
+    """Some processes, and the directory that they have in common.
+
+    Args:
+        directory: empty.
+        mib: of the table.
+    """
+
+    def __init__(self, directory: Path, mib: int) -> None:
+        self.registry, self._mib = Registry(directory), mib
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    @classmethod
+    @contextmanager
+    def made(cls, mib: int = 16) -> Iterator[Cluster]:
+        """One in a temporary directory, ended with the context."""
+        with tempfile.TemporaryDirectory() as directory:
+            cluster = cls(Path(directory), mib)
+            try:
+                yield cluster
+            finally:
+                for process in cluster.processes.values():
+                    process.kill()
+                    process.wait()
+                    assert process.stdin is not None, "it is a pipe"
+                    process.stdin.close()
+
+    def start(self, *names: str) -> None:
+        """A process that serves, and others to which the service can move; or others, if there are some already."""
+        for name in names:
+            role = "receive" if self.processes else "serve"
+            where = str(self.registry.directory)
+            command = [sys.executable, "-m", __package__ or "", role, name, where, "--mib", str(self._mib)]
+            self.processes[name] = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=ROOT)
+        for name in names:
+            while not self.registry.alive(name):
+                if self.processes[name].poll() is not None:
+                    raise RuntimeError(f"process {name} ended with status {self.processes[name].returncode}")
+                time.sleep(0.005)
+
+    def kill(self, name: str) -> float:
+        """SIGKILL. Returns when (time.monotonic)."""
+        at = time.monotonic()
+        self.processes[name].kill()
+        self.processes[name].wait()
+        return at
+
+
+class Load:
+    """Clients that do something all the time, and what they see."""
+
+    def __init__(self, registry: Registry, *, seed: int = 0, patience: float = 10.0) -> None:
+        self.history: list[Operation] = []
+        self.clients = [
+            Client(registry, f"client-{number}", self.history, patience=patience) for number in range(CLIENTS)
+        ]
+        self.counted = 0
+        self._random = random.Random(seed)
+        self._stop = asyncio.Event()
+        self._tasks = [asyncio.create_task(self._run(each)) for each in self.clients]
+
+    async def _run(self, client: Client) -> None:
+        """Few keys, so that clients are in one another's way; counters, so that nothing done twice is overlooked."""
+        values, chance = 0, self._random
+        with client, suppress(ServiceGone):
+            while not self._stop.is_set():
+                key, counter = f"key-{chance.randrange(12)}", f"counter-{chance.randrange(4)}"
+                what = chance.random()
+                values += 1
+                value = f"{client.name} {values}"
+                if what < 0.4:
+                    await client.add(counter, 1)
+                    self.counted += 1
+                elif what < 0.6:
+                    await client.set(key, value)
+                elif what < 0.8:
+                    await client.cas(key, await client.get(key), value)
+                else:
+                    await client.get(key)
+
+    async def end(self) -> None:
+        """Stop when all commands have their answer, or nobody gives one."""
+        self._stop.set()
+        await asyncio.gather(*self._tasks)
