@@ -22,6 +22,8 @@ COMMANDS = {
     "report": "say what a recording has: rates, mappings, hot pages, the written working set",
     "plan": "say what checkpoints and live migration of a recorded program would cost",
     "heatmap": "draw which memory was written when, of a recording: as text, a picture or a page",
+    "migrate": "run a program whose memory is tracked, and move it to another process while it runs",
+    "receive": "listen for a program that is moved here, and run it",
     "demo": "index the standard library in tracked memory, epoch by epoch, and compare the cost",
 }
 """By name of the module, which has add_arguments(parser) and run(args) -> exit status."""

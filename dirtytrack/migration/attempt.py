@@ -42,27 +42,29 @@ __all__ = ["Attempt", "Heart", "digest_of"]
 
 _TELL_SECONDS = 0.2
 _ROUND_TRIPS = 3  # of a stop: the round's end, FINISH and READY, COMMIT and COMMITTED
+_LAST_WORD_SECONDS = 1.0
 _VERIFY_BYTES_PER_SECOND = 5e9  # of one thread that reads and hashes
 _FIRST_OVERHEAD = 0.002  # seconds: threads woken, the last collect
 
 
 class Heart(threading.Thread):
-    """Says ALIVE on a control connection, four times in its time-out.
+    """Says ALIVE on a control connection, four times in the shorter of both time-outs.
 
     Args:
         link: the connection.
+        theirs: the other side's time-out.
         arrived: what to tell with it.
     """
 
-    def __init__(self, link: Link, arrived: Callable[[], int] = lambda: 0) -> None:
+    def __init__(self, link: Link, theirs: float, arrived: Callable[[], int] = lambda: 0) -> None:
         super().__init__(name="dirtytrack-alive", daemon=True)
-        self._link, self._arrived = link, arrived
+        self._link, self._arrived, self._every = link, arrived, min(link.timeout, theirs) / 4
         self._stop = threading.Event()
         self.start()
 
     def run(self) -> None:
         """Until it is stopped, or the connection ends."""
-        while not self._stop.wait(self._link.timeout / 4):
+        while not self._stop.wait(self._every):
             try:
                 self._link.send(Kind.ALIVE, number=self._arrived())
             except MigrationFailed:
@@ -175,7 +177,6 @@ class Attempt:
         about = address, source.timeout, source.tls
         control = transport.connect(*about, source.token, "control", hand_over.migration, hand_over.attempt)
         self._control = control
-        self._heart = Heart(control)
         self._regions = [(region, self._moving(region), held(region)) for region in self._tracker.regions]
         control.send(
             Kind.OPEN,
@@ -185,15 +186,18 @@ class Attempt:
                 "connections": source.connections,
                 "codec": int(source.codec),
                 "verify": source.verify,
+                "timeout_ms": int(source.timeout * 1000),
                 "regions": [
                     {"name": region.name, "nbytes": region.nbytes, "phase": moving.phase}
                     for region, moving, _ in self._regions
                 ],
             },
         )
-        while (frame := control.expect(Kind.HAVE, Kind.OPENED)).kind is Kind.HAVE:
+        while (frame := self._expect(Kind.HAVE, Kind.OPENED)).kind is Kind.HAVE:
             self._note(frame)
-        source.secret = wire.hexadecimal(wire.json_of(frame), "secret", 32)
+        said = wire.json_of(frame)
+        source.secret = wire.hexadecimal(said, "secret", 32)
+        self._heart = Heart(control, wire.seconds(said, "timeout_ms"))
         began = time.perf_counter()
         hand_over.begin_journal(
             address=str(address), secret=source.secret.hex(), token=bool(source.token), tls=source.tls is not None
@@ -267,10 +271,11 @@ class Attempt:
                 self._look(until)
                 if number == 0 or until is None:
                     self._tell("bulk" if number == 0 else "rounds", self._so_far(number, moved, began, sent), "")
-            self._wait_for(Kind.ARRIVED, number, until)
         except PeerLost as error:
-            self._said_why(error)
+            if error is senders.failure:
+                self._said_why()
             raise
+        self._wait_for(Kind.ARRIVED, number, until)
         seconds = time.perf_counter() - began
         remaining = 0 if timeout is not None else self._tracker.peek().nbytes
         self._reports.append(self._report(number, moved, senders.sent_bytes - sent, seconds, remaining))
@@ -298,6 +303,14 @@ class Attempt:
 
     def _wait_for(self, kind: Kind, number: int, until: float | None = None) -> wire.Frame:
         """A frame on the control connection; ALIVE tells that there is progress."""
+        frame = self._expect(kind, until=until)
+        if frame.header.number != number:
+            raise ProtocolViolated(f"{self._address} answers {kind.name} to what nobody asked")
+        return frame
+
+    def _expect(self, *kinds: Kind, until: float | None = None) -> wire.Frame:
+        """A frame of these types on the control connection. It may take long, as long as ALIVE comes in between, and
+        tells, where pages are waited for, that more and more arrives."""
         control = self._control
         assert control is not None, "connected"
         arrived, last = -1, time.perf_counter()
@@ -311,9 +324,7 @@ class Attempt:
                 except PeerLost:
                     self._look(until)
                     raise
-                if frame.kind is kind:
-                    if frame.header.number != number:
-                        raise ProtocolViolated(f"{control.peer} answers {kind.name} to what nobody asked")
+                if frame.kind in kinds:
                     return frame
                 if frame.kind is not Kind.ALIVE:
                     control.refuse_unexpected(frame)
@@ -321,18 +332,18 @@ class Attempt:
                 now = time.perf_counter()
                 if frame.header.number != arrived:
                     arrived, last = frame.header.number, now
-                elif kind is Kind.ARRIVED and now - last > before:
+                elif Kind.ARRIVED in kinds and now - last > before:
                     raise PeerLost(f"nothing arrives at {control.peer} for {before:g} s: the link stands still")
         finally:
             control.set_timeout(before)
 
-    def _said_why(self, error: PeerLost) -> None:
+    def _said_why(self) -> None:
         """A destination that gives up says why before it closes."""
-        control = self._control
+        control, until = self._control, time.perf_counter() + _LAST_WORD_SECONDS
         assert control is not None, "connected"
         with suppress(PeerLost, ProtocolViolated):
-            control.set_timeout(1.0)
-            while True:
+            while (left := until - time.perf_counter()) > 0:
+                control.set_timeout(left)
                 frame = control.receive()
                 if frame.kind is Kind.REFUSED:
                     control.refuse_unexpected(frame)
@@ -383,14 +394,14 @@ class Attempt:
         self.promised_maybe = True
         try:
             control.send(Kind.FINISH, {"state_nbytes": len(state), "digest": digest})
-            self._wait_for(Kind.READY, 0, until)
-        except PeerLost as error:
-            self._said_why(error)
+        except PeerLost:
+            self._said_why()
             raise
+        self._wait_for(Kind.READY, 0, until)
         self._look(until)
         hand_over.decide()
         control.send(Kind.COMMIT, number=hand_over.attempt)
-        control.expect(Kind.COMMITTED)
+        self._hear_answer(control)
         self._downtime = time.perf_counter() - self._stopped_at
         hand_over.committed()
         last = self._reports[-1]
@@ -398,6 +409,19 @@ class Attempt:
             Progress("moved", last.round, total_bytes=self._sent_bytes, seconds=time.perf_counter() - self._began),
             guarded=True,
         )
+
+    @staticmethod
+    def _hear_answer(control: Link) -> None:
+        """COMMITTED, in time: what nobody answers is in doubt, and that is better resolved soon."""
+        until = time.perf_counter() + control.timeout
+        while (left := until - time.perf_counter()) > 0:
+            control.set_timeout(left)
+            frame = control.receive()
+            if frame.kind is Kind.COMMITTED:
+                return
+            if frame.kind is not Kind.ALIVE:
+                control.refuse_unexpected(frame)
+        raise PeerLost(f"{control.peer} does not answer the decision")
 
     def _verify(self) -> None:
         for region, moving, _ in self._regions:

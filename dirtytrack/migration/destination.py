@@ -117,6 +117,7 @@ class Destination:
         self._controls: queue.SimpleQueue[tuple[Link, Hello] | None] = queue.SimpleQueue()
         self._waiting = 0  # controls that are queued or served
         self._current: Link | None = None  # the one that is served
+        self._heart: Heart | None = None  # its
         self._source = ""
         self._began = self._since = 0.0
         self._state = b""
@@ -223,26 +224,26 @@ class Destination:
         self._source = link.peer.removeprefix("the source").strip() or "unix"
         link.set_timeout(self._timeout)
         self._current = link
-        heart: Heart | None = None
         try:
             session = self._begin(link, hello)
             try:
-                receiver = self._receiver
-                assert receiver is not None, "_begin() made it"
-                heart = Heart(link, lambda: receiver.received_bytes)
                 self._take_in(session, link)
                 return self._hear_decision(session, link)
             except BaseException as error:
                 return self._failed(session, link, error)
         finally:
-            if heart is not None:
-                heart.stop()
+            if self._heart is not None:
+                self._heart.stop()
             self._end_receiver()
             if not self.may_run:
                 self._drop(link)
             with self._lock:
                 self._current = None
                 self._waiting -= 1
+
+    def _received(self) -> int:
+        receiver = self._receiver
+        return receiver.received_bytes if receiver is not None else 0
 
     def _begin(self, link: Link, hello: Hello) -> Session:
         with self._lock:
@@ -259,6 +260,7 @@ class Destination:
             self._call_abandon(session)
         try:
             said = wire.json_of(link.expect(Kind.OPEN))
+            self._heart = Heart(link, wire.seconds(said, "timeout_ms"), self._received)
             codec = _codec(said)
             connections = wire.field(said, "connections", int, MOST_CONNECTIONS)
             session.open(said)
@@ -276,7 +278,7 @@ class Destination:
             self._receiver = Receiver(
                 session, connections, codec, lambda error: self._cut(link, error), self._arrived(link)
             )
-        link.send(Kind.OPENED, {"secret": session.secret.hex()})
+        link.send(Kind.OPENED, {"secret": session.secret.hex(), "timeout_ms": int(self._timeout * 1000)})
         return session
 
     def _arrived(self, link: Link) -> Callable[[int], None]:
@@ -464,8 +466,8 @@ class Destination:
             if self._doubt_timeout is not None and waited >= self._doubt_timeout:
                 raise HandOverInDoubt(
                     f"this side promised to {self._source} and never heard the decision ({cause}); nobody could "
-                    f"resolve it for {waited:.1f} s. Everything is kept, and does not run. Look whether the source runs, "
-                    "and call resolve() alike on both sides, or dirtytrack migrate --resolve JOURNAL"
+                    f"resolve it for {waited:.1f} s. Everything is kept, and does not run. Look whether the source "
+                    "runs, and call resolve() alike on both sides, or dirtytrack migrate --resolve JOURNAL"
                 ) from cause
             try:
                 found = self._controls.get(timeout=_LOOK_SECONDS)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Address", "Budget", "Hello", "Link", "Listener", "connect", "refuse", "welcome"]
 
+_TLS_BYTES = 64 << 10  # OpenSSL writes all that it is given, or nothing in time
 _LOOPBACK = ("127.", "::1")
 _REFUSALS: dict[str, type[MigrationFailed]] = {
     "layout": LayoutDiffers,
@@ -156,23 +157,21 @@ class Link:
             self._send_all([PREAMBLE])
 
     def _send_all(self, parts: list[Any]) -> None:
+        """Each piece may take as long as the time-out: a slow link is no broken one."""
         try:
             if isinstance(self.sock, ssl.SSLSocket):
                 with self._alone:
                     for part in parts:
-                        self.sock.sendall(part)
+                        view = memoryview(part)
+                        for at in range(0, len(view), _TLS_BYTES):
+                            self.sock.sendall(view[at : at + _TLS_BYTES])
                 return
-            if len(parts) > 1:
-                done = self.sock.sendmsg(parts)
-                rest = []
-                for part in parts:
-                    skipped = min(done, len(part))
-                    done -= skipped
-                    if skipped < len(part):
-                        rest.append(memoryview(part)[skipped:])
-                parts = rest
+            done = self.sock.sendmsg(parts)
             for part in parts:
-                self.sock.sendall(part)
+                view = memoryview(part)[done:]
+                done = max(done - len(part), 0)
+                while view:
+                    view = view[self.sock.send(view) :]
         except (OSError, ValueError) as error:
             raise self._lost(error, "takes nothing") from error
 
@@ -212,7 +211,6 @@ class Link:
         body = memoryview(self._body)[: found.body_bytes]
         self._receive_into(body)
         wire.require_checksum(self._head, body, found)
-        self.received_bytes += HEADER_BYTES + found.body_bytes
         return Frame(found, body)
 
     def receive_data(self, view: memoryview) -> None:
@@ -222,7 +220,6 @@ class Link:
             PeerLost: the link is gone, or nothing came in time.
         """
         self._receive_into(view)
-        self.received_bytes += len(view)
 
     def expect(self, *kinds: Kind) -> Frame:
         """Read a frame of one of these types, passing over ALIVE.
@@ -255,6 +252,7 @@ class Link:
                 if not got:
                     break
                 at += got
+                self.received_bytes += got
         except (OSError, ValueError) as error:
             raise self._lost(error, "says nothing") from error
         if at < end:

@@ -32,6 +32,7 @@ __all__ = [
     "preamble_of",
     "region_list",
     "require_checksum",
+    "seconds",
 ]
 
 VERSION = 1
@@ -226,6 +227,15 @@ def field(found: dict[str, Any], name: str, kind: type[_T], most: int | None = N
         if size >= 0 and (most is None or size <= most):
             return value
     raise ProtocolViolated(f"the field {name!r} is missing, or is not what it should be: {str(value)[:80]}")
+
+
+def seconds(found: dict[str, Any], name: str) -> float:
+    """A field of milliseconds, at least one, in seconds.
+
+    Raises:
+        ProtocolViolated: it is none.
+    """
+    return max(field(found, name, int, 1 << 40), 1) / 1000
 
 
 def hexadecimal(found: dict[str, Any], name: str, nbytes: int) -> bytes:

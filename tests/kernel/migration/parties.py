@@ -2,8 +2,8 @@
 """A source and a destination in processes of their own, and a log of which of them runs.
 
 The source's program writes sequence numbers all over its memory. Whoever runs says so in one log, with the monotonic
-clock, which all processes share: `never_both` reads it. What the source's ``state`` gives is the hash of its memory while
-it is paused, so that a destination knows by itself whether all is right, also when the source was killed.
+clock, which all processes share: `never_both` reads it. What the source's ``state`` gives is the hash of its memory
+while it is paused, so that a destination knows by itself whether all is right, also when the source was killed.
 """
 
 from __future__ import annotations
@@ -64,9 +64,11 @@ class Log:
 class Program:
     """What is moved: a thread that writes sequence numbers, most of them into a hot part."""
 
-    def __init__(self, memory: list[Any], log: Log, who: str, *, hot: float = 0.05, pause_seconds: float = 0.0005) -> None:
+    def __init__(
+        self, memory: list[Any], log: Log, who: str, *, hot: float = 0.05, pause_seconds: float = 0.0005
+    ) -> None:
         self._views = [memoryview(each).cast("B") for each in memory]
-        self._log, self._who, self._hot, self._pause_seconds = log, who, hot, pause_seconds
+        self._log, self._who, self._hot = log, who, hot
         self._go, self._idle, self._end = threading.Event(), threading.Event(), False
         self._idle.set()
         self._chance = random.Random(1)
@@ -88,7 +90,7 @@ class Program:
                 span = pages if self.stores % 50 == 0 else max(1, int(pages * self._hot))
                 at = self._chance.randrange(span) * PAGE + self._chance.randrange(PAGE // 8) * 8
                 view[at : at + 8] = self.stores.to_bytes(8, "little")
-            time.sleep(self._pause_seconds + 0.05 * self.slowed)
+            time.sleep(0.0005 + 0.05 * self.slowed)
 
     def resume(self) -> None:
         self._log.say(self._who, "runs")
@@ -142,7 +144,7 @@ class Death:
             if mine:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        Link.send = dying  # type: ignore[method-assign]
+        Link.send = dying  # type: ignore[method-assign,assignment]
 
 
 # ---- the processes
@@ -174,7 +176,7 @@ class Party:
     def end(self) -> None:
         with suppress(OSError):
             self.pipe.close()
-        self.process.join(5)
+        self.process.join(0.3)
         if self.process.is_alive():
             self.kill()
         self.process.close()
@@ -192,7 +194,7 @@ def _guarded(role: Callable[..., None], pipe: Connection, arguments: Any, option
 
 
 def _timed(doubt: str | None) -> Callable[[Doubt], Any] | None:
-    return None if doubt is None else lambda told: doubt
+    return None if doubt is None else lambda _: doubt
 
 
 def source(

@@ -143,7 +143,8 @@ def once(cast: Cast, chance: random.Random, victim: str, number: int) -> str:
         else:
             assert cast.log.never_both() is None
     else:
-        if not receiving.pipe.poll(4):  # the source was killed before it was one
+        if not receiving.pipe.poll(0.7):  # the source was killed before it was one
+            receiving.kill()
             return "nobody came"
         said = receiving.hear("runs", "failed", "doubt")
         if said[0] == "doubt":

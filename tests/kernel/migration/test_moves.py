@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy
+import numpy as np
 import pytest
 
 import dirtytrack
@@ -123,9 +123,9 @@ def test_pages_of_zeroes_are_told_and_not_sent() -> None:
 
 
 def test_memory_that_begins_and_ends_within_pages() -> None:
-    whole, there = numpy.zeros(3 * MIB, numpy.uint8), numpy.zeros(3 * MIB, numpy.uint8)
+    whole, there = np.zeros(3 * MIB, np.uint8), np.zeros(3 * MIB, np.uint8)
     part = whole[1000 : 2 * MIB + 77]
-    whole[:] = numpy.random.default_rng(3).integers(0, 256, len(whole), numpy.uint8)
+    whole[:] = np.random.default_rng(3).integers(0, 256, len(whole), np.uint8)
     mine = there[33 : 33 + len(part)]
     mine[::5000] = 9  # what is there already is no hindrance
     with here_both(memory={"part": mine}) as (receiving, arrivals), Source({"part": part}) as sending:
@@ -138,7 +138,7 @@ def test_memory_that_begins_and_ends_within_pages() -> None:
 
 def test_what_the_destination_has_already_is_not_sent() -> None:
     memory, there = dirtytrack.allocate(16 * MIB, name="table"), bytearray(16 * MIB)
-    memory[:] = numpy.random.default_rng(3).bytes(len(memory))
+    memory[:] = np.random.default_rng(3).bytes(len(memory))
     there[:] = memory
     memory[7 * MIB] ^= 1
     there[12 * MIB : 13 * MIB] = bytes(MIB)
@@ -157,20 +157,19 @@ def test_a_tracker_that_runs_keeps_what_it_had_when_a_migration_fails() -> None:
         def refuse(arrival: Arrival) -> None:
             raise ValueError("not today")
 
-        with here_both(prepare=refuse) as (receiving, _):
-            with pytest.raises(PeerRefused, match="not today"):
-                sending.migrate(receiving.address)
+        with here_both(prepare=refuse) as (receiving, _), pytest.raises(PeerRefused, match="not today"):
+            sending.migrate(receiving.address)
         assert sending.may_run
         assert memory.address + 4096 in tracker.collect()
 
 
 def test_a_backend_that_compares_moves_too() -> None:
     memory = dirtytrack.allocate(2 * MIB, name="m")
-    memory[:] = numpy.random.default_rng(3).bytes(len(memory))
-    with dirtytrack.track(memory, backend="compare") as tracker, Source(tracker) as sending:
-        with here_both() as (receiving, arrivals):
-            sending.migrate(receiving.address)
-            (arrival,) = arrivals()
+    memory[:] = np.random.default_rng(3).bytes(len(memory))
+    watching = dirtytrack.track(memory, backend="compare")
+    with watching as tracker, Source(tracker) as sending, here_both() as (receiving, arrivals):
+        sending.migrate(receiving.address)
+        (arrival,) = arrivals()
     assert arrival.memory["m"][:] == memory[:]
 
 
