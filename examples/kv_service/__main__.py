@@ -56,11 +56,9 @@ async def main(options: argparse.Namespace) -> int:
             counters = [await reader.get(f"counter-{number}") for number in range(4)]
     commands = check(load.history)
     total = sum(value for value in counters if isinstance(value, int))
-    longest, moves = max(client.longest for client in load.clients), sum(client.moves for client in load.clients)
+    longest, moves = max(each.longest for each in load.clients), sum(each.moves for each in load.clients)
     print(f"moved in {moved['rounds']} rounds; neither served for {moved['downtime'] * 1e3:.1f} ms")
-    print(
-        f"{len(load.clients)} clients were told {moves} times that it moved; the longest wait: {longest * 1e3:.1f} ms"
-    )
+    print(f"{len(load.clients)} clients heard {moves} times that it moved; the longest wait: {longest * 1e3:.1f} ms")
     print(f"{commands:,} commands could have been done one after the other; counted to {total:,}")
     if total != load.counted or moves != len(load.clients):
         print(f"but {load.counted:,} were to be counted")

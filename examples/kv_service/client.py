@@ -58,8 +58,13 @@ class Client:
         return bool(await self._recorded("cas", key, expected, value))
 
     async def migrate(self, name: str, **options: float) -> dict[str, float]:
-        """Have the service move to the process of that name, and wait until it has."""
-        told: Any = await self._ask(0, "migrate", name, options)
+        """Have the service move to the process of that name, and wait until it has.
+
+        Raises:
+            Refused: it runs on where it was.
+            ConnectionError: who was asked is gone, and who serves now is in the registry.
+        """
+        told: Any = await self._ask(0, "migrate", name, options, again=False)
         return dict(told)
 
     async def _recorded(self, command: str, key: str, *arguments: Value) -> Value:
@@ -78,7 +83,7 @@ class Client:
         self.longest = max(self.longest, seen.answered - seen.requested)
         return seen.result
 
-    async def _ask(self, number: int, command: str, *arguments: Any) -> Value:
+    async def _ask(self, number: int, command: str, *arguments: Any, again: bool = True) -> Value:
         line = json.dumps([self.name, number, command, *arguments]).encode() + b"\n"
         while True:
             try:
@@ -88,7 +93,10 @@ class Client:
                 if not answer:
                     raise ConnectionError("the other side has closed")
             except OSError:
-                self.close()  # who is there now? The same number again: it is not done twice
+                self.close()
+                if not again:
+                    raise
+                # Who is there now? The same number again: it is not done twice.
                 await asyncio.sleep(0.005)
                 continue
             kind, result = json.loads(answer)

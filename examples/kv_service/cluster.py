@@ -101,7 +101,12 @@ class Load:
                 else:
                     await client.get(key)
 
-    async def end(self) -> None:
-        """Stop when all commands have their answer, or nobody gives one."""
+    async def end(self, *, answered: bool = True) -> None:
+        """Stop when all commands have their answer, or at once."""
         self._stop.set()
-        await asyncio.gather(*self._tasks)
+        for task in self._tasks:
+            if not answered:
+                task.cancel()
+        for result in await asyncio.gather(*self._tasks, return_exceptions=True):
+            if isinstance(result, Exception):
+                raise result

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 import threading
 from contextlib import suppress
 from typing import Any
@@ -117,6 +116,8 @@ class Server:
     async def _migrate(self, name: str, options: dict[str, Any]) -> list[Any]:
         """Move to the process of that name. Options: bandwidth, max_downtime."""
         async with self._moving:
+            if self._successor is not None:
+                return ["moved", self._successor]
             if not self._serving:
                 raise Refused("it is not here")
             try:
@@ -172,7 +173,7 @@ class Server:
             try:
                 return destination.receive()
             except MigrationFailed as error:
-                print(f"{self._registry.name} waits on: {error}", file=sys.stderr, flush=True)
+                self._registry.say(f"waits on: {error}")
 
     def _tell(self, progress: Progress) -> None:
         if progress.phase in ("bulk", "stopped", "prepared", "in doubt", "moved", "committed"):
