@@ -9,49 +9,22 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import sys
-import threading
 
 from .client import Client
 from .cluster import Cluster, Load
 from .history import check
-from .registry import Registry
-from .server import Server
-from .store import Store
-
-MIB = 1 << 20
-
-
-async def process(options: argparse.Namespace) -> int:
-    """One process of the service, until its parent is gone."""
-    server = Server(Registry(options.directory, options.name))
-    await server.listen()
-    if options.role == "serve":
-        store = Store.allocate(options.mib * MIB)
-        for number in range(options.mib * MIB // 1024):  # a quarter of its slots
-            store.table.put(b"old-%d" % number, b'"%d"' % number)
-        await server.begin(store)
-    else:
-        await server.take_over()
-    await asyncio.Event().wait()
-    return 0
-
-
-def end_with_parent() -> None:
-    sys.stdin.buffer.read()
-    os._exit(0)
+from .process import run
 
 
 async def main(options: argparse.Namespace) -> int:
     with Cluster.made(options.mib) as cluster:
         cluster.start("A", "B")
-        load = Load(cluster.registry)
-        await asyncio.sleep(options.seconds)
-        with Client(cluster.registry, "operator") as operator:
-            moved = await operator.migrate("B")
-        await asyncio.sleep(options.seconds)
-        await load.end()
+        async with Load(cluster.registry) as load:
+            await asyncio.sleep(options.seconds)
+            with Client(cluster.registry, "operator") as operator:
+                moved = await operator.migrate("B")
+            await asyncio.sleep(options.seconds)
         with Client(cluster.registry, "reader") as reader:
             counters = [await reader.get(f"counter-{number}") for number in range(4)]
     commands = check(load.history)
@@ -79,6 +52,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 if __name__ == "__main__":
     options = parse(sys.argv[1:])
-    if options.role != "move":
-        threading.Thread(target=end_with_parent, daemon=True).start()
-    sys.exit(asyncio.run(main(options) if options.role == "move" else process(options)))
+    if options.role == "move":
+        sys.exit(asyncio.run(main(options)))
+    run(options.role, options.name, options.directory, options.mib)

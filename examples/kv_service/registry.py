@@ -32,8 +32,10 @@ class Registry:
     def register(self, **addresses: str) -> None:
         """Be alive, and reachable there."""
         self._write(f"{self.name}.json", json.dumps(addresses))
-        self._lock = os.open(self.directory / f"{self.name}.alive", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        new = self.directory / f".{self.name}.alive"
+        self._lock = os.open(new, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        new.replace(self.directory / f"{self.name}.alive")  # locked from the first moment that somebody sees it
 
     def claim(self) -> None:
         """Be the one who serves: on disk when this returns, and not a moment later may the first client be served."""

@@ -124,25 +124,30 @@ async def storm(kills: int, seed: int) -> Counter[str]:
     outcomes, chance = Counter[str](), random.Random(seed)
     while (left := kills - outcomes.total()) > 0:
         with Cluster.made(mib=4) as cluster:
-            drama = Drama(cluster, Load(cluster.registry, seed=chance.randrange(1 << 30), patience=60))
+            load = Load(cluster.registry, seed=chance.randrange(1 << 30), patience=60)
+            drama = Drama(cluster, load)
             serving, spare = await drama.start(2)
             drama.spare = asyncio.create_task(asyncio.sleep(0, spare))
             await drama.served()
-            for _ in range(min(left, 40)):
-                outcome, now = await drama.move_and_kill(serving, chance)
-                outcomes[outcome] += 1
-                if now is None:
-                    await asyncio.sleep(0.05)  # for somebody who serves and must not
-                    break
-                serving = now
-                await drama.served()
-            await asyncio.gather(drama.spare, drama.load.end(answered=now is not None))
+            try:
+                for _ in range(min(left, 40)):
+                    outcome, now = await drama.move_and_kill(serving, chance)
+                    outcomes[outcome] += 1
+                    if now is None:
+                        await asyncio.sleep(0.05)  # for somebody who serves and must not
+                        break
+                    serving = now
+                    await drama.served()
+                await asyncio.gather(drama.spare, load.end(answered=now is not None))
+            except BaseException:
+                await load.end(answered=False)
+                raise
             drama.never_both()
-            assert check(drama.load.history) > 50
+            assert check(load.history) > 50
             if now is not None:
                 with Client(cluster.registry, "reader") as reader:
                     counted = [await reader.get(f"counter-{number}") for number in range(4)]
-                assert sum(value for value in counted if isinstance(value, int)) == drama.load.counted
+                assert sum(value for value in counted if isinstance(value, int)) == load.counted
     return outcomes
 
 
