@@ -268,7 +268,7 @@ class JournalUnusable(MigrationFailed, OSError):
 
 
 class HandOverInDoubt(MigrationFailed, RuntimeError):
-    """The decision was sent and its answer is lost: both sides keep everything, and neither runs until that is resolved."""
+    """The decision was sent and its answer is lost: both sides keep everything, neither runs until that is resolved."""
 
     running = None
 

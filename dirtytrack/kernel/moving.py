@@ -48,11 +48,10 @@ def _key(seed: bytes, page_bytes: int) -> bytes:
 def page_digest(page: Any, seed: bytes) -> bytes:
     """The digest of one page under that seed."""
     core.load()
-    pinned = core.pin(page, writable=False)
-    nbytes = len(pinned)
+    nbytes = memoryview(page).nbytes
     if not 4096 <= nbytes <= 65536 or nbytes & (nbytes - 1):
         raise InvalidMemory(f"a page is a power of two from 4096 to 65536 bytes, not {nbytes}")
-    key = core.ffi.from_buffer("uint8_t[]", _key(seed, nbytes))
+    pinned, key = core.pin(page, writable=False), core.ffi.from_buffer("uint8_t[]", _key(seed, nbytes))
     out = core.ffi.new("uint64_t[2]")
     core.lib.dt_page_digest(pinned, nbytes, key, out)
     return bytes(core.ffi.buffer(out))
@@ -145,14 +144,20 @@ class Moving:
             Mismatch: it is not what it says, or belongs nowhere. Nothing was written.
             RegionGone: a page vanished beneath the copy.
         """
-        ffi, why = core.ffi, core.new_failure()
-        held = [ffi.from_buffer("uint8_t[]", each) for each in (stretches, digests, data)]
-        words, sums = ffi.cast("dt_stretch *", held[0]), ffi.cast("uint64_t *", held[1])
-        code = core.lib.dt_moving_put(self._c, words, count, sums, held[2], nbytes, why)
+        why = core.new_failure()
+        code = self._put(stretches, count, digests, data, nbytes, why)
         if code == core.lib.DT_MALFORMED:
             raise Mismatch(f"page {why.start} of it is not what was sent, or belongs nowhere")
         if code:
             raise_failure(code, why, "write the memory that is moved")
+
+    def _put(self, stretches: Any, count: int, digests: Any, data: Any, nbytes: int, why: CData) -> int:
+        # In a frame that raises nothing: a garbage collection that meets a memoryview whose buffer is in use, both of
+        # them in a cycle such as a traceback makes, crashes CPython up to 3.11 and 3.12.6 (gh-77894).
+        ffi = core.ffi
+        held = [ffi.from_buffer("uint8_t[]", each) for each in (stretches, digests, data)]
+        words, sums = ffi.cast("dt_stretch *", held[0]), ffi.cast("uint64_t *", held[1])
+        return core.lib.dt_moving_put(self._c, words, count, sums, held[2], nbytes, why)
 
     # ---- both sides'
 

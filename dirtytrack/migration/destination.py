@@ -638,6 +638,8 @@ class Destination:
             link.close()
         self._end_receiver()
         self._acceptor.join()
+        if self._session is not None:
+            self._session.let_go()
         if self._journal is not None:
             self._journal.close()
 

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,22 +28,41 @@ def _line(record: dict[str, Any]) -> bytes:
 
 
 def _records(data: bytes, path: object) -> list[dict[str, Any]]:
+    """What is whole. A last line without its end was being written when the process died: it was never acted on."""
     found: list[dict[str, Any]] = []
-    lines = data.split(b"\n")
-    for number, line in enumerate(lines):
+    for number, line in enumerate(data.split(b"\n")[:-1], 1):
         try:
             crc, _, text = line.partition(b" ")
             record = json.loads(text) if int(crc, 16) == zlib.crc32(text) else None
         except ValueError:
             record = None
-        if isinstance(record, dict):
-            found.append(record)
-        elif line and number < len(lines) - 1 and any(lines[number + 1 :]):
+        if not isinstance(record, dict):
             raise JournalUnusable(
-                f"line {number + 1} of the journal {path} is damaged, and not because writing it was interrupted: it "
-                "is no journal of dirtytrack, or something else wrote to it. Decide by looking at both sides"
+                f"line {number} of the journal {path} is damaged: it is no journal of dirtytrack, or something else "
+                "wrote to it. Decide by looking at both sides"
             )
+        found.append(record)
     return found
+
+
+def _mend(fd: int) -> None:
+    """Take away what a process that died had begun to write."""
+    data = os.pread(fd, _MOST_BYTES, 0)
+    if data and not data.endswith(b"\n"):
+        os.ftruncate(fd, data.rfind(b"\n") + 1)
+
+
+def _append(fd: int, record: dict[str, Any]) -> None:
+    line = _line(record)
+    if os.write(fd, line) != len(line):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    os.fsync(fd)
+
+
+def _unusable(path: object, doing: str, error: OSError, hint: str = "") -> JournalUnusable:
+    return JournalUnusable(
+        f"the journal {path} cannot be {doing}: {error.strerror}{hint}", errno=error.errno, feature=str(path)
+    )
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
@@ -52,11 +73,10 @@ def read(path: str | Path) -> list[dict[str, Any]]:
     """
     try:
         with open(path, "rb") as file:
-            return _records(file.read(_MOST_BYTES), path)
+            data = file.read(_MOST_BYTES)
     except OSError as error:
-        raise JournalUnusable(
-            f"the journal {path} cannot be read: {error.strerror}", errno=error.errno, feature=str(path)
-        ) from error
+        raise _unusable(path, "read", error) from error
+    return _records(data, path)
 
 
 def add_verdict(path: str | Path, migration: str, attempt: int, runs: str) -> None:
@@ -66,16 +86,16 @@ def add_verdict(path: str | Path, migration: str, attempt: int, runs: str) -> No
         JournalUnusable: it cannot be written.
     """
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
         try:
-            os.write(fd, b"\n" + _line({"verdict": runs, "id": migration, "attempt": attempt}))
-            os.fsync(fd)
+            with suppress(BlockingIOError):  # who has it lives, and ends its own lines
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _mend(fd)
+            _append(fd, {"verdict": runs, "id": migration, "attempt": attempt})
         finally:
             os.close(fd)
     except OSError as error:
-        raise JournalUnusable(
-            f"the journal {path} cannot be written: {error.strerror}", errno=error.errno, feature=str(path)
-        ) from error
+        raise _unusable(path, "written", error) from error
 
 
 class Journal:
@@ -94,6 +114,7 @@ class Journal:
         try:
             self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _mend(self._fd)
             self._sync_directory()
         except OSError as error:
             self.close()
@@ -106,6 +127,8 @@ class Journal:
         try:
             self.before = self.records()
             """What was in it when it was opened."""
+            if os.fstat(self._fd).st_size > _MOST_BYTES // 2:
+                raise JournalUnusable(f"the journal {self.path} is full. Name another file", feature=self.path)
         except JournalUnusable:
             self.close()
             raise
@@ -124,16 +147,9 @@ class Journal:
             JournalUnusable: the disk is full or broken; the step is not to be taken.
         """
         try:
-            data = b"\n" + _line(record)  # what a crash left of the line before ends here
-            if os.write(self._fd, data) != len(data):
-                raise OSError(28, os.strerror(28))
-            os.fsync(self._fd)
+            _append(self._fd, record)
         except OSError as error:
-            raise JournalUnusable(
-                f"the journal {self.path} cannot be written: {error.strerror}. Make room, or name another file",
-                errno=error.errno,
-                feature=self.path,
-            ) from error
+            raise _unusable(self.path, "written", error, ". Make room, or name another file") from error
 
     def records(self) -> list[dict[str, Any]]:
         """All that it says, the oldest first.
@@ -142,11 +158,10 @@ class Journal:
             JournalUnusable: it cannot be read, or is none.
         """
         try:
-            return _records(os.pread(self._fd, _MOST_BYTES, 0), self.path)
+            data = os.pread(self._fd, _MOST_BYTES, 0)
         except OSError as error:
-            raise JournalUnusable(
-                f"the journal {self.path} cannot be read: {error.strerror}", errno=error.errno, feature=self.path
-            ) from error
+            raise _unusable(self.path, "read", error) from error
+        return _records(data, self.path)
 
     def verdict(self, migration: str, attempt: int) -> str | None:
         """What somebody said by `add_verdict`: the last word counts."""

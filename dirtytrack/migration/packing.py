@@ -48,6 +48,8 @@ def decompress(codec: Codec, data: Any, nbytes: int) -> Any:
 
             made = lz4.frame.LZ4FrameDecompressor()
             found = made.decompress(bytes(data), max_length=nbytes + 1)
+            if not made.eof or made.unused_data:
+                raise ValueError("it does not end where it should")
     except (ValueError, RuntimeError, EOFError) as error:
         raise ProtocolViolated(f"what came is not what was compressed: {error}") from error
     except Exception as error:

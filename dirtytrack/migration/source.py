@@ -242,11 +242,17 @@ class Source:
             self._tell_abort_anew(str(error))
         self.tell(Progress("failed", reason=str(error)), guarded=True)
 
-    def _tell_abort_anew(self, reason: str) -> None:
-        """The destination may have promised, and the link is gone: else it would stay in doubt until somebody looks."""
+    def _tell_abort_anew(self, reason: str) -> str | None:
+        """The destination may have promised, and the link is gone: else it would stay in doubt until somebody looks.
+        Where it stands before, if it can be reached."""
+        attempt, standing = self.hand_over.attempt, None
         with suppress(MigrationFailed), self._ask_link(_SHORT) as link:
-            link.send(Kind.ABORT, {"reason": reason}, number=self.hand_over.attempt)
-            link.expect(Kind.ABORTED)
+            link.send(Kind.ASK, number=attempt)
+            standing = field(json_of(link.expect(Kind.STANDS)), "standing", str, 16)
+            if standing != "committed":
+                link.send(Kind.ABORT, {"reason": reason[:1000]}, number=attempt)
+                link.expect(Kind.ABORTED)
+        return standing
 
     def tell(self, progress: Progress, *, guarded: bool = False) -> None:
         """Call the progress function."""
@@ -280,16 +286,22 @@ class Source:
         with self._busy:
             return self._settle(None, timeout)
 
-    def resolve(self, runs: Literal["source", "destination"]) -> None:
+    def resolve(self, runs: Literal["source", "destination"]) -> Literal["source", "destination"]:
         """Say which side runs, when `HandOverInDoubt` was raised. **Say the same on the other side:** see `Doubt`.
+
+        Returns:
+            Which side runs: not what was said where the destination can be reached, and runs.
 
         Raises:
             NotStarted: nothing is in doubt.
+            CallbackFailed: resume() failed.
         """
         if self.hand_over.state is not SourceState.COMMITTING:
             raise NotStarted("no hand-over of this source is in doubt")
         with self._busy:
-            self._decide(runs)
+            told = self._tell_abort_anew("the verdict is that the source runs on") if runs == "source" else None
+            self._decide("destination" if told == "committed" else runs)
+            return "source" if self.may_run else "destination"
 
     def _decide(self, runs: str) -> None:
         if runs not in ("source", "destination"):
@@ -321,11 +333,13 @@ class Source:
                 self._decide("source")
                 raise PeerRefused(f"the destination {self._peer} gave up: the source runs on") from cause
             verdict = self.hand_over.verdict() or self._arbitrate()
-            if verdict is not None:
+            if verdict == "destination":
                 self._decide(verdict)
-                if verdict == "destination":
-                    return self._settled("verdict")
-                self._tell_abort_anew("the arbiter decided for the source")
+                return self._settled("verdict")
+            if verdict is not None:
+                if self._tell_abort_anew("the verdict is that the source runs on") == "committed":
+                    continue  # it runs, whatever was said: asked once more, it says so
+                self._decide(verdict)
                 raise MigrationAborted(
                     "the answer to the decision was lost, and the verdict is that the source runs on"
                 ) from cause

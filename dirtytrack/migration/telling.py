@@ -45,7 +45,11 @@ class Progress(NamedTuple):
 
 
 class Doubt(NamedTuple):
-    """What an arbiter is asked about: neither side runs, and this side cannot know whether the other should.
+    """What an arbiter is asked about: this side does not run, and cannot know whether the other does.
+
+    ``"destination"`` may be said only where the source is gone, or is in doubt itself and will be told the same: a
+    source that is not in doubt runs. ``"source"`` may be said to the source only where the destination is gone, or has
+    been told so first.
 
     Attributes:
         side: ``"source"`` or ``"destination"``: who asks.
