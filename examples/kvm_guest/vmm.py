@@ -71,7 +71,7 @@ class Vmm:
 
     def resume(self) -> None:
         """Let it run."""
-        self._require()
+        self.require()
         with self._change:
             self._wanted = True
             self.machine.leave(False)
@@ -88,7 +88,7 @@ class Vmm:
                 with suppress(ProcessLookupError):
                     signal.pthread_kill(self._thread.ident or 0, KICK)
                 self._change.wait(0.05)
-        self._require()
+        self.require()
 
     def slow(self, step: float) -> None:
         """Have it run for a share of the time only: 0 as before, 0.99 hardly."""
@@ -116,7 +116,8 @@ class Vmm:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _require(self) -> None:
+    def require(self) -> None:
+        """Raises GuestLost if it has stopped by itself."""
         if self._error is not None:
             raise GuestLost(str(self._error)) from self._error
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -128,6 +129,26 @@ def test_the_program_is_what_its_assembly_says(tmp_path: Path) -> None:
     subprocess.run(["gcc", "-c", source, "-o", out], check=True)
     subprocess.run(["objcopy", "-O", "binary", "-j", ".text", out], check=True)
     assert out.read_bytes() == guest.PROGRAM
+
+
+def test_the_guest_is_moved_by_the_commands(vmm: Vmm, tmp_path: Path) -> None:
+    commands = [sys.executable, "-m", "dirtytrack"]
+    receive = [*commands, "receive", "examples.kvm_guest.commands:prepare", "--journal", str(tmp_path / "r")]
+    migrate = [*commands, "migrate", "examples.kvm_guest.commands:start"]
+    with subprocess.Popen(receive, cwd=ROOT, stdout=subprocess.PIPE, text=True) as receiving:
+        try:
+            assert receiving.stdout is not None
+            where = [receiving.stdout.readline().split()[-1], "--journal", str(tmp_path / "m")]
+            done = subprocess.run([*migrate, *where], check=False, cwd=ROOT, capture_output=True, text=True, timeout=60)
+            assert done.returncode == 0, done.stdout + done.stderr
+            told = [receiving.stdout.readline() for _ in range(3)]
+            receiving.send_signal(signal.SIGINT)
+            assert receiving.wait(10) == 0
+        finally:
+            receiving.kill()
+    went_on, at = (int(line.split()[-1].replace(",", "")) for line in told[1:])
+    assert told[0] == "runs here\n"
+    assert at > went_on
 
 
 # ---- its parts
