@@ -18,7 +18,7 @@ from .process import run
 
 
 async def main(options: argparse.Namespace) -> int:
-    with Cluster.made(options.mib) as cluster:
+    with Cluster(options.mib) as cluster:
         cluster.start("A", "B")
         async with Load(cluster.registry) as load:
             await asyncio.sleep(options.seconds)

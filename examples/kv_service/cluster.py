@@ -8,10 +8,8 @@ import multiprocessing
 import random
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from multiprocessing.context import ForkServerProcess
-from pathlib import Path
 
 from .client import Client, ServiceGone
 from .history import Operation
@@ -27,31 +25,27 @@ _context.set_forkserver_preload([f"{__package__}.process"])
 
 
 class Cluster:
-    """Some processes, and the directory that they have in common.
+    """Some processes, and the directory that they have in common, which ends with them.
 
     Args:
-        directory: empty.
         mib: of the table.
     """
 
-    def __init__(self, directory: Path, mib: int) -> None:
-        self.registry, self._mib = Registry(directory), mib
+    def __init__(self, mib: int) -> None:
+        self._directory = tempfile.TemporaryDirectory()
+        self.registry, self._mib = Registry(self._directory.name), mib
         self._processes: dict[str, ForkServerProcess] = {}
         self._theirs, self._ours = _context.Pipe(duplex=False)
 
-    @classmethod
-    @contextmanager
-    def made(cls, mib: int = 16) -> Iterator[Cluster]:
-        """One in a temporary directory, ended with the context."""
-        with tempfile.TemporaryDirectory() as directory:
-            cluster = cls(Path(directory), mib)
-            try:
-                yield cluster
-            finally:
-                for name in cluster._processes:
-                    cluster.kill(name)
-                cluster._theirs.close()
-                cluster._ours.close()
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for name in self._processes:
+            self.kill(name)
+        self._theirs.close()
+        self._ours.close()
+        self._directory.cleanup()
 
     def start(self, *names: str) -> None:
         """A process that serves, and others to which the service can move; or others, if there are some already."""

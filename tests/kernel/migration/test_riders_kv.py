@@ -123,7 +123,7 @@ class Drama:
 async def storm(kills: int, seed: int) -> Counter[str]:
     outcomes, commands, chance = Counter[str](), 0, random.Random(seed)
     while (left := kills - outcomes.total()) > 0:
-        with Cluster.made(mib=4) as cluster:
+        with Cluster(mib=4) as cluster:
             load = Load(cluster.registry, seed=chance.randrange(1 << 30), patience=60)
             drama = Drama(cluster, load)
             serving, spare = await drama.start(2)
@@ -161,7 +161,7 @@ def test_either_side_is_killed_at_some_moment(kills: int) -> None:
 
 def test_it_moves_on_and_on_and_a_move_to_nobody_changes_nothing() -> None:
     async def play() -> None:
-        with Cluster.made(mib=4) as cluster:
+        with Cluster(mib=4) as cluster:
             drama = Drama(cluster, Load(cluster.registry))
             first, *others = await drama.start(3)
             await drama.served()

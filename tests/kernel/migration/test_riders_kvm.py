@@ -179,10 +179,10 @@ def test_a_guest_that_is_faster_than_the_link_is_slowed() -> None:
     with machine(4 * MIB) as vmm, dirtytrack.UffdSession() as session, Host() as host:
         session.register(vmm.machine.ram, name="ram")
         tracker = WitnessedTracker(session, vmm.machine)
-        vmm.boot(numbers_per_second=4000, burst=20)  # 16 MB of pages a second
+        vmm.boot(numbers_per_second=10_000, burst=50)  # 40 MB of pages a second
         vmm.resume()
-        goal = Goal(max_downtime=0.05, on_divergence="slow")
-        _, told = move(vmm, tracker, host.listening.address, goal, bandwidth=10e6)
+        goal = Goal(max_downtime=0.03, on_divergence="slow")
+        _, told = move(vmm, tracker, host.listening.address, goal, bandwidth=20e6)
         tracker.check()
         assert any("is slowed by" in each.reason for each in told)
         there = host.arrived()
