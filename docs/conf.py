@@ -176,7 +176,8 @@ def _process_signature(
 _ALIASES = {"AnyBuffer", "Trackable", "Mirror", "Source"}  # for type checkers; api/index.md explains them
 _UNPAGED = {"End", "NDArray", "np.int64", "np.float64", "dirtytrack.process.mappings.Mapping"}
 _UNPAGED |= {"Counts", "Shares", "np.uint64"}
-_TYPING = {"Self", "Buffer", "typing_extensions.Self", "typing_extensions.Buffer"}
+_UNPAGED |= {"Arbiter", "Given", "Teller"}  # functions that a migration is given
+_TYPING = {"Path", "Self", "Buffer", "typing_extensions.Self", "typing_extensions.Buffer"}
 
 
 def _is_of_python(target: str) -> bool:
@@ -200,13 +201,30 @@ def _missing_reference(
         return contnode
     name = target.rpartition(".")[2]
     for known, *_ in env.domains["py"].get_objects():  # dirtytrack.tracker.DirtyTracker: documented at the front door
-        if known in {f"dirtytrack.{part}{name}" for part in ("", "delta.", "observe.", "process.")} and target != known:
+        if known in {f"dirtytrack.{part}{name}" for part in _ROOMS} and target != known:
             return env.domains["py"].resolve_xref(env, node["refdoc"], app.builder, "obj", known, node, contnode)
     return contnode if target in _UNPAGED or _is_of_python(target) else None
+
+
+_ROOMS = ("", "delta.", "migration.", "observe.", "process.")
+_SOURCES = {"api/observe": "dirtytrack.observe.Source", "api/migration": "dirtytrack.migration.Source"}
+
+
+def _settle_sources(app: Sphinx, doctree: nodes.document) -> None:
+    """Two classes are called Source, and an alias: which one a signature means, its page tells."""
+    from sphinx.addnodes import pending_xref
+
+    for node in list(doctree.findall(pending_xref)):
+        if node.get("refdomain") == "py" and node.get("reftarget") == "Source":
+            if app.env.docname in _SOURCES:
+                node["reftarget"] = _SOURCES[app.env.docname]
+            else:
+                node.replace_self(node.children)
 
 
 def setup(app: Sphinx) -> None:
     """Sphinx calls this."""
     app.connect("autodoc-process-docstring", _process_docstring)
     app.connect("autodoc-process-signature", _process_signature)
+    app.connect("doctree-read", _settle_sources)
     app.connect("missing-reference", _missing_reference)

@@ -20,14 +20,15 @@ from ..errors import (
     ProtocolViolated,
 )
 from ..kernel.core import PAGE_BYTES
-from ..kernel.moving import DIGEST_BYTES, Moving, xxh64
+from ..kernel.moving import DIGEST_BYTES, Moving, round_trip_seconds, xxh64
 from ..layout import held
-from . import transport, wire
+from . import joining, wire
+from .joining import Address
 from .policy import Policy, RoundReport
 from .populated import populated
 from .sending import Part, Senders
 from .telling import Migrated, Progress
-from .transport import Address, Budget, Link
+from .transport import Budget, Link
 from .wire import BODY_BYTES, Kind
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ class Attempt:
     def _connect(self) -> None:
         source, address, hand_over = self._source, self._address, self._hand_over
         about = address, source.timeout, source.tls
-        control = transport.connect(*about, source.token, "control", hand_over.migration, hand_over.attempt)
+        control = joining.connect(*about, source.token, "control", hand_over.migration, hand_over.attempt)
         self._control = control
         self._regions = [(region, self._moving(region), held(region)) for region in self._tracker.regions]
         control.send(
@@ -205,9 +206,9 @@ class Attempt:
         self._overhead += 2 * (time.perf_counter() - began) if hand_over.journal is not None else 0.0
         key = source.token + source.secret
         for _ in range(source.connections):
-            link = transport.connect(*about, key, "pages", hand_over.migration, hand_over.attempt)
+            link = joining.connect(*about, key, "pages", hand_over.migration, hand_over.attempt)
             self._links.append(link)
-        self._overhead += _ROUND_TRIPS * min(link.round_trip for link in (control, *self._links))
+        self._overhead += _ROUND_TRIPS * round_trip_seconds(control.sock)
         self._senders = Senders(self._links, PAGE_BYTES, source.codec, Budget(source.bandwidth))
 
     def _moving(self, region: Region) -> Moving:

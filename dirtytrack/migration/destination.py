@@ -26,13 +26,14 @@ from ..errors import (
     PeerLost,
     ProtocolViolated,
 )
-from . import packing, transport, wire
+from . import joining, packing, wire
 from .attempt import Heart, digest_of
+from .door import Door
 from .handover import DestinationState, Impossible
-from .journal import Journal
+from .joining import Address, Hello
 from .receiving import Receiver, Session
 from .telling import Arrival, Doubt, Progress
-from .transport import Address, Hello, Link, Listener
+from .transport import Link
 from .wire import MOST_CONNECTIONS, Codec, Kind
 
 if TYPE_CHECKING:
@@ -48,12 +49,10 @@ if TYPE_CHECKING:
 __all__ = ["Destination"]
 
 _log = logging.getLogger("dirtytrack")
-_HANDSHAKE_SECONDS = 10.0
-_HANDSHAKES = 16  # at once; more wait in the kernel's queue
 _LOOK_SECONDS = 0.1
 
 
-class Destination:
+class Destination(Door):
     """The side that listens, takes memory in, and runs once the source has handed over.
 
     It tracks nothing and needs nothing of the kernel but sockets and memory.
@@ -107,43 +106,22 @@ class Destination:
             raise InvalidMemory(f"timeout is more than 0, not {timeout}")
         self._memory, self._prepare, self._abandon = memory, prepare, abandon
         self._max_bytes = psutil.virtual_memory().total if max_bytes is None else max_bytes
-        self._max_state_bytes, self._tls = max_state_bytes, tls
-        self._token = token.encode() if isinstance(token, str) else token or b""
+        self._max_state_bytes = max_state_bytes
         self._timeout, self._doubt_timeout = timeout, doubt_timeout
         self._arbiter, self._progress = arbiter, progress
-        self._lock = threading.RLock()  # of the session and its hand-over
-        self._session: Session | None = None
-        self._receiver: Receiver | None = None
-        self._controls: queue.SimpleQueue[tuple[Link, Hello] | None] = queue.SimpleQueue()
-        self._waiting = 0  # controls that are queued or served
-        self._current: Link | None = None  # the one that is served
+        self._current: Link | None = None  # the control that is served
         self._heart: Heart | None = None  # its
         self._source = ""
         self._began = self._since = 0.0
         self._state = b""
         self._verify = False
         self._failure: BaseException | None = None  # of a pages connection
-        self._past: dict[tuple[bytes, int], tuple[bytes, str]] = {}
         self._busy = threading.Lock()
-        self._closed = False
-        self._links: set[Link] = set()
-        self._room = threading.BoundedSemaphore(_HANDSHAKES)
-        self._journal = None if journal is None else Journal(journal)
-        try:
-            guarded = bool(self._token) or (tls is not None and tls.verify_mode.name == "CERT_REQUIRED")
-            self._listener = Listener(Address.of(listen), guarded=guarded)
-        except BaseException:
-            if self._journal is not None:
-                self._journal.close()
-            raise
-        if self._journal is not None:
-            self._remember(self._journal)
-        self._acceptor = threading.Thread(target=self._accept, name="dirtytrack-accept", daemon=True)
-        self._acceptor.start()
+        super().__init__(Address.of(listen), tls, token.encode() if isinstance(token, str) else token or b"", journal)
 
     @property
     def address(self) -> str:
-        """Where it listens: what a source's `migrate` takes."""
+        """Where it listens: what `Source.migrate` takes."""
         return str(self._listener.address)
 
     @property
@@ -155,21 +133,6 @@ class Destination:
     def __repr__(self) -> str:
         session = self._session
         return f"<Destination at {self.address}, {session.hand_over.state.value if session else 'waiting'}>"
-
-    def _remember(self, journal: Journal) -> None:
-        """What an earlier process with this journal knew. What it had promised is gone with it, and will never run."""
-        secret = b""
-        for record in journal.before:
-            try:
-                key = bytes.fromhex(record["id"]), int(record["attempt"])
-                secret = bytes.fromhex(record["secret"]) if "secret" in record else secret
-            except (KeyError, ValueError, TypeError):
-                continue
-            if record.get("role", "destination") != "destination":
-                continue
-            standing = "committed" if record.get("state") == "committed" else "aborted"
-            if "verdict" not in record:
-                self._past[key] = secret, standing
 
     # ---- receiving
 
@@ -254,7 +217,7 @@ class Destination:
             try:
                 session.begin(hello.attempt)
             except Impossible as error:
-                transport.refuse(link, "unknown", f"this attempt is none: {error}")
+                joining.refuse(link, "unknown", f"this attempt is none: {error}")
                 raise _Refused(str(error)) from None
         if prepared:
             self._call_abandon(session)
@@ -270,7 +233,7 @@ class Destination:
                 address=self.address, secret=session.secret.hex(), token=bool(self._token), tls=self._tls is not None
             )
         except (DirtyTrackError, MemoryError) as error:
-            transport.refuse(link, _kind_of(error), str(error) or "no memory")
+            joining.refuse(link, _kind_of(error), str(error) or "no memory")
             raise _Refused(str(error)) from error
         with self._lock:
             self._session = session
@@ -294,7 +257,7 @@ class Destination:
             if self._failure is None:
                 self._failure = error
         if not isinstance(error, PeerLost):
-            transport.refuse(link, _kind_of(error), str(error) or type(error).__name__)
+            joining.refuse(link, _kind_of(error), str(error) or type(error).__name__)
         link.cut()
 
     def _take_in(self, session: Session, link: Link) -> None:
@@ -343,12 +306,6 @@ class Destination:
         threading.Thread(target=self._linger, args=(link,), daemon=True).start()
         return self._run()
 
-    def _commit(self, session: Session, attempt: int) -> None:
-        try:
-            session.hand_over.commit(attempt)
-        except Impossible as error:
-            raise ProtocolViolated(f"COMMIT does not belong here: {error}") from None
-
     def _linger(self, link: Link) -> None:
         """Until the source has closed: a socket that is closed with something unread takes back what it sent."""
         link.set_timeout(5.0)
@@ -388,7 +345,7 @@ class Destination:
             self._drop(link)
             return self._wait_in_doubt(error)
         if not isinstance(error, PeerLost):
-            transport.refuse(link, _kind_of(error), str(error) or type(error).__name__)
+            joining.refuse(link, _kind_of(error), str(error) or type(error).__name__)
         with self._lock:
             if state is not DestinationState.ABORTED:
                 session.hand_over.abort()
@@ -476,7 +433,7 @@ class Destination:
             if found is None:
                 raise NotStarted("this destination was closed")
             if found[1].migration != hand_over.migration:
-                transport.refuse(found[0], "busy", "another migration is in doubt here")
+                joining.refuse(found[0], "busy", "another migration is in doubt here")
                 self._drop(found[0])
                 with self._lock:
                     self._waiting -= 1
@@ -496,106 +453,6 @@ class Destination:
         except Exception as error:
             _log.warning("arbiter() failed: %r", error)
             return None
-
-    # ---- who connects
-
-    def _accept(self) -> None:
-        while not self._closed:
-            self._room.acquire()
-            try:
-                link = self._listener.accept(_HANDSHAKE_SECONDS)
-            except OSError as error:
-                self._room.release()
-                if not self._closed:
-                    _log.warning("accepting a connection failed: %s", error)
-                    time.sleep(_LOOK_SECONDS)
-                continue
-            with self._lock:
-                self._links.add(link)
-            threading.Thread(target=self._greet, args=(link,), name="dirtytrack-greet", daemon=True).start()
-
-    def _greet(self, link: Link) -> None:
-        """Who is it? For so long at most, however slowly it speaks."""
-        too_long = threading.Timer(_HANDSHAKE_SECONDS, link.cut)
-        too_long.daemon = True
-        too_long.start()
-        kept = False
-        try:
-            hello = transport.welcome(link, self._tls, self._key_of)
-            too_long.cancel()
-            if hello.role == "control":
-                kept = self._queue_control(link, hello)
-            elif hello.role == "pages":
-                receiver = self._receiver
-                kept = receiver is not None and receiver.join(link)
-            else:
-                self._answer(link, hello)
-        except DirtyTrackError as error:
-            _log.info("a connection came to nothing: %s", error)
-        finally:
-            too_long.cancel()
-            self._room.release()
-            if not kept:
-                self._drop(link)
-
-    def _queue_control(self, link: Link, hello: Hello) -> bool:
-        with self._lock:
-            session = self._session
-            same = session is not None and session.hand_over.migration == hello.migration
-            bound = session is not None and session.hand_over.state in (
-                DestinationState.PREPARED,
-                DestinationState.COMMITTED,
-            )
-            if (self._waiting and not same) or (bound and not same) or self._closed or self._waiting > 3:
-                transport.refuse(link, "busy", "another migration is under way here")
-                return False
-            if self._current is not None:
-                self._current.cut()  # the same source has given that one up already
-            self._waiting += 1
-            self._controls.put((link, hello))
-        return True
-
-    def _key_of(self, hello: Hello) -> bytes | None:
-        if hello.role == "control":
-            return self._token
-        with self._lock:
-            session = self._session
-            if session is not None and session.hand_over.migration == hello.migration:
-                current = session.hand_over.attempt == hello.attempt
-                secret = session.secrets.get(hello.attempt)
-                if secret is not None and (hello.role == "ask" or current):
-                    return self._token + secret
-            past = self._past.get((hello.migration, hello.attempt))
-        return self._token + past[0] if past is not None and hello.role == "ask" else None
-
-    def _standing(self, hello: Hello) -> str:
-        session = self._session
-        if session is not None and session.hand_over.migration == hello.migration:
-            if session.hand_over.attempt == hello.attempt:
-                return session.hand_over.state.value
-            return "aborted"  # a later attempt came, or a later one than was ever heard of
-        return self._past.get((hello.migration, hello.attempt), (b"", "unknown"))[1]
-
-    def _answer(self, link: Link, hello: Hello) -> None:
-        """A source that asks, and what it decides then."""
-        while True:
-            frame = link.expect(Kind.ASK, Kind.COMMIT, Kind.ABORT)
-            with self._lock:
-                session, standing = self._session, self._standing(hello)
-                mine = session is not None and session.hand_over.migration == hello.migration
-                if frame.kind is Kind.COMMIT and mine and standing in ("prepared", "committed"):
-                    assert session is not None, "it is ours"
-                    self._commit(session, hello.attempt)
-                if frame.kind is Kind.ABORT and mine and standing in ("prepared", "receiving"):
-                    assert session is not None, "it is ours"
-                    session.hand_over.abort()
-                standing = self._standing(hello)
-            if frame.kind is Kind.ASK:
-                link.send(Kind.STANDS, {"standing": standing}, number=hello.attempt)
-            elif (frame.kind is Kind.COMMIT) == (standing == "committed"):
-                link.send(Kind.COMMITTED if standing == "committed" else Kind.ABORTED, number=hello.attempt)
-            else:
-                raise ProtocolViolated(f"{frame.kind.name} where this side stands at {standing}")
 
     # ---- ending
 
@@ -619,11 +476,6 @@ class Destination:
         receiver = self._receiver
         if receiver is not None:
             receiver.close()
-
-    def _drop(self, link: Link) -> None:
-        link.close()
-        with self._lock:
-            self._links.discard(link)
 
     def close(self) -> None:
         """Listen no more, and end all connections. What has arrived stays. A second call does nothing."""

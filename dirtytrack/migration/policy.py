@@ -117,7 +117,7 @@ class Policy:
         spent = self._spent(report, predicted)
         if spent:
             return self._give_up(spent, predicted)
-        if report.overhead_seconds > goal.max_downtime:
+        if report.overhead_seconds > goal.max_downtime and predicted < 2 * report.overhead_seconds:
             alone = f"to stop takes {_s(report.overhead_seconds)} by itself"
             return self._give_up(alone, predicted)
         near = report.remaining_bytes <= self._best * _NEAR

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import PeerLost
 from ..kernel.moving import DIGEST_BYTES, STRETCH_BYTES, Room
 from . import packing
-from .wire import DATA_BYTES, Codec, Kind
+from .wire import Codec, Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .transport import Budget, Link
 
 __all__ = ["Part", "Senders"]
+
+CHUNK_BYTES = 256 << 10  # what is read, looked at and sent stays in the second-level cache meanwhile
 
 
 class Part:
@@ -89,7 +91,7 @@ class Senders:
 
     def begin(self, number: int, parts: Sequence[Part]) -> None:
         """Begin a round; `wait` waits for its end."""
-        work = _Round(number, parts, max(1, DATA_BYTES // self._page_bytes))
+        work = _Round(number, parts, max(1, CHUNK_BYTES // self._page_bytes))
         self._left = len(self._work)
         for each in self._work:
             each.put(work)
@@ -124,7 +126,7 @@ class Senders:
     def _run(self, number: int) -> None:
         link, work = self._links[number], self._work[number]
         try:
-            room = Room(DATA_BYTES, self._page_bytes)
+            room = Room(CHUNK_BYTES, self._page_bytes)
             compress = packing.compressor(self._codec)
             while (round_ := work.get()) is not None:
                 while not self._stop.is_set() and self.failure is None and (chunk := round_.next()) is not None:

@@ -25,13 +25,13 @@ from ..errors import (
     UsedAfterFork,
 )
 from ..tracker import DirtyTracker, track
-from . import packing, transport
+from . import joining, packing
 from .attempt import Attempt
 from .handover import SourceHandOver, SourceState
+from .joining import Address
 from .journal import Journal
 from .policy import Goal
 from .telling import Doubt, Migrated, Progress
-from .transport import Address
 from .wire import MOST_CONNECTIONS, Codec, Kind, field, json_of
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
     from ..memory import AnyBuffer
     from .telling import Arbiter, Teller
+    from .transport import Link
 
     Trackable = AnyBuffer | tuple[int, int]
 
@@ -361,10 +362,10 @@ class Source:
             _log.warning("arbiter() failed: %r", error)
             return None
 
-    def _ask_link(self, timeout: float) -> transport.Link:
+    def _ask_link(self, timeout: float) -> Link:
         hand_over = self.hand_over
         key = self.token + self.secret
-        return transport.connect(self._peer, timeout, self.tls, key, "ask", hand_over.migration, hand_over.attempt)
+        return joining.connect(self._peer, timeout, self.tls, key, "ask", hand_over.migration, hand_over.attempt)
 
     def _ask(self) -> str | None:
         """Where the destination stands; and if it waits for the decision, that."""

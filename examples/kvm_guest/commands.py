@@ -22,8 +22,8 @@ MIB = 1 << 20
 
 
 def start(**options: Any) -> tuple[Source, Callable[[], int]]:
-    """A guest of 256 MiB that runs. Returns its source, and what to wait for when it does not move."""
-    vmm = Vmm(dirtytrack.allocate(256 * MIB, name="ram"))
+    """A guest of 128 MiB that runs. Returns its source, and what to wait for when it does not move."""
+    vmm = Vmm(dirtytrack.allocate(128 * MIB, name="ram"))
     vmm.boot(numbers_per_second=10_000)
     vmm.resume()
     hooks: dict[str, Any] = {"pause": vmm.pause, "resume": vmm.resume, "state": vmm.state, "slow": vmm.slow}

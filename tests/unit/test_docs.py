@@ -20,7 +20,7 @@ from typing import NamedTuple
 import pytest
 
 import dirtytrack
-from dirtytrack import delta, observe, process, region
+from dirtytrack import delta, migration, observe, process, region
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
@@ -156,6 +156,7 @@ def test_the_api_pages_have_every_public_name() -> None:
     assert names >= {f"delta.{name}" for name in delta.__all__}
     assert names >= {f"process.{name}" for name in process.__all__}
     assert names >= {f"observe.{name}" for name in observe.__all__}
+    assert names >= {f"migration.{name}" for name in migration.__all__}
 
 
 def test_every_blind_spot_is_explained() -> None:

@@ -31,6 +31,8 @@ LAYERS = (
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 CONSUMERS = {name for name, rank in RANK.items() if rank > RANK["tracker"]}
+APART = {"migration": {"delta", "process", "observe", "checkpoint", "gc"}}
+"""What a consumer knows nothing of, though it is above it."""
 CODE = {".py", ".pyi", ".c", ".h", ".sh", ".toml"}
 CODE_BY_NAME = {"Makefile", "run", "MANIFEST.in", ".gitignore"}
 NOT_OURS = {".git", ".venv", "build", "dist", "node_modules"}
@@ -90,6 +92,7 @@ def test_imports_point_downwards_only(path: Path) -> None:
     highest = RANK["tracker"] + 1 if layer == "__init__" else RANK[layer]
     upwards = {name for name in imported_layers(path) if RANK[name] >= highest and name != layer}
     assert not upwards
+    assert not imported_layers(path) & APART.get(layer, set())
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)

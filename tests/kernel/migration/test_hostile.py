@@ -20,7 +20,8 @@ import dirtytrack
 from dirtytrack.errors import MigrationFailed
 from dirtytrack.migration import Arrival, Destination, Goal, Source, wire
 from dirtytrack.migration.attempt import digest_of
-from dirtytrack.migration.transport import Address, Link, connect
+from dirtytrack.migration.joining import Address, connect
+from dirtytrack.migration.transport import Link
 from dirtytrack.migration.wire import Kind
 from tests.kernel.migration.parties import MIB
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,9 +14,9 @@ import numpy as np
 import pytest
 
 import dirtytrack
-from dirtytrack import PeerRefused
+from dirtytrack import CallbackFailed, MemoryDiffers, MigrationAborted, NotStarted, PeerRefused
 from dirtytrack.errors import MigrationFailed
-from dirtytrack.migration import Arrival, Destination, Goal, Source
+from dirtytrack.migration import Arrival, Destination, Goal, Progress, Source
 from tests.kernel.migration.conftest import Cast
 from tests.kernel.migration.parties import MIB
 
@@ -41,7 +42,7 @@ def here_both(**options: Any) -> Iterator[tuple[Destination, Callable[[], list[A
     def receive() -> None:
         try:
             found.append(receiving.receive(timeout=20))
-        except MigrationFailed:
+        except (MigrationFailed, NotStarted):
             pass
 
     with Destination(**options) as receiving:
@@ -55,6 +56,7 @@ def here_both(**options: Any) -> Iterator[tuple[Destination, Callable[[], list[A
         try:
             yield receiving, arrivals
         finally:
+            receiving.close()  # and whoever waits for a source waits no longer
             arrivals()
 
 
@@ -195,3 +197,73 @@ def test_slowing_the_source_makes_it_converge(cast: Cast) -> None:
     goal = Goal(max_downtime=0.05, on_divergence="slow")
     moved = move(cast, 8 * MIB, here={"bandwidth": 30e6, "hot": 0.8, "goal": goal})
     assert moved.predicted_downtime <= 0.05
+
+
+def test_a_write_that_nobody_saw_is_found_by_verify() -> None:
+    memory = dirtytrack.allocate(MIB, name="m", shared=True)
+    memory[:] = np.random.default_rng(3).bytes(len(memory))
+
+    def behind_its_back() -> None:
+        os.pwrite(memory.fileno(), b"unseen", 5 * 4096)  # by a descriptor: no page table has it
+
+    watching = dirtytrack.track(memory, blind_spots="accepted")
+    source = Source(watching, pause=behind_its_back, resume=lambda: None, verify=True, timeout=5)
+    with watching, source, here_both() as (receiving, _):
+        with pytest.raises(MemoryDiffers, match="page 5 of region 'm'"):
+            source.migrate(receiving.address)
+        assert source.may_run
+
+
+def test_somebody_calls_abort() -> None:
+    memory = dirtytrack.allocate(4 * MIB, name="m")
+    memory[:] = np.random.default_rng(3).bytes(len(memory))
+
+    def enough(told: Progress) -> None:
+        if told.total_bytes > MIB:
+            source.abort()
+
+    source = Source(memory, bandwidth=4e6, progress=enough)
+    with source, here_both() as (receiving, _):
+        with pytest.raises(MigrationAborted, match="abort"):
+            source.migrate(receiving.address)
+        assert source.may_run
+
+
+@pytest.mark.parametrize("which", ["pause", "state", "progress", "slow", "resume"])
+def test_functions_that_fail(which: str) -> None:
+    memory = dirtytrack.allocate(MIB, name="m")
+    calls = list[str]()
+
+    def called(name: str) -> Callable[..., bytes]:
+        def function(*_: object) -> bytes:
+            calls.append(name)
+            if name == which or (which == "resume" and name == "state"):
+                raise ValueError("broken")
+            return b""
+
+        return function
+
+    stop, words = threading.Event(), [called(name) for name in ("pause", "resume", "state", "slow", "progress")]
+    goal = Goal(max_downtime=0.004, on_divergence="slow") if which == "slow" else Goal()
+    given = dict(zip(("pause", "resume", "state", "slow", "progress"), words, strict=True))
+
+    def write() -> None:
+        count = 0
+        while not stop.is_set():
+            count += 1
+            memory[:] = bytes([count % 256]) * len(memory)
+
+    writer = threading.Thread(target=write)
+    with Source(memory, bandwidth=50e6, **given) as source, here_both() as (receiving, _):  # type: ignore[arg-type]
+        if which == "slow":
+            writer.start()
+        try:
+            with pytest.raises(MigrationFailed) as caught:
+                source.migrate(receiving.address, goal)
+        finally:
+            stop.set()
+        assert isinstance(caught.value, CallbackFailed), caught.value
+        assert isinstance(caught.value.__cause__, ValueError)
+        assert caught.value.running == (None if which == "resume" else "source")
+        assert ("resume" in calls) == ("pause" in calls)
+        assert source.may_run

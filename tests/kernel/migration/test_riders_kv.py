@@ -82,6 +82,12 @@ class Drama:
                 running.discard(who)
             assert len(running) <= 1, f"both run: {self.cluster.registry.log()}"
 
+    def pauses(self) -> list[tuple[float, float]]:
+        """From when to when nobody ran."""
+        changes = [(at, what) for at, _, what in self.cluster.registry.log() if what in ("runs", "stands")]
+        assert [what for _, what in changes] == ["runs", "stands"] * (len(changes) // 2) + ["runs"]
+        return [(at, changes[number + 1][0]) for number, (at, what) in enumerate(changes) if what == "stands"]
+
     async def move_and_kill(self, source: str, chance: random.Random) -> tuple[str, str | None]:
         """Move from that process to another, and kill either at some moment.
 
@@ -179,6 +185,10 @@ def test_it_moves_on_and_on_and_a_move_to_nobody_changes_nothing() -> None:
             drama.never_both()
             assert {each.moves for each in drama.load.clients} == {2}
             assert check(drama.load.history) > 100
+            pauses = drama.pauses()
+            assert len(pauses) == 2, "one for each move"
+            for stood, ran in pauses:
+                assert all(each.answered > ran for each in drama.load.history if stood < each.requested < ran)
             assert not drama.said(first, "waits")
 
     asyncio.run(play())

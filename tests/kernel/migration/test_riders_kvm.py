@@ -111,13 +111,13 @@ def numbers(ram: dirtytrack.Memory) -> set[int]:
 
 
 def test_the_example_moves_a_guest_that_runs_as_fast_as_it_can() -> None:
-    options = ["--rate", "0", "--on-divergence", "slow", "--seconds", "0.2", "--mib", "128", "--downtime", "0.05"]
+    options = ["--rate", "0", "--on-divergence", "slow", "--seconds", "0.2", "--mib", "64", "--downtime", "0.05"]
     command = [sys.executable, "-W", "error", "-m", "examples.kvm_guest", *options]
     done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=100)
     if done.returncode == example.NOT_HERE:
         raise NotHere(done.stderr)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1].endswith("and 134,217,728 bytes of memory are identical")
+    assert done.stdout.splitlines()[-1].endswith("and 67,108,864 bytes of memory are identical")
     assert (found := re.search(r"KVM logged ([\d,]+) pages before (\d+) collects", done.stdout))
     assert int(found[1].replace(",", "")) > 1000
     assert int(found[2]) >= 2

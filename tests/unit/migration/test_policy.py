@@ -148,7 +148,7 @@ def test_slowing_goes_step_by_step_until_it_does() -> None:
 
 def test_a_goal_that_cannot_be_met_says_by_how_much() -> None:
     goal = Goal(max_downtime=0.0005, on_divergence="abort")
-    run = Run(goal, hot_set(20 * MIB, 5e9), memory=1 << 30, speed=1e9, overhead=0.002)
+    run = Run(goal, hot_set(MIB, 5e9), memory=1 << 30, speed=1e9, overhead=0.002)
     assert run.end.action == "abort"
     assert "to stop takes 2.0 ms by itself" in run.end.reason
     assert "times" in run.end.reason

@@ -1,0 +1,137 @@
+/* SPDX-License-Identifier: MIT
+ * Pages on the move: taken from one memory and put into another, whatever their places in their pages. */
+#include "checking.h"
+#include <string.h>
+
+enum { ROOM = 16, MOST_BYTES = 40 * 4096 };
+
+typedef struct side {
+    uint8_t *bytes;
+    uint64_t table[2 * 64];
+    dt_moving moving;
+} side;
+
+static uint8_t key[65536 + 16];
+
+static void set_up(side *s, uint8_t *bytes, uint64_t nbytes, uint64_t phase)
+{
+    static const uint8_t zeros[4096];
+    s->bytes = bytes;
+    s->moving = (dt_moving){.memory = {.address = (uintptr_t)bytes, .nbytes = nbytes, .unpinned = (uint32_t)random_below(2)},
+                            .phase = phase,
+                            .page_bytes = page_bytes,
+                            .pages = (phase + nbytes + page_bytes - 1) / page_bytes,
+                            .key = key,
+                            .table = s->table};
+    for (uint64_t i = 0; i < s->moving.pages; i++)
+        dt_page_digest(zeros, page_bytes, key, s->table + 2 * i);
+}
+
+/* Takes what the set has, part by part, and puts it; returns how many pages of data there were. */
+static uint64_t move(const dt_set *set, side *from, side *to)
+{
+    static uint8_t data[ROOM * 4096];
+    dt_stretch stretches[ROOM];
+    uint64_t digests[2 * ROOM], moved_pages = 0;
+    dt_failure why = {0};
+    for (uint64_t at = set->count ? set->runs[0].start : UINT64_MAX, next; at != UINT64_MAX; at = next) {
+        dt_moved moved = {0};
+        next = dt_set_step(set, at, 1 + random_below(ROOM));
+        CHECK(!dt_moving_take(&from->moving, set, at, next, stretches, digests, data, ROOM, &moved, &why));
+        uint64_t nbytes = moved.data_pages * page_bytes;
+        if (moved.data_pages) { /* one bit of it, and nothing is written */
+            uint64_t bit = random_below(nbytes * 8);
+            data[bit / 8] ^= (uint8_t)(1u << bit % 8);
+            CHECK(dt_moving_put(&to->moving, stretches, moved.stretches, digests, data, nbytes, &why) == DT_MALFORMED);
+            CHECK(why.start == bit / 8 / page_bytes);
+            data[bit / 8] ^= (uint8_t)(1u << bit % 8);
+        }
+        CHECK(dt_moving_put(&to->moving, stretches, moved.stretches, digests, data, nbytes + 1, &why) == DT_MALFORMED);
+        CHECK(!dt_moving_put(&to->moving, stretches, moved.stretches, digests, data, nbytes, &why));
+        moved_pages += moved.data_pages;
+    }
+    return moved_pages;
+}
+
+static void rounds(int count)
+{
+    uint8_t *memory = map_pages(48), *copy = malloc(MOST_BYTES + 8192);
+    for (int round = 0; round < count; round++) {
+        uint64_t phase = random_below(2) ? random_below(page_bytes) : 0, nbytes = 1 + random_below(MOST_BYTES);
+        uint64_t shift = random_below(4096);
+        side from, to;
+        memset(memory, 0, 48 * page_bytes);
+        memset(copy, 0xee, MOST_BYTES + 8192);
+        memset(copy + shift, 0, nbytes);
+        set_up(&from, memory + phase, nbytes, phase);
+        set_up(&to, copy + shift, nbytes, phase);
+        for (int again = 0; again < 3; again++) {
+            dt_run runs[48];
+            uint64_t n = 0, changed = 0;
+            for (uint64_t p = 0; p < from.moving.pages; p++) {
+                uint64_t low = p * page_bytes, high = low + page_bytes;
+                if (random_below(3))
+                    continue;
+                runs[n++] = (dt_run){(uintptr_t)memory + low, (uintptr_t)memory + high};
+                if (random_below(4))
+                    for (uint64_t i = low; i < high; i += 1 + random_below(300))
+                        memory[i] = (uint8_t)random_below(256), changed++;
+                else if (random_below(2))
+                    memset(memory + low, 0, page_bytes);
+            }
+            dt_set set = {0};
+            CHECK(!dt_set_copy(runs, n, &set));
+            move(&set, &from, &to);
+            CHECK(!memcmp(from.bytes, to.bytes, nbytes));
+            CHECK(!memcmp(from.table, to.table, from.moving.pages * 16));
+            for (uint64_t i = 0; i < shift; i++)
+                CHECK(copy[i] == 0xee);
+            for (uint64_t i = shift + nbytes; i < MOST_BYTES + 8192; i++)
+                CHECK(copy[i] == 0xee);
+            CHECK(move(&set, &from, &to) == 0); /* nothing that is there already */
+            uint64_t at = 0;
+            dt_failure why = {0};
+            CHECK(!dt_moving_digest(&to.moving, 0, to.moving.pages, 1, &at, &why) && at == to.moving.pages);
+            uint64_t hit = random_below(nbytes);
+            to.bytes[hit] ^= 1;
+            CHECK(!dt_moving_digest(&to.moving, 0, to.moving.pages, 1, &at, &why) && at == (phase + hit) / page_bytes);
+            to.bytes[hit] ^= 1;
+            dt_set_clear(&set);
+        }
+    }
+    munmap(memory, 48 * page_bytes);
+    free(copy);
+}
+
+static void nonsense(void)
+{
+    uint8_t *copy = calloc(4, page_bytes), *before = calloc(4, page_bytes);
+    side to;
+    set_up(&to, copy, 4 * page_bytes, 0);
+    for (int round = 0; round < 20000; round++) {
+        dt_stretch s[3];
+        uint64_t digests[6] = {0};
+        for (int i = 0; i < 3; i++)
+            s[i] = (dt_stretch){random_below(2) ? random_below(6) : UINT64_MAX - random_below(3),
+                                (uint32_t)(random_below(2) ? random_below(6) : UINT32_MAX - random_below(3)),
+                                (uint32_t)(random_below(4) ? 1 : random_below(4))};
+        dt_failure why = {0};
+        uint64_t n = random_below(4);
+        int code = dt_moving_put(&to.moving, s, n, digests, copy, 0, &why);
+        CHECK(code == 0 || code == DT_MALFORMED);
+        CHECK(!memcmp(copy, before, 4 * page_bytes)); /* zeroes at most */
+    }
+    free(copy);
+    free(before);
+}
+
+int main(void)
+{
+    page_bytes = dt_page_bytes();
+    for (uint64_t i = 0; i < sizeof key; i++)
+        key[i] = (uint8_t)random_below(256);
+    if (page_bytes == 4096)
+        rounds(300);
+    nonsense();
+    return outcome();
+}
