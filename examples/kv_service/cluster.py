@@ -100,6 +100,12 @@ class Load:
                 else:
                     await client.get(key)
 
+    def look(self) -> None:
+        """Raise what a client failed of, if one did."""
+        for task in self._tasks:
+            if task.done():
+                task.result()
+
     async def end(self, *, answered: bool = True) -> None:
         """Stop when all commands have their answer, or at once."""
         self._stop.set()

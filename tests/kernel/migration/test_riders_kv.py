@@ -68,6 +68,7 @@ class Drama:
         now, clients = time.monotonic(), {each.name for each in self.load.clients}
 
         def all_have() -> bool:
+            self.load.look()
             late = (each for each in reversed(self.load.history[-2000:]) if each.requested > now)
             return {each.client for each in late if not math.isinf(each.answered)} == clients
 
