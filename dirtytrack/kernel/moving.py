@@ -15,7 +15,17 @@ from .failures import raise_failure
 if TYPE_CHECKING:
     from .core import CData
 
-__all__ = ["DIGEST_BYTES", "STRETCH_BYTES", "Mismatch", "Moving", "Room", "Taken", "page_digest", "round_trip_seconds", "xxh64"]
+__all__ = [
+    "DIGEST_BYTES",
+    "STRETCH_BYTES",
+    "Mismatch",
+    "Moving",
+    "Room",
+    "Taken",
+    "page_digest",
+    "round_trip_seconds",
+    "xxh64",
+]
 
 DIGEST_BYTES = 16
 STRETCH_BYTES = 16

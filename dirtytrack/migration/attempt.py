@@ -342,12 +342,14 @@ class Attempt:
         """A destination that gives up says why before it closes."""
         control, until = self._control, time.perf_counter() + _LAST_WORD_SECONDS
         assert control is not None, "connected"
-        with suppress(PeerLost, ProtocolViolated):
-            while (left := until - time.perf_counter()) > 0:
-                control.set_timeout(left)
+        while (left := until - time.perf_counter()) > 0:
+            control.set_timeout(left)
+            try:
                 frame = control.receive()
-                if frame.kind is Kind.REFUSED:
-                    control.refuse_unexpected(frame)
+            except MigrationFailed:
+                return  # no word: what is known is the link's error
+            if frame.kind is Kind.REFUSED:
+                control.refuse_unexpected(frame)
 
     def _slow(self, step: float) -> None:
         self._slowed = True

@@ -50,6 +50,7 @@ __all__ = ["Destination"]
 
 _log = logging.getLogger("dirtytrack")
 _LOOK_SECONDS = 0.1
+_LAST_WORD_SECONDS = 1.0
 
 
 class Destination(Door):
@@ -111,6 +112,7 @@ class Destination(Door):
         self._arbiter, self._progress = arbiter, progress
         self._current: Link | None = None  # the control that is served
         self._heart: Heart | None = None  # its
+        self._lingering: threading.Thread | None = None  # until the source has heard the last word
         self._source = ""
         self._began = self._since = 0.0
         self._state = b""
@@ -303,7 +305,8 @@ class Destination(Door):
             self._commit(session, frame.header.number)
         with suppress(PeerLost):
             link.send(Kind.COMMITTED, number=frame.header.number)
-        threading.Thread(target=self._linger, args=(link,), daemon=True).start()
+        self._lingering = threading.Thread(target=self._linger, args=(link,), daemon=True)
+        self._lingering.start()
         return self._run()
 
     def _linger(self, link: Link) -> None:
@@ -481,6 +484,8 @@ class Destination(Door):
         """Listen no more, and end all connections. What has arrived stays. A second call does nothing."""
         if self._closed:
             return
+        if self._lingering is not None:
+            self._lingering.join(_LAST_WORD_SECONDS)  # until the source has heard that this side runs
         self._closed = True
         self._listener.close()
         self._controls.put(None)

@@ -204,7 +204,7 @@ def test_a_slow_reader_is_waited_for(cast: Cast) -> None:
 def test_an_interrupted_migration_sends_only_what_is_missing(cast: Cast) -> None:
     receiving, address = cast.destination(attempts=2)
     sending = cast.source(32 * MIB, fill=1.0, connections=1, bandwidth=150e6)
-    with Proxy(address, once(proxy.PAGES, "cut", nth=24)) as between:
+    with Proxy(address, once(proxy.PAGES, "cut", nth=96)) as between:
         sending.tell("migrate", between.address)
         sending.hear("failed")
         receiving.hear("failed")

@@ -267,3 +267,19 @@ def test_functions_that_fail(which: str) -> None:
         assert caught.value.running == (None if which == "resume" else "source")
         assert ("resume" in calls) == ("pause" in calls)
         assert source.may_run
+
+
+def test_a_destination_that_closes_at_once_leaves_no_doubt() -> None:
+    for _ in range(20):
+        memory = dirtytrack.allocate(MIB, name="m")
+
+        def receive(receiving: Destination) -> None:
+            with receiving:
+                receiving.receive()
+
+        receiving = Destination()
+        thread = threading.Thread(target=receive, args=(receiving,))
+        thread.start()
+        with Source(memory, timeout=5, doubt_timeout=0.0) as source:
+            assert source.migrate(receiving.address).resolved is None
+        thread.join()
