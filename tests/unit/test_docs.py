@@ -29,10 +29,12 @@ DOCUMENTS += sorted((ROOT / "docs").rglob("*.md"))
 RUN = (
     re.compile(r"dirtytrack (doctor|--version|--help)\b"),
     re.compile(r"python3? examples/\w+\.py$"),
+    re.compile(r"python3? -m examples\.\w+$"),
     re.compile(r"make$"),
     re.compile(r"python3? -m dirtytrack\.gc( --\w+)+$"),
 )
 NOT_RUN = re.compile(r"(sudo )?(apt-get|pip|git|sysctl|cd|docker|podman|chmod|setfacl|systemctl|ulimit) ")
+NOT_HERE = 77  # the status of an example that says what this machine lacks
 LANGUAGES = {"python", "console", "sh", "c", "toml", "json", "ini", "text", ""}
 LANGUAGES |= {"{toctree}", "{eval-rst}", "{include}"}  # directives of Sphinx
 
@@ -112,6 +114,8 @@ def test_commands_run_or_are_known(command: str) -> None:
     if any(pattern.match(command) for pattern in RUN):
         words = shlex.split(command)
         done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+        if done.returncode == NOT_HERE:
+            pytest.skip(done.stderr)
         assert done.returncode == 0, done.stdout + done.stderr
     elif command.startswith("make "):
         targets = {word for word in shlex.split(command)[1:] if "=" not in word}
