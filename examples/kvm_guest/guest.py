@@ -66,6 +66,7 @@ PROGRAM = bytes.fromhex(
 STORE = PROGRAM.index(bytes.fromhex("4e890417"))
 
 _STATE, _STATE_MAGIC = struct.Struct("<16s144s312sQd"), b"kvm_guest state1"
+STATE_NBYTES = _STATE.size
 
 
 class State(NamedTuple):

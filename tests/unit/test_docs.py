@@ -29,7 +29,7 @@ DOCUMENTS += sorted((ROOT / "docs").rglob("*.md"))
 RUN = (
     re.compile(r"dirtytrack (doctor|--version|--help)\b"),
     re.compile(r"python3? examples/\w+\.py$"),
-    re.compile(r"python3? -m examples\.\w+$"),
+    re.compile(r"python3? -m examples\.[\w.]+$"),
     re.compile(r"make$"),
     re.compile(r"python3? -m dirtytrack\.gc( --\w+)+$"),
 )

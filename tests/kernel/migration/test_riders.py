@@ -11,7 +11,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 SOURCES = [path for name in ("kvm_guest", "kv_service") for path in sorted((EXAMPLES / name).glob("*.py"))]
-PUBLIC = {"dirtytrack", "dirtytrack.errors", "dirtytrack.migration"}
+PUBLIC = {"dirtytrack", "dirtytrack.errors", "dirtytrack.migration", "dirtytrack.checkpoint"}
 
 
 def ours(tree: ast.AST) -> Iterator[str]:

@@ -123,6 +123,17 @@ def test_the_example_moves_a_guest_that_runs_as_fast_as_it_can() -> None:
     assert int(found[2]) >= 2
 
 
+def test_snapshots_of_a_guest_that_runs_bring_it_back() -> None:
+    options = ["--mib", "32", "--snapshots", "3", "--seconds", "0.15", "--rate", "8000"]
+    command = [sys.executable, "-W", "error", "-m", "examples.kvm_guest.snapshots", *options]
+    done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    if done.returncode == example.NOT_HERE:
+        raise NotHere(done.stderr)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "3 snapshots, each of which is identical to what it is of, and runs on"
+    assert [line.split()[0] for line in done.stdout.splitlines()[:-1]] == ["full", "increment", "increment"]
+
+
 def test_the_program_is_what_its_assembly_says(tmp_path: Path) -> None:
     source, out = tmp_path / "guest.s", tmp_path / "guest.o"
     source.write_text(".intel_syntax noprefix\n" + guest.ASSEMBLY)
