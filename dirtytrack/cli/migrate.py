@@ -13,7 +13,7 @@ from . import quantities
 from .moving import ProgressLine, add_trust, target, tls_of, token_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from ..migration import Goal, Source
 
@@ -22,8 +22,10 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare this command's options."""
-    parser.add_argument("target", nargs="?", metavar="MODULE:FUNCTION", help="starts the program, returns its Source")
-    parser.add_argument("to", nargs="?", metavar="ADDRESS", help="tcp://host:port or unix:///path, where `receive` is")
+    where = (
+        parser.add_argument("target", metavar="MODULE:FUNCTION", help="starts the program, returns its Source"),
+        parser.add_argument("to", metavar="ADDRESS", help="tcp://host:port or unix:///path, where `receive` is"),
+    )
     parser.add_argument("--after", type=quantities.seconds, metavar="TIME", help="let the program run so long first")
     parser.add_argument(
         "--max-downtime", type=quantities.seconds, default=0.3, metavar="TIME", help="the goal (default: 300ms)"
@@ -44,7 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--journal", metavar="FILE", default="migrate.journal", help="(default: migrate.journal)")
     add_trust(parser)
     doubt = parser.add_argument_group("a hand-over in doubt")
-    doubt.add_argument("--resolve", metavar="JOURNAL", help="say where a hand-over stands; with --runs, decide")
+    doubt.add_argument(
+        "--resolve",
+        action=_Instead,
+        instead_of=where,
+        metavar="JOURNAL",
+        help="say where a hand-over stands; with --runs, decide",
+    )
     doubt.add_argument("--runs", choices=("source", "destination"), help="say the same with both sides' journals")
     parser.epilog = (
         "MODULE:FUNCTION is called with the options of dirtytrack.migration.Source that are given here. It starts the "
@@ -54,12 +62,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(refuse=parser.error)
 
 
+class _Instead(argparse.Action):
+    """An option in the place of arguments, which options may then stand between: not so with ``nargs="?"``."""
+
+    def __init__(self, instead_of: Sequence[argparse.Action], **options: Any) -> None:
+        super().__init__(**options)
+        self._instead_of = instead_of
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, values)
+        for each in self._instead_of:
+            each.required = False
+
+
 def run(args: argparse.Namespace) -> int:
     """Move, or resolve."""
     if args.resolve is not None:
         return _resolve(args)
-    if args.target is None or args.to is None or args.runs is not None:
-        args.refuse("MODULE:FUNCTION and ADDRESS say what to move, and where to; or --resolve JOURNAL [--runs SIDE]")
+    if args.runs is not None:
+        args.refuse("--runs decides about --resolve JOURNAL")
     from ..migration import Goal, Source
 
     goal = Goal(args.max_downtime, args.max_time, args.max_bytes, args.on_divergence)

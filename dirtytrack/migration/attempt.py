@@ -383,6 +383,8 @@ class Attempt:
     def _stop(self, number: int) -> None:
         source, control, hand_over = self._source, self._control, self._hand_over
         assert control is not None, "connected"
+        if self._reports and self._decision is not None:  # before it stands still: what is told takes time
+            self._tell("stopping", self._reports[-1], self._decision.reason)
         self._stopped_at = time.perf_counter()
         until = self._stopped_at + source.stop_timeout
         hand_over.stop()

@@ -21,7 +21,7 @@ class Progress(NamedTuple):
     """What is told while memory moves.
 
     Attributes:
-        phase: ``connecting``, ``bulk``, ``rounds``, ``stopped``, ``in doubt``, ``moved``, ``failed``; of a destination
+        phase: ``connecting``, ``bulk``, ``rounds``, ``stopping``, ``in doubt``, ``moved``, ``failed``; of a destination
             ``waiting``, ``receiving``, ``prepared``, ``in doubt``, ``committed``, ``failed``.
         round: 0 is the bulk.
         remaining_bytes: of memory, to be sent in this round, or dirty at its end.

@@ -244,7 +244,7 @@ def test_functions_that_fail(which: str) -> None:
         return function
 
     stop, words = threading.Event(), [called(name) for name in ("pause", "resume", "state", "slow", "progress")]
-    goal = Goal(max_downtime=0.004, on_divergence="slow") if which == "slow" else Goal()
+    goal = Goal(max_downtime=0.0002, on_divergence="slow") if which == "slow" else Goal()
     given = dict(zip(("pause", "resume", "state", "slow", "progress"), words, strict=True))
 
     def write() -> None:
