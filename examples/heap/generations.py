@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: MIT
+"""The memory of both generations, and who watches the old one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import dirtytrack
+from dirtytrack.gc import ConcurrentMark, CrossingMap, PointerFormat, RememberedSet
+
+from .errors import HeapExhausted
+
+if TYPE_CHECKING:
+    from dirtytrack import DirtyTracker, Region
+
+__all__ = ["UNIT_BYTES", "Generations"]
+
+UNIT_BYTES = 16
+"""Objects begin at multiples of it."""
+
+
+class Generations:
+    """Young memory, of which nobody keeps track; and a reservation for the old generation, which is registered segment by
+    segment as it grows. Two trackers watch it: one for the remembered set, one for marking. Each hears of every write,
+    whatever the other has taken; a third one, of a checkpointer, would too.
+
+    Args:
+        young_bytes: of eden and both survivor spaces.
+        old_bytes: how large the old generation may become.
+        segment_bytes: by how much it grows; where there are huge pages, a multiple of them.
+        huge: pages of the old generation, as `dirtytrack.allocate` takes it.
+        tracker_class: for tests, which pass one that misses writes.
+    """
+
+    def __init__(
+        self,
+        young_bytes: int,
+        old_bytes: int,
+        segment_bytes: int,
+        huge: Literal["transparent", "2M", "1G"] | None,
+        tracker_class: type[DirtyTracker],
+    ) -> None:
+        self.young = dirtytrack.allocate(young_bytes, name="young generation")
+        self.old = dirtytrack.allocate(old_bytes, huge=huge, name="old generation")
+        self.segment_bytes = -(-segment_bytes // self.old.page_bytes) * self.old.page_bytes
+        self.starts = CrossingMap(self.old, UNIT_BYTES)
+        self.session = dirtytrack.UffdSession()
+        self._segments = [self._register(0)]
+        self._grown: list[Region] = []  # since a marking began, which does not know of them
+        self._for_minor = tracker_class(self.session, self._segments)
+        self._for_marking = tracker_class(self.session, self._segments)
+        self._for_minor.start()
+        self._for_marking.start()
+        self.remembered = RememberedSet(
+            self._segments, self._for_minor, pointers=PointerFormat.plain(UNIT_BYTES), nursery=self.nursery
+        )
+
+    @property
+    def nursery(self) -> tuple[int, int]:
+        """All addresses at which young objects ever are."""
+        return self.young.address, self.young.address + self.young.nbytes
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """The old generation as it is now."""
+        return tuple(self._segments)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the old generation as it is now."""
+        return sum(region.nbytes for region in self._segments)
+
+    def _register(self, start: int) -> Region:
+        end = min(start + self.segment_bytes, self.old.nbytes)
+        return self.session.register(memoryview(self.old)[start:end], name=f"old generation, from {start}")
+
+    def grow(self) -> int:
+        """By a segment; returns how many bytes there are then.
+
+        Raises:
+            HeapExhausted: all that was reserved is in use.
+        """
+        if self.nbytes == self.old.nbytes:
+            raise HeapExhausted(f"the old generation has all {self.old.nbytes} bytes that it may have")
+        region = self._register(self.nbytes)
+        self.remembered.add(region)
+        self._for_marking.add(region)
+        self._segments.append(region)
+        self._grown.append(region)
+        return self.nbytes
+
+    def shrink(self) -> None:
+        """By the last segment, in which nothing is: its pages go back to the system."""
+        region = self._segments.pop()
+        self.remembered.remove(region)
+        self._for_marking.remove(region)
+        self.session.unregister(region)
+        self.old.discard(self.nbytes, region.nbytes)
+
+    def discard(self, start: int, end: int) -> None:
+        """Give pages back in the middle, at addresses: MADV_DONTNEED."""
+        self.old.discard(start - self.old.address, end - start)
+
+    # ---- marking
+
+    def marking(self, pause_seconds: float) -> ConcurrentMark:
+        """Of the segments that there are now."""
+        self._grown.clear()
+        return ConcurrentMark(self._segments, self._for_marking, pause_seconds=pause_seconds)
+
+    def starts_in_grown(self) -> memoryview:
+        """Where objects start in the segments that a marking does not know, all of whose pages count as dirty."""
+        return self.starts.objects_on([(region.start, region.end) for region in self._grown])
+
+    def close(self) -> None:
+        """Let go of the userfaultfd; the memory goes with the last reference to it."""
+        for tracker in (self._for_minor, self._for_marking):
+            if tracker.epoch:
+                tracker.stop()
+        self.session.close()
