@@ -29,7 +29,7 @@ class Generations:
         old_bytes: how large the old generation may become.
         segment_bytes: by how much it grows; where there are huge pages, a multiple of them.
         huge: pages of the old generation, as `dirtytrack.allocate` takes it.
-        tracker_class: for tests, which pass one that misses writes.
+        minor_tracker, marking_tracker: for tests, which pass one that misses writes.
     """
 
     def __init__(
@@ -38,7 +38,8 @@ class Generations:
         old_bytes: int,
         segment_bytes: int,
         huge: Literal["transparent", "2M", "1G"] | None,
-        tracker_class: type[DirtyTracker],
+        minor_tracker: type[DirtyTracker],
+        marking_tracker: type[DirtyTracker],
     ) -> None:
         self.young = dirtytrack.allocate(young_bytes, name="young generation")
         self.old = dirtytrack.allocate(old_bytes, huge=huge, name="old generation")
@@ -47,8 +48,8 @@ class Generations:
         self.session = dirtytrack.UffdSession()
         self._segments = [self._register(0)]
         self._grown: list[Region] = []  # since a marking began, which does not know of them
-        self._for_minor = tracker_class(self.session, self._segments)
-        self._for_marking = tracker_class(self.session, self._segments)
+        self._for_minor = minor_tracker(self.session, self._segments)
+        self._for_marking = marking_tracker(self.session, self._segments)
         self._for_minor.start()
         self._for_marking.start()
         self.remembered = RememberedSet(

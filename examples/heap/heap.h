@@ -69,7 +69,9 @@ int heap_same(heap_mutator *mutator, uint32_t one, uint32_t other, uint32_t *sam
 int heap_kind_of(heap_mutator *mutator, uint32_t object, uint32_t *kind, uint32_t *tag, uint64_t *length);
 /* Where its contents are: between enter and leave. */
 int heap_contents(heap_mutator *mutator, uint32_t object, uint8_t **contents, uint64_t *nbytes);
-void heap_drop(heap *heap, uint32_t handle); /* the world being stopped */
+/* The handle holds nothing any more: by a mutator; or by whoever stopped the world. */
+int heap_forget(heap_mutator *mutator, uint32_t object);
+void heap_drop(heap *heap, uint32_t handle);
 
 /* ---- collections, the world being stopped unless something else is said ------------------------------------------ */
 

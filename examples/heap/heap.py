@@ -63,12 +63,12 @@ class Object(NamedTuple):
 class Thread:
     """A thread that uses a heap: its mutator, and a handle for what it reads next."""
 
-    def __init__(self, native: Any, spare: int, gone: deque[Any]) -> None:
+    def __init__(self, native: Any, gone: deque[Any]) -> None:
         self.native = library().heap_attach(native)
         if self.native == ffi.NULL:
             raise HeapExhausted("no memory for another thread's stack")
-        self.spare, self.depth = spare, 0
-        self.word, self.kind, self._gone = ffi.new("heap_word *"), ffi.new("uint32_t *"), gone
+        self.spare, self.depth, self._gone = -1, 0, gone
+        self.word, self.kind = ffi.new("heap_word *"), ffi.new("uint32_t *")
 
     def __del__(self) -> None:
         self._gone.append(self.native)  # it is detached when the world is stopped the next time
@@ -91,7 +91,7 @@ class Heap:
         pause_seconds: what the last pause of such a marking should stay below.
         stress: a minor collection before each allocation.
         verify: read the whole heap after each collection; for tests.
-        tracker_class: for tests, which pass one that misses writes.
+        minor_tracker, marking_tracker: for tests, which pass one that misses writes.
 
     Thread safety: everything may be called from any thread, `close` when no other thread uses the heap any more. Signal
     handlers and finalisers do not use a heap that their thread may be in the middle of using.
@@ -110,7 +110,8 @@ class Heap:
         pause_seconds: float = 0.005,
         stress: bool = False,
         verify: bool = False,
-        tracker_class: type[DirtyTracker] = DirtyTracker,
+        minor_tracker: type[DirtyTracker] = DirtyTracker,
+        marking_tracker: type[DirtyTracker] = DirtyTracker,
     ) -> None:
         survivor_bytes = eden_bytes // 4 if survivor_bytes is None else survivor_bytes
         if eden_bytes < _LEAST_EDEN or eden_bytes % 4096 or survivor_bytes <= 0 or survivor_bytes % 4096:
@@ -126,8 +127,9 @@ class Heap:
         self._handle_count = self._lib.heap_handles()
         self._failures: dict[int, BaseException] = {}
         self._local = threading.local()
+        young_bytes = eden_bytes + 2 * survivor_bytes
         self._generations = Generations(
-            eden_bytes + 2 * survivor_bytes, old_bytes, segment_bytes, huge, tracker_class
+            young_bytes, old_bytes, segment_bytes, huge, minor_tracker, marking_tracker
         )
         self._callback = ffi.callback("int(uint32_t, uint64_t)", _calls(weakref.ref(self)))
         self._native = self._open(eden_bytes, survivor_bytes, promote_age, stress, verify)
@@ -255,7 +257,8 @@ class Heap:
         if self._native == ffi.NULL:
             raise HeapClosed("this heap was closed")
         if thread is None:
-            thread = self._local.thread = Thread(self._native, self._handle(), self._gone)
+            thread = self._local.thread = Thread(self._native, self._gone)
+            thread.spare = self._handle(thread.native)
         return thread
 
     @contextmanager
@@ -287,12 +290,19 @@ class Heap:
 
     # ---- handles
 
-    def _handle(self) -> int:
-        for source in (self._free, self._dropped):
-            try:
-                return source.pop()
-            except IndexError:
-                pass
+    def _handle(self, native: Any) -> int:
+        """One that holds nothing, for a thread's mutator."""
+        try:
+            return self._free.pop()
+        except IndexError:
+            pass
+        try:
+            handle = self._dropped.pop()
+        except IndexError:
+            pass
+        else:
+            self._check(self._lib.heap_forget(native, handle))
+            return handle
         handle = next(self._unused)
         if handle >= self._handle_count:
             raise HeapExhausted(f"{self._handle_count} objects are referred to from Python, which are all that can be")
@@ -300,7 +310,7 @@ class Heap:
 
     def _ref(self, thread: Thread) -> Ref:
         """To what was put into the thread's spare handle."""
-        handle, thread.spare = thread.spare, self._handle()
+        handle, thread.spare = thread.spare, self._handle(thread.native)
         return Ref(self, handle)
 
     def _drop(self, handle: int) -> None:

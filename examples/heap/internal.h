@@ -101,8 +101,9 @@ struct heap {
     uint32_t cursor[CLASSES];
     uint64_t old_bytes;
     uint64_t *marks, *young_marks; /* a bit a unit */
+    uint64_t *young_starts, *young_seen; /* for heap_verify */
     bool mark_young;
-    stack to_mark, promoted;
+    stack to_mark, promoted, to_check;
     heap_numbers numbers;
 };
 
@@ -116,6 +117,10 @@ static inline bool in_old(const heap *heap, heap_word word)
 }
 static inline uint64_t old_unit(const heap *heap, heap_word word) { return (word - (uint64_t)heap->plan.old) / UNIT; }
 static inline uint64_t young_unit(const heap *heap, heap_word word) { return (word - (uint64_t)heap->plan.young) / UNIT; }
+static inline uint64_t young_bits_bytes(const heap *heap)
+{
+    return round_up((heap->plan.eden_bytes + 2 * heap->plan.survivor_bytes) / UNIT, 64) / 8;
+}
 static inline bool bit_of(const uint64_t *bits, uint64_t i) { return load(bits + i / 64) >> (i & 63) & 1; }
 static inline void set_bit(uint64_t *bits, uint64_t i) { store(bits + i / 64, load(bits + i / 64) | UINT64_C(1) << (i & 63)); }
 /* Whether an object of the old generation begins there. */

@@ -45,10 +45,8 @@ void heap_mark_begin(heap *heap)
 
 void heap_mark_roots(heap *heap, uint32_t young_too)
 {
-    if (young_too) {
-        uint64_t young = heap->plan.eden_bytes + 2 * heap->plan.survivor_bytes;
-        memset(heap->young_marks, 0, round_up(young / UNIT, 64) / 8);
-    }
+    if (young_too)
+        memset(heap->young_marks, 0, young_bits_bytes(heap));
     heap->mark_young = young_too;
     for (uint32_t i = 0; i < heap->handles_top; i++)
         mark(heap, load(heap->handles + i));

@@ -68,6 +68,7 @@ void heap_close(heap *heap)
     unreserve(heap->handles, HANDLES * sizeof *heap->handles);
     free(heap->to_mark.items);
     free(heap->promoted.items);
+    free(heap->to_check.items);
     pthread_cond_destroy(&heap->changed);
     pthread_mutex_destroy(&heap->lock);
     free(heap);
@@ -158,6 +159,16 @@ void keep(heap *heap, uint32_t handle, heap_word word)
 }
 
 void heap_drop(heap *heap, uint32_t handle) { store(heap->handles + handle, NIL); }
+
+int heap_forget(heap_mutator *mutator, uint32_t object)
+{
+    int outcome = heap_enter(mutator); /* else a collection might put the object's new address back */
+    if (outcome)
+        return outcome;
+    heap_drop(mutator->heap, object);
+    heap_leave(mutator);
+    return HEAP_OK;
+}
 
 int heap_new(heap_mutator *mutator, uint32_t kind, uint32_t tag, uint64_t length, uint32_t out)
 {

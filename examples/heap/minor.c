@@ -6,7 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#define POISON 0xDB /* an even word, so that whoever reads it as a header finds an object that moved to nowhere */
+#define POISON 0xDA /* read as a header it tells that the object moved, to where none can be */
 
 static uint8_t *place_for(heap *heap, heap_word head, uint64_t nbytes)
 {

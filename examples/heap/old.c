@@ -22,18 +22,22 @@ int old_open(heap *heap)
     }
     for (uint32_t class = 0; class < CLASSES; class++)
         heap->partial[class] = NONE;
-    uint64_t young = heap->plan.eden_bytes + 2 * heap->plan.survivor_bytes;
     heap->blocks = reserve(blocks_reserved(heap) * sizeof *heap->blocks);
     heap->marks = reserve(heap->plan.old_bytes / UNIT / 8);
-    heap->young_marks = reserve(round_up(young / UNIT, 64) / 8);
-    return heap->blocks && heap->marks && heap->young_marks ? 0 : -1;
+    uint64_t **young[] = {&heap->young_marks, &heap->young_starts, &heap->young_seen};
+    for (int i = 0; i < 3; i++)
+        if (!(*young[i] = reserve(young_bits_bytes(heap))))
+            return -1;
+    return heap->blocks && heap->marks ? 0 : -1;
 }
 
 void old_close(heap *heap)
 {
     unreserve(heap->blocks, blocks_reserved(heap) * sizeof *heap->blocks);
     unreserve(heap->marks, heap->plan.old_bytes / UNIT / 8);
-    unreserve(heap->young_marks, round_up((heap->plan.eden_bytes + 2 * heap->plan.survivor_bytes) / UNIT, 64) / 8);
+    unreserve(heap->young_marks, young_bits_bytes(heap));
+    unreserve(heap->young_starts, young_bits_bytes(heap));
+    unreserve(heap->young_seen, young_bits_bytes(heap));
 }
 
 static uint8_t *block_at(const heap *heap, uint32_t i) { return heap->plan.old + (uint64_t)i * BLOCK_BYTES; }

@@ -29,7 +29,7 @@ static void visit_young(heap *heap, visitor *visit, void *state)
 static void note_young(heap *heap, heap_word object, void *state)
 {
     (void)state;
-    set_bit(heap->young_marks, young_unit(heap, object));
+    set_bit(heap->young_starts, young_unit(heap, object));
 }
 
 static void check(heap *heap, heap_word holder, const heap_word *at, heap_fault *fault)
@@ -37,9 +37,14 @@ static void check(heap *heap, heap_word holder, const heap_word *at, heap_fault 
     heap_word word = load(at);
     if (fault->slot || !word || is_number(word) || word == TRUE || word == FALSE || is_old_object(heap, word))
         return;
-    if (is_object(word) && in_young(heap, word) && bit_of(heap->young_marks, young_unit(heap, word)))
+    if (!is_object(word) || !in_young(heap, word) || !bit_of(heap->young_starts, young_unit(heap, word))) {
+        *fault = (heap_fault){holder, (uint64_t)at, word};
         return;
-    *fault = (heap_fault){holder, (uint64_t)at, word};
+    }
+    if (!bit_of(heap->young_seen, young_unit(heap, word))) {
+        set_bit(heap->young_seen, young_unit(heap, word));
+        push(&heap->to_check, word);
+    }
 }
 
 static void check_object(heap *heap, heap_word object, void *state)
@@ -50,10 +55,14 @@ static void check_object(heap *heap, heap_word object, void *state)
             check(heap, object, slot(object, i), state);
 }
 
+/* All old objects are looked at, and those young ones that something leads to: those that nothing leads to may hold the
+ * addresses of old objects that were freed. */
 int heap_verify(heap *heap, heap_fault *fault)
 {
     *fault = (heap_fault){0, 0, 0};
-    memset(heap->young_marks, 0, round_up((heap->plan.eden_bytes + 2 * heap->plan.survivor_bytes) / UNIT, 64) / 8);
+    memset(heap->young_starts, 0, young_bits_bytes(heap));
+    memset(heap->young_seen, 0, young_bits_bytes(heap));
+    heap->to_check.count = 0;
     visit_young(heap, note_young, NULL);
     for (uint32_t i = 0; i < heap->handles_top; i++)
         check(heap, 0, heap->handles + i, fault);
@@ -61,7 +70,8 @@ int heap_verify(heap *heap, heap_fault *fault)
         for (heap_word *at = each->stack; at < each->top; at++)
             check(heap, 0, at, fault);
     visit_old(heap, check_object, fault);
-    visit_young(heap, check_object, fault);
+    while (heap->to_check.count)
+        check_object(heap, heap->to_check.items[--heap->to_check.count], fault);
     return fault->slot ? HEAP_CORRUPT : HEAP_OK;
 }
 
