@@ -33,13 +33,11 @@ def main() -> int:
         print(lisp.show(value))
         numbers, pauses = heap.numbers(), [pause for pause in heap.pauses if pause.what != "look"]
         del value
-    longest = max((pause.seconds for pause in pauses), default=0.0)
-    print(
-        f"{took:.2f} s, of which {sum(pause.seconds for pause in pauses):.2f} s in {len(pauses)} pauses, the longest of "
-        f"{longest * 1e3:.1f} ms: {numbers.minors} minor collections, {numbers.fulls} full ones and {numbers.cycles} "
-        f"beside the program; {numbers.promoted_bytes >> 10} KiB became old, {numbers.freed_bytes >> 10} KiB of that were "
-        f"freed; the page tables told {numbers.redirected_slots} old slots that led to young objects"
-    )
+    spent, longest = sum(pause.seconds for pause in pauses), max((pause.seconds for pause in pauses), default=0.0)
+    print(f"{took:.2f} s, of which {spent:.2f} s in {len(pauses)} pauses, the longest of {longest * 1e3:.1f} ms")
+    print(f"{numbers.minors} minor collections, {numbers.fulls} full ones, {numbers.cycles} beside the program")
+    print(f"{numbers.promoted_bytes >> 10} KiB became old, {numbers.freed_bytes >> 10} KiB of that were freed")
+    print(f"{numbers.redirected_slots} old slots led to young objects, as the page tables told")
     return 0
 
 

@@ -46,9 +46,7 @@ class Collector:
         stopped: what is to be done first whenever the world is stopped.
     """
 
-    def __init__(
-        self, native: Any, generations: Generations, pause_seconds: float, verify: bool, stopped: Any
-    ) -> None:
+    def __init__(self, native: Any, generations: Generations, pause_seconds: float, verify: bool, stopped: Any) -> None:
         self._lib = library()
         self._native, self._generations = native, generations
         self._pause_seconds, self._verify, self._when_stopped = pause_seconds, verify, stopped
@@ -205,8 +203,11 @@ class Collector:
         self._finish_marking()
         self.fulls += 1
 
-    def _finish_marking(self) -> None:
-        self._lib.heap_mark_roots(self._native, 1)
+    def _finish_marking(self, *changed: memoryview) -> None:
+        """From all roots, and from those of these objects that are marked, through both generations."""
+        self._lib.heap_mark_roots(self._native, 1)  # first: it says that young objects are marked too
+        for starts in changed:
+            self._lib.heap_mark_again(self._native, _numbers_of(starts), len(starts))
         while not self._lib.heap_mark_more(self._native, 1 << 30):
             pass
         self._lib.heap_sweep(self._native)
@@ -217,7 +218,9 @@ class Collector:
         """Room for a large object; or, of 0 bytes, for a minor collection."""
         collected = self.fulls
         while not self._lib.heap_has_room(self._native, nbytes):
-            due = self._numbers().old_bytes >= self._due_bytes or self._generations.nbytes == self._generations.old.nbytes
+            due = (
+                self._numbers().old_bytes >= self._due_bytes or self._generations.nbytes == self._generations.old.nbytes
+            )
             if due and self.fulls == collected:
                 self._full()
             else:
@@ -262,15 +265,13 @@ class Collector:
             if not self._mark_beside(cycle, generations.starts.objects_on(dirty)):
                 return False
         with self.alone(), self._stopped("finish"):
-            # It writes every old slot that leads to a young object, so that those are on the last dirty pages: what they
+            # It writes every old slot that leads to a young object, so those are on the last dirty pages: what they
             # lead to was left out until now.
             self._minor()
             dirty = mark.finish()
             if self._marking is not cycle:
                 return False
-            for starts in (generations.starts.objects_on(dirty), generations.starts_in_grown()):
-                lib.heap_mark_again(native, _numbers_of(starts), len(starts))
-            self._finish_marking()
+            self._finish_marking(generations.starts.objects_on(dirty), generations.starts_in_grown())
             self._marking = None
             self.cycles += 1
         return True

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import mmap
 from typing import TYPE_CHECKING, Literal
 
 import dirtytrack
@@ -15,14 +16,15 @@ if TYPE_CHECKING:
 
 __all__ = ["UNIT_BYTES", "Generations"]
 
+_MAP_NORESERVE = 0x4000
 UNIT_BYTES = 16
 """Objects begin at multiples of it."""
 
 
 class Generations:
-    """Young memory, of which nobody keeps track; and a reservation for the old generation, which is registered segment by
-    segment as it grows. Two trackers watch it: one for the remembered set, one for marking. Each hears of every write,
-    whatever the other has taken; a third one, of a checkpointer, would too.
+    """Young memory, of which nobody keeps track; and a reservation for the old generation, registered by segments as it
+    grows. Two trackers watch it: one for the remembered set, one for marking. Each hears of every write, whatever the
+    other has taken; a third one, of a checkpointer, would too.
 
     Args:
         young_bytes: of eden and both survivor spaces.
@@ -42,7 +44,7 @@ class Generations:
         marking_tracker: type[DirtyTracker],
     ) -> None:
         self.young = dirtytrack.allocate(young_bytes, name="young generation")
-        self.old = dirtytrack.allocate(old_bytes, huge=huge, name="old generation")
+        self.old = _reserve(old_bytes) if huge is None else dirtytrack.allocate(old_bytes, huge=huge)
         self.segment_bytes = -(-segment_bytes // self.old.page_bytes) * self.old.page_bytes
         self.starts = CrossingMap(self.old, UNIT_BYTES)
         self.session = dirtytrack.UffdSession()
@@ -119,3 +121,10 @@ class Generations:
             if tracker.epoch:
                 tracker.stop()
         self.session.close()
+
+
+def _reserve(nbytes: int) -> dirtytrack.Memory:
+    """Memory that may be larger than the machine's, since most of it is never used."""
+    unit = mmap.PAGESIZE
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    return dirtytrack.Memory(-1, -(-nbytes // unit) * unit, flags=flags)

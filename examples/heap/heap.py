@@ -22,8 +22,9 @@ from .references import Ref, Value, word_of
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from dirtytrack import Region, UffdSession
     from typing_extensions import Self
+
+    from dirtytrack import Region, UffdSession
 
 __all__ = ["Heap", "Numbers", "Object"]
 
@@ -128,9 +129,7 @@ class Heap:
         self._failures: dict[int, BaseException] = {}
         self._local = threading.local()
         young_bytes = eden_bytes + 2 * survivor_bytes
-        self._generations = Generations(
-            young_bytes, old_bytes, segment_bytes, huge, minor_tracker, marking_tracker
-        )
+        self._generations = Generations(young_bytes, old_bytes, segment_bytes, huge, minor_tracker, marking_tracker)
         self._callback = ffi.callback("int(uint32_t, uint64_t)", _calls(weakref.ref(self)))
         self._native = self._open(eden_bytes, survivor_bytes, promote_age, stress, verify)
         self._collector = Collector(self._native, self._generations, pause_seconds, verify, self._when_stopped)
@@ -190,7 +189,8 @@ class Heap:
 
     def objects(self) -> list[Object]:
         """All objects that have not been freed."""
-        return self._look(self._list)
+        found: list[Object] = self._look(self._list)
+        return found
 
     def _list(self, native: Any) -> list[Object]:
         count = self._lib.heap_objects(native, ffi.NULL, 0)
@@ -374,7 +374,9 @@ class Heap:
 
     def _collections(self) -> Collector:
         if self._thread().depth:
-            raise HeapBusy("a collection waits until no thread is within running(), where this thread is: leave it first")
+            raise HeapBusy(
+                "a collection waits until no thread is within running(), where this thread is: leave it first"
+            )
         return self._collector
 
     def _look(self, what: Callable[[Any], Any]) -> Any:
@@ -406,7 +408,7 @@ class Heap:
         self._collector.end()
         native, self._native = self._native, ffi.NULL
         self._lib.heap_close(native)
-        self._pins = ()
+        del self._pins
         self._generations.close()
 
     def __enter__(self) -> Self:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """A Lisp whose programs and data live in a heap: reader, compiler to trees for lisp.c, and printer.
 
-Of Scheme it has quote, if, cond, and, or, let, let*, named let, letrec, lambda, define, set!, begin; numbers of 63 bits,
-pairs, symbols, vectors, closures and tail calls. What it has not says so.
+Of Scheme it has quote, if, cond, and, or, let, let*, named let, letrec, lambda, define, set!, begin; numbers of 63
+bits, pairs, symbols, vectors, closures and tail calls.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Lisp:
         thread, message = heap._thread(), ffi.new("char[128]")
         outcome = library().lisp_evaluate(thread.native, node.handle, thread.spare, thread.word, message)
         if outcome == library().LISP_FAILED:
-            raise LispFailed(ffi.string(message).decode(errors="replace"))
+            raise LispFailed(bytes(ffi.buffer(message)).split(b"\0")[0].decode(errors="replace"))
         heap._check(outcome)
         value = value_of(thread.word[0])
         return heap._ref(thread) if value is Ref else value  # type: ignore[return-value]
@@ -278,7 +278,7 @@ class Lisp:
     def show(self, value: Value) -> str:
         """As a program would write it."""
         if not isinstance(value, Ref):
-            return {None: "()", True: "#t", False: "#f"}[value] if not _is_number(value) else str(value)
+            return _shown(value)
         if value.tag == SYMBOL and value.kind == "tuple":
             name = value[0]
             assert isinstance(name, Ref)
@@ -297,12 +297,12 @@ class Lisp:
 
 FORMS = {
     **{name: name for name in ("quote", "if", "cond", "and", "or", "begin", "lambda", "let", "letrec", "define")},
-    **{"let*": "let_in_order", "set!": "set", ">": "greater", "<=": "at_most", ">=": "at_least"},
+    "let*": "let_in_order",
+    "set!": "set",
+    ">": "greater",
+    "<=": "at_most",
+    ">=": "at_least",
 }
-
-
-def _is_number(value: Value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _defined(x: Syntax) -> Symbol:
@@ -320,4 +320,6 @@ def _bindings(x: Syntax) -> tuple[list[Symbol] | None, list[Syntax]]:
 def _shown(x: Syntax) -> str:
     if isinstance(x, list):
         return f"({' '.join(_shown(each) for each in x)})"
-    return {None: "()", True: "#t", False: "#f"}.get(x, str(x)) if not _is_number(x) else str(x)
+    if x is None or isinstance(x, bool):  # not by comparing: True is 1
+        return "()" if x is None else "#t" if x else "#f"
+    return str(x)

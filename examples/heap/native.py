@@ -29,7 +29,7 @@ def _declarations() -> str:
     return "\n".join(line for line in lines if not line.startswith("#"))
 
 
-ffi = FFI()
+ffi: Any = FFI()  # what its structs have is known to C only
 ffi.cdef(_declarations())
 
 

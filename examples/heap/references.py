@@ -81,12 +81,12 @@ class Ref:
             outcome = heap._lib.heap_set_object(thread.native, self.handle, index, value.handle)
         elif value is None or isinstance(value, bool):
             outcome = heap._lib.heap_set(thread.native, self.handle, index, word_of(value))
-        elif isinstance(value, int) and -(1 << 63) <= value < 1 << 63:
+        elif -(1 << 63) <= value < 1 << 63:
             if not -_MOST <= value < _MOST and self._described()[0] != _ARRAY:
                 raise WrongKind(f"a slot of a tuple holds numbers of 63 bits, not {value}")
             outcome = heap._lib.heap_set_number(thread.native, self.handle, index, value)
         else:
-            raise WrongKind(f"no object holds {value!r}: None, bools, references to objects and numbers, of 64 bits")
+            raise WrongKind(f"an array holds numbers of 64 bits, not {value}")
         heap._check(outcome)
 
     def __iter__(self) -> Iterator[Value]:
@@ -133,7 +133,7 @@ class Ref:
         return f"<Ref to {_KINDS[kind - 1]} of {length}{f', tag {tag}' if tag else ''}>"
 
 
-Value = None | bool | int | Ref
+Value = bool | int | Ref | None
 """What a slot of a tuple holds; numbers have 63 bits."""
 
 
@@ -142,7 +142,7 @@ def signed(word: int) -> int:
     return word - (1 << 64) if word >> 63 else word
 
 
-def word_of(value: None | bool | int) -> int:
+def word_of(value: bool | int | None) -> int:
     """As a slot holds it.
 
     Raises:
@@ -150,14 +150,14 @@ def word_of(value: None | bool | int) -> int:
     """
     if value is None:
         return _NIL
-    if value is True or value is False:
+    if isinstance(value, bool):
         return _TRUE if value else _FALSE
-    if isinstance(value, int) and -_MOST <= value < _MOST:
+    if -_MOST <= value < _MOST:
         return (value << 1 | 1) & _ALL
-    raise WrongKind(f"a slot holds None, bools, references and numbers of 63 bits, not {value!r}")
+    raise WrongKind(f"a slot of a tuple holds numbers of 63 bits, not {value}")
 
 
-def value_of(word: int) -> None | bool | int | type[Ref]:
+def value_of(word: int) -> bool | int | type[Ref] | None:
     """What a slot that holds this holds; Ref itself for an object."""
     if word & 1:
         return signed(word) >> 1

@@ -82,7 +82,7 @@ def by_copying(heap: Heap, holder: Ref, index: int, value: Ref | None) -> None:
 STORES: tuple[Store, ...] = (plainly, through_memory, by_memcpy, by_read, by_another_thread, by_copying)
 
 
-# ---- a graph ----------------------------------------------------------------------------------------------------------
+# ---- a graph --------------------------------------------------------------------------------------------------------
 
 
 class Graph:

@@ -11,12 +11,19 @@ from examples.heap.lisp import Lisp
 
 PROGRAMS = Path(__file__).parents[3] / "examples" / "heap" / "programs"
 QUEENS = {4: 2, 5: 10, 6: 4, 7: 40, 8: 92, 9: 352}
-DERIVATIVES = ("((+ (* 6 (^ x 5)) (* 3 (* (* 2 x) y))) 252)", "((+ (* 30 (^ x 4)) (* 6 y)) 510 252)")
-DERIVATIVES += ("((* 120 (^ x 3)) 960 510 252)", "((* 360 (^ x 2)) 1440 960 510 252)")
+DERIVATIVES = (
+    "((+ (* 6 (^ x 5)) (* 3 (* (* 2 x) y))) 252)",
+    "((+ (* 30 (^ x 4)) (* 6 y)) 510 252)",
+    "((* 120 (^ x 3)) 960 510 252)",
+    "((* 360 (^ x 2)) 1440 960 510 252)",
+)
+
+
+def nodes(depth: int) -> int:
+    return (1 << depth + 1) - 1
 
 
 def gcbench(size: int) -> int:
-    nodes = lambda depth: 2 ** (depth + 1) - 1  # noqa: E731
     short_lived = sum(4 * size // depth * 2 * nodes(depth) for depth in range(2, size + 1, 2))
     return short_lived + nodes(size) + sum(range(16 * size))
 
@@ -35,7 +42,9 @@ def table(size: int) -> str:
 def expected(program: str, size: int) -> str:
     if program == "derivative":
         return DERIVATIVES[size - 1]
-    return {"gcbench": gcbench, "queens": QUEENS.__getitem__, "table": table}[program](size).__str__()
+    if program == "table":
+        return table(size)
+    return str(gcbench(size) if program == "gcbench" else QUEENS[size])
 
 
 def answer(heap: Heap, program: str, size: int) -> str:

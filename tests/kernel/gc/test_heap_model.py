@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from examples.heap import Heap
 from tests.kernel import host
@@ -89,7 +96,7 @@ class Machine(RuleBasedStateMachine):
     # ---- what collectors do
 
     def there(self) -> dict[int, str]:
-        found = {}
+        found: dict[int, str] = {}
         for each in self.heap.objects():
             number = each.first >> 1 if each.kind == "tuple" else each.first
             if number:  # garbage has 0

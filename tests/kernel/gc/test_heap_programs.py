@@ -78,8 +78,20 @@ def test_programs_in_two_threads_with_a_collection_at_each_allocation() -> None:
 
 
 def test_the_evaluator_and_the_compiler_number_primitives_alike() -> None:
-    names = {"set-car!": "SET_CAR", "set-cdr!": "SET_CDR", "null?": "IS_NULL", "eq?": "IS_EQ", "+": "ADD", "=": "NUMBER_EQ"}
-    names |= {"make-vector": "MAKE_VECTOR", "vector-set!": "VECTOR_SET", "vector-length": "VECTOR_LENGTH", "cons": "CONS"}
+    names = {
+        "set-car!": "SET_CAR",
+        "set-cdr!": "SET_CDR",
+        "null?": "IS_NULL",
+        "eq?": "IS_EQ",
+        "+": "ADD",
+        "=": "NUMBER_EQ",
+    }
+    names |= {
+        "make-vector": "MAKE_VECTOR",
+        "vector-set!": "VECTOR_SET",
+        "vector-length": "VECTOR_LENGTH",
+        "cons": "CONS",
+    }
     assert len(PRIMITIVES) == library().LISP_VECTOR_LENGTH + 1
     for name, constant in names.items():
         assert PRIMITIVES.index(name) == getattr(library(), f"LISP_{constant}")
@@ -91,8 +103,7 @@ def test_the_evaluator_and_the_compiler_number_primitives_alike() -> None:
         ("(let* ((a 1) (b (+ a 1))) (cons a b))", "(1 . 2)"),
         ("(let loop ((i 0)) (if (< i 100000) (loop (+ i 1)) i))", "100000"),
         ("(define (f) (define a 1) (define (g) (set! a (+ a 1)) a) (g) (g)) (f)", "3"),
-        ("(letrec ((even (lambda (n) (or (= n 0) (odd (- n 1))))) (odd (lambda (n) (and (> n 0) (even (- n 1))))))"
-         " (even 101))", "#f"),
+        ("(letrec ((e (lambda (n) (or (= n 0) (o (- n 1))))) (o (lambda (n) (and (> n 0) (e (- n 1)))))) (e 9))", "#f"),
         ("(cond (#f 1) ((eq? 'a 'a) (cons 'b 'x)) (else 3))", "(b . x)"),
         ("(let ((v (make-vector 3 'a))) (vector-set! v 1 (- 5)) v)", "#(a -5 a)"),
         ("(or #f 7 (car '()))", "7"),
