@@ -16,6 +16,7 @@ from .content import changed, collect_into, gather
 from .delta import delta
 from .density import density, phases, policy
 from .epoch import epoch
+from .gc import gc
 from .harness import Benchmark, Settings, machine
 from .importing import import_
 from .process import attaching, process, reading
@@ -30,6 +31,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "changed": changed,
     "delta": delta,
     "comparing": comparing,
+    "gc": gc,
     "algebra": algebra,
     "import": import_,
     "regions": regions,

@@ -175,6 +175,7 @@ def _process_signature(
 
 _ALIASES = {"AnyBuffer", "Trackable", "Mirror", "Source"}  # for type checkers; api/index.md explains them
 _UNPAGED = {"End", "NDArray", "np.int64", "np.float64", "dirtytrack.process.mappings.Mapping"}
+_UNPAGED |= {"dirtytrack.gc.heap.Heap", "dirtytrack.kernel.words.Found"}
 _UNPAGED |= {"Counts", "Shares", "np.uint64"}
 _TYPING = {"Self", "Buffer", "typing_extensions.Self", "typing_extensions.Buffer"}
 
@@ -199,8 +200,9 @@ def _missing_reference(
     if target in _ALIASES:  # not `dirtytrack.delta.Mirror`, which is called like one
         return contnode
     name = target.rpartition(".")[2]
+    homes = {f"dirtytrack.{part}{name}" for part in ("", "delta.", "gc.", "observe.", "process.")}
     for known, *_ in env.domains["py"].get_objects():  # dirtytrack.tracker.DirtyTracker: documented at the front door
-        if known in {f"dirtytrack.{part}{name}" for part in ("", "delta.", "observe.", "process.")} and target != known:
+        if known in homes and target != known:
             return env.domains["py"].resolve_xref(env, node["refdoc"], app.builder, "obj", known, node, contnode)
     return contnode if target in _UNPAGED or _is_of_python(target) else None
 

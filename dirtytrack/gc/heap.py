@@ -5,13 +5,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..dirtyset import DirtySet
 from ..errors import DirtyTrackError, InvalidMemory, NotRegistered
-from ..kernel import core
+from ..kernel import core, engine
 from ..kernel.abi import PageCategory
 from ..kernel.failures import describe
 from ..layout import Layout, pinned_extents
@@ -30,6 +28,15 @@ _MANY_PAGES = 4096  # from so many on it costs less to ask which are populated t
 _POPULATED = PageCategory.PRESENT | PageCategory.SWAPPED
 
 
+class _Sparse(NamedTuple):
+    """A region that may be mostly empty: whose pages, where they are not in these categories, are zeroes."""
+
+    region: Region
+    populated: PageCategory
+    many_pages: int
+    """From so many on it is worth asking."""
+
+
 class Heap:
     """Regions that one tracker watches, for one consumer."""
 
@@ -40,8 +47,10 @@ class Heap:
         self.regions: tuple[Region, ...] = ()
         self.layout = Layout(())
         self._alone: Layout | None = None  # the tracker's, where it watches no more than the heap
+        self._sparse: tuple[_Sparse, ...] = ()
         self._epoch = 0  # that was open when this heap last settled; 0: nobody knows what was written
-        self._lock, self._busy = threading.RLock(), False
+        self._next = 0  # that its last collect opened
+        self._lock = threading.RLock()
         core.load()
         for region in (regions,) if isinstance(regions, Region) else tuple(regions):
             self.include(region)
@@ -64,15 +73,18 @@ class Heap:
             raise NotRegistered(
                 f"region {region.name!r} is not one of the tracker's: tracker.add() it first", region=region
             )
-        self.regions = (*(known for known in self.regions if known is not region), region)
-        self.layout, self._alone = Layout(tuple(known._span for known in self.regions)), None
+        self._set((*(known for known in self.regions if known is not region), region))
 
     def exclude(self, region: Region) -> None:
         """Count it to the heap no longer."""
         if not any(known is region for known in self.regions):
             raise InvalidMemory(f"region {region.name!r} is not part of this heap", region=region)
-        self.regions = tuple(known for known in self.regions if known is not region)
-        self.layout, self._alone = Layout(tuple(known._span for known in self.regions)), None
+        self._set(tuple(known for known in self.regions if known is not region))
+
+    def _set(self, regions: tuple[Region, ...]) -> None:
+        self.regions = regions
+        self.layout, self._alone = Layout(tuple(region._span for region in regions)), None
+        self._sparse = tuple(found for found in map(_sparse, regions) if found is not None)
 
     def refuse_overlap(self, low: int, high: int) -> Region | None:
         """The region that [low, high) overlaps, if there is one."""
@@ -83,44 +95,38 @@ class Heap:
 
     # ---- what was written
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """What excludes other threads.
+    def alone(self) -> threading.RLock:
+        """What keeps other threads out. No state beside it, which an interrupt could leave behind.
 
         Raises:
-            BarrierBusy: this thread is inside already, because a signal handler interrupted it there.
+            BarrierBusy: this thread has it already, because a signal handler interrupted it there.
         """
-        with self._lock:
-            if self._busy:
-                raise BarrierBusy(
-                    "a signal handler called this in the middle of another such call: set a flag there, and collect "
-                    "when the handler has returned"
-                )
-            self._busy = True
-            try:
-                yield
-            finally:
-                self._busy = False
+        if self._lock._is_owned():  # type: ignore[attr-defined]
+            raise BarrierBusy(
+                "a signal handler called this in the middle of another such call: set a flag there, and collect when "
+                "the handler has returned"
+            )
+        return self._lock
 
     def collect(self) -> tuple[DirtySet, bool]:
         """What was written, and whether that is all of it: not where this is the first time, or where somebody else
         collected from this tracker meanwhile, or stopped it. All is in doubt until `settle` is called, which is the
         last step of whoever keeps these pages."""
-        known = bool(self._epoch) and self.tracker.epoch == self._epoch
-        if self._epoch and not known:
-            _log.warning("a heap's tracker was stopped, or collected by somebody else: all of the heap is read again")
-        self._epoch = 0
+        expected, self._epoch = self._epoch, 0
         try:
             dirty = self.tracker.collect()
         except DirtyTrackError:  # by which nothing was handed out
-            if known:
-                self.settle()
+            self._epoch = expected
             raise
-        return (dirty if dirty._layout is self._alone else self._ours(dirty)), known
+        epoch = dirty.epoch
+        self._next = epoch + 1
+        if expected and epoch != expected:
+            _log.warning("a heap's tracker was stopped, or collected by somebody else: all of the heap is read again")
+        return (dirty if dirty._layout is self._alone else self._ours(dirty)), epoch == expected
 
     def settle(self) -> None:
         """Be sure that what comes next is all that is written from the last collect on."""
-        self._epoch = self.tracker.epoch
+        self._epoch = self._next
 
     def _ours(self, dirty: DirtySet) -> DirtySet:
         """Its part of what a tracker found that perhaps watches more than the heap: the rest goes back."""
@@ -148,11 +154,13 @@ class Heap:
     def populated(self, pages: DirtySet) -> DirtySet:
         """The pages without those that are known to be zeroes: to read a large, mostly empty reservation would take
         page tables for all of it. What is written meanwhile is dirty again."""
-        for region in self.regions if pages.page_count > _MANY_PAGES else ():
-            span = DirtySet.from_runs([(region.start, region.end)])
+        for sparse in self._sparse:
+            if pages.page_count < sparse.many_pages:
+                continue
+            span = DirtySet.from_runs([(sparse.region.start, sparse.region.end)])
             part = pages & span
-            if region.arm == "present" and part.page_count > _MANY_PAGES:
-                pages = pages - span | part & _populated(region)
+            if part.page_count >= sparse.many_pages:
+                pages = pages - span | part & _populated(sparse)
         return pages
 
     def extents(self, pages: DirtySet) -> tuple[Any, list[Any]]:
@@ -164,9 +172,19 @@ class Heap:
         return spans + (", …" if len(self.regions) > 4 else "")
 
 
-def _populated(region: Region) -> DirtySet:
+def _sparse(region: Region) -> _Sparse | None:
+    about = engine.about(region._handle)
+    if about.arm == "present":
+        return _Sparse(region, _POPULATED, _MANY_PAGES)
+    if engine.is_private_hugetlb(about):  # to read an empty one would take a huge page from the pool
+        return _Sparse(region, PageCategory.PRESENT, 1)
+    return None
+
+
+def _populated(sparse: _Sparse) -> DirtySet:
+    wanted, region = sparse.populated, sparse.region
     with Pagemap() as pagemap:
-        scan = pagemap.scan(region.start, region.end, category_anyof_mask=_POPULATED, return_mask=_POPULATED)
+        scan = pagemap.scan(region.start, region.end, category_anyof_mask=wanted, return_mask=wanted)
     numbers = iter(scan.page_regions.cast("B").cast("Q")) if len(scan.page_regions) else iter(())
     runs: list[tuple[int, int]] = []
     for start, end, _ in zip(numbers, numbers, numbers, strict=True):

@@ -53,7 +53,7 @@ class ConcurrentMark:
     Why nothing is missed: an object that is reachable at the end has a path from a root. Take the first on it that is
     not marked. Whatever points to it is a root, all of which step 3 reads, or an object that is marked and holds the
     reference in some word. If that word was stored before the object was last read, the reading saw it and marked. If
-    after, the page was written after a `collect` that came before that reading, so it is in a later set, from which the
+    after, the page was written after a collect that came before that reading, so it is in a later set, from which the
     object was read again.
 
     Args:

@@ -32,26 +32,29 @@ class Slots:
 
     Attributes:
         addresses: of the words, rising: read-only, format ``Q``, shape (n,); not a copy.
-        targets: the same way, the address that each pointed at when it was read, without its tag.
         page_count: how many pages were read for it.
         whole_heap: whether those were all pages, since nothing was known of what was written: in the first call, after
             `RememberedSet.remember_all`, and after somebody else collected from the tracker.
         seconds: that it took to collect and to read.
     """
 
-    __slots__ = ("_heap", "_kept", "_pointers", "addresses", "page_count", "seconds", "targets", "whole_heap")
+    __slots__ = ("_found", "_heap", "_kept", "_pointers", "addresses", "page_count", "seconds", "whole_heap")
 
     addresses: memoryview
-    targets: memoryview
     page_count: int
     whole_heap: bool
     seconds: float
 
     def __init__(self, found: words.Found, heap: Heap, pointers: PointerFormat, page_count: int) -> None:
-        self.addresses, self.targets = found.addresses, found.targets
+        self.addresses, self._found = found.addresses, found
         self.page_count, self.whole_heap, self.seconds = page_count, False, 0.0
         self._kept = DirtySet(found.kept, heap.layout)
         self._heap, self._pointers = heap, pointers
+
+    @property
+    def targets(self) -> memoryview:
+        """The address that each slot pointed at when it was read, without its tag: as ``addresses``."""
+        return self._found.targets
 
     @property
     def kept(self) -> DirtySet:
@@ -136,8 +139,11 @@ class RememberedSet:
         for region in self._heap.regions:
             self._pointers._require_heap(region)
         self._nursery: tuple[int, int] | None = None
-        self._retained = DirtySet()  # pages that pointed into the young memory when they were last read
-        self._pending = DirtySet()  # pages that were collected and not read yet
+        self._asked: tuple[int, int] | None = None  # what minor() was last asked about, and was right
+        self._young: Any = None  # the nursery, as the core wants it
+        self._nothing = DirtySet()
+        self._retained = self._nothing  # pages that pointed into the young memory when they were last read
+        self._pending = self._nothing  # pages that were collected and not read yet
         if nursery is not None:
             self._settle_nursery(*nursery)
 
@@ -178,7 +184,7 @@ class RememberedSet:
 
     def _settle_nursery(self, low: int, high: int) -> None:
         self._require_nursery(low, high)
-        self._nursery = (low, high)
+        self._nursery, self._young = (low, high), words.span(low, high)
 
     def _require_nursery(self, low: int, high: int) -> None:
         if not 0 <= low < high <= 1 << 64:
@@ -195,8 +201,11 @@ class RememberedSet:
             )
 
     def _within_nursery(self, low: int, high: int) -> None:
+        if (low, high) == self._asked:
+            return
         if self._nursery is None:
-            return self._settle_nursery(low, high)
+            self._settle_nursery(low, high)
+        assert self._nursery is not None
         self._require_nursery(low, high)
         if low < self._nursery[0] or high > self._nursery[1]:
             raise NurseryMoved(
@@ -206,7 +215,7 @@ class RememberedSet:
                 start=low,
                 end=high,
             )
-        return None
+        self._asked = (low, high)
 
     # ---- collections
 
@@ -235,8 +244,8 @@ class RememberedSet:
                 slots = self._read(self._heap.populated(pages), nursery_low, nursery_high)
                 slots.whole_heap = not known
                 # In this order: an interrupt in between leaves too much, never too little.
-                self._retained = slots._kept
-                self._pending = DirtySet()
+                self._retained = slots._kept or self._nothing
+                self._pending = self._nothing
                 self._heap.settle()
             except BaseException:
                 self._undo(dirty, known)
@@ -246,7 +255,7 @@ class RememberedSet:
 
     def _with_remembered(self, dirty: DirtySet) -> DirtySet:
         for others in (self._retained, self._pending):
-            if others:
+            if others is not self._nothing:
                 dirty = dirty | others
         return dirty
 
@@ -257,10 +266,9 @@ class RememberedSet:
             self._heap.settle()
 
     def _read(self, pages: DirtySet, low: int, high: int) -> Slots:
-        assert self._nursery is not None
         extents, holds = self._heap.extents(pages)
         try:
-            found = words.find_slots(pages._set, extents, self._pointers._pointers, self._nursery, low, high)
+            found = words.find_slots(pages._set, extents, self._pointers._pointers, self._young, low, high)
         finally:
             del holds  # not kept by a traceback
         return Slots(found, self._heap, self._pointers, pages.page_count)
@@ -303,6 +311,7 @@ class RememberedSet:
         """
         with self._heap.alone():
             self._heap.doubt()
+            self._asked = None
             if nursery is not None:
                 self._settle_nursery(*nursery)
 
@@ -337,7 +346,7 @@ class RememberedSet:
                 return  # and the next minor() reads the whole heap
             try:
                 if nursery_empty:
-                    self._retained = DirtySet()
+                    self._retained = self._nothing
                 elif self._nursery is None:
                     raise NurseryMoved(
                         "there is no nursery yet, so it cannot be told which pages point there: make the set with "
@@ -372,7 +381,7 @@ class RememberedSet:
             region = memory if isinstance(memory, Region) else None
             if region is None or not any(known is region for known in self.tracker.regions):
                 region = self.tracker.add(memory, name=name, **options)
-            before = self._heap.regions, self._heap.layout
+            before, self._asked = self._heap.regions, None
             try:
                 self._heap.include(region)
                 self._pointers._require_heap(region)
@@ -380,7 +389,7 @@ class RememberedSet:
                     self._require_nursery(*self._nursery)
                 self._pending = self._pending | DirtySet.from_runs([(region.start, region.end)])
             except BaseException:
-                self._heap.regions, self._heap.layout = before
+                self._heap._set(before)
                 raise
         return region
 

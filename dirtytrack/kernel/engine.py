@@ -41,6 +41,7 @@ __all__ = [
     "flight",
     "generation",
     "guard_pages",
+    "is_private_hugetlb",
     "kept_bytes",
     "listener_statistics",
     "mark_dirty",
@@ -256,6 +257,11 @@ def about(handle: CData) -> About:
     arm = "present" if out.arming == core.lib.DT_ARM_PRESENT else "all"
     numbers = out.id, out.start, out.end, out.granule_bytes, out.kinds
     return About(*numbers, arm, out.aliases, out.unseen_aliases)
+
+
+def is_private_hugetlb(about: About) -> bool:
+    """Whether all of it is private memory of huge pages of the pool."""
+    return about.kinds & ~core.lib.DT_KIND_GIGANTIC == core.lib.DT_KIND_ANONYMOUS | core.lib.DT_KIND_HUGETLB
 
 
 def guard_pages(session: CData, start: int, end: int) -> int:

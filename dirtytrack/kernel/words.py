@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidMemory
 from . import core, sets
@@ -26,6 +26,7 @@ __all__ = [
     "pages_of",
     "pointers",
     "redirect",
+    "span",
     "start_at",
     "starts",
     "starts_in",
@@ -33,15 +34,21 @@ __all__ = [
 ]
 
 
-class Found(NamedTuple):
+class Found:
     """What a search found."""
 
-    addresses: memoryview
-    targets: memoryview
-    kept: CData
-    """The pages that point into the young memory."""
-    words: int
-    """That were read."""
+    __slots__ = ("_slots", "addresses", "kept")
+
+    def __init__(self, slots: CData, kept: CData) -> None:
+        self._slots = slots
+        self.addresses = sets.numbers(slots, slots.addresses, slots.count, 1)
+        self.kept = kept
+        """The pages that point into the young memory."""
+
+    @property
+    def targets(self) -> memoryview:
+        """What they pointed at."""
+        return sets.numbers(self._slots, self._slots.targets, self._slots.count, 1)
 
 
 # ---- slots
@@ -55,16 +62,18 @@ def pointers(*, mask: int = 0, tag: int = 0, strip: int = 0, base: int = 0, shif
     return out
 
 
-def find_slots(cset: CData, heap: CData, format: CData, young: tuple[int, int], low: int, high: int) -> Found:
+def span(low: int, high: int) -> CData:
+    return core.ffi.new("dt_run *", (low, high))
+
+
+def find_slots(cset: CData, heap: CData, format: CData, young: CData, low: int, high: int) -> Found:
     """Those in the set's pages that point into [low, high), a part of ``young``."""
-    slots, kept = core.ffi.gc(core.ffi.new("dt_slots *"), core.lib.dt_slots_clear), core.new_set()
-    code = core.lib.dt_find_slots(
-        cset, heap, len(heap), format, core.ffi.new("dt_run *", young), low, high, slots, kept
-    )
+    lib, ffi = core.lib, core.ffi
+    slots, kept = ffi.gc(ffi.new("dt_slots *"), lib.dt_slots_clear), core.new_set()
+    code = lib.dt_find_slots(cset, heap, len(heap), format, young, low, high, slots, kept)
     if code:
         raise_failure(code, kept.why, "look for slots")
-    addresses = sets.numbers(slots, slots.addresses, slots.count, 1)
-    return Found(addresses, sets.numbers(slots, slots.targets, slots.count, 1), kept, slots.words)
+    return Found(slots, kept)
 
 
 def pages_of(addresses: Any, count: int) -> CData:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 BENCHMARKS = (
     *("collect", "listeners", "gather", "collect_into", "changed", "algebra", "import"),
-    *("regions", "remedies", "epoch"),
+    *("regions", "remedies", "epoch", "gc"),
 )
 
 

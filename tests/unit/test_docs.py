@@ -20,7 +20,7 @@ from typing import NamedTuple
 import pytest
 
 import dirtytrack
-from dirtytrack import delta, observe, process, region
+from dirtytrack import delta, gc, observe, process, region
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
@@ -30,6 +30,7 @@ RUN = (
     re.compile(r"dirtytrack (doctor|--version|--help)\b"),
     re.compile(r"python3? examples/\w+\.py$"),
     re.compile(r"make$"),
+    re.compile(r"python3? -m dirtytrack\.gc( --\w+)+$"),
 )
 NOT_RUN = re.compile(r"(sudo )?(apt-get|pip|git|sysctl|cd|docker|podman|chmod|setfacl|systemctl|ulimit) ")
 LANGUAGES = {"python", "console", "sh", "c", "toml", "json", "ini", "text", ""}
@@ -152,6 +153,7 @@ def test_the_api_pages_have_every_public_name() -> None:
     assert names >= {f"delta.{name}" for name in delta.__all__}
     assert names >= {f"process.{name}" for name in process.__all__}
     assert names >= {f"observe.{name}" for name in observe.__all__}
+    assert names >= {f"gc.{name}" for name in gc.__all__}
 
 
 def test_every_blind_spot_is_explained() -> None:

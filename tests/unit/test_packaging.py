@@ -68,7 +68,7 @@ def test_sdist_carries_headers_tests_and_docs(sdist: Path) -> None:
 
 
 @on_linux
-def test_wheel_has_the_whole_package_and_no_sources_of_c(wheel: Path) -> None:
+def test_wheel_has_the_whole_package_and_the_core_for_runtimes_in_c(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         inside = {name for name in archive.namelist() if name.startswith("dirtytrack/")}
         licences = [name for name in archive.namelist() if name.endswith("licenses/LICENSE")]
@@ -76,6 +76,7 @@ def test_wheel_has_the_whole_package_and_no_sources_of_c(wheel: Path) -> None:
     wanted = {str(path.relative_to(ROOT)) for path in package.rglob("*.py")}
     wanted |= {"dirtytrack/py.typed", "dirtytrack/kernel/_core.pyi", "dirtytrack/kernel/_taking.pyi"}
     wanted |= {"dirtytrack/observe/page.html"}
+    wanted |= {str(path.relative_to(ROOT)) for path in (package / "kernel" / "csrc").iterdir()}
     extensions = {name for name in inside if name.endswith(".so")}
     assert inside - extensions == wanted
     assert len(extensions) == 1
@@ -97,6 +98,25 @@ print(dirtytrack.probe().page_bytes)
 """
     out = run(sys.executable, "-I", "-W", "error", "-c", code, tmp_path / "site", cwd=tmp_path)
     assert out == f"{mmap.PAGESIZE}\n"
+
+
+@on_linux
+def test_a_runtime_in_c_is_compiled_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
+    """Without the extension: whoever wants the core needs no Python beside it."""
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site, [name for name in archive.namelist() if not name.endswith(".so")])
+    code = (
+        f"import runpy, sys; sys.path.insert(0, {str(site)!r}); runpy.run_module('dirtytrack.gc', run_name='__main__')"
+    )
+
+    def told(*options: str) -> list[str]:
+        return run(sys.executable, "-I", "-W", "error", "-c", code, *options, cwd=tmp_path).split()
+
+    csrc = site / "dirtytrack" / "kernel" / "csrc"
+    assert told("--sources") == sorted(str(csrc / path.name) for path in (ROOT / csrc.relative_to(site)).glob("*.c"))
+    compiler = os.environ.get("CC", "cc").split()
+    run(*compiler, *told("--cflags"), "-c", ROOT / "examples" / "barrier.c", csrc / "words.c", cwd=tmp_path)
 
 
 @on_linux

@@ -16,11 +16,12 @@ typedef struct comparison {
     int mark;
 } comparison;
 
-static int compare_piece(void *context, const uint8_t *bytes, uint64_t address, uint64_t nbytes, const dt_extent *of)
+static int compare_piece(void *context, const dt_piece_read *p)
 {
     const comparison *c = context;
-    uint64_t card_bytes = (uint64_t)1 << c->cards->shift, end = address + nbytes;
-    uint8_t *mirror = (uint8_t *)of->mirror + (address - of->address);
+    uint64_t card_bytes = (uint64_t)1 << c->cards->shift, address = p->address, end = address + p->nbytes;
+    const uint8_t *bytes = p->bytes;
+    uint8_t *mirror = (uint8_t *)p->of->mirror + (address - p->of->address);
     for (uint64_t next; address < end; bytes += next - address, mirror += next - address, address = next) {
         next = dt_min(dt_down(address, card_bytes) + card_bytes, end);
         if (dt_same_bytes(bytes, mirror, next - address))

@@ -11,24 +11,40 @@ typedef struct reader {
     dt_failure *why;
 } reader;
 
-static int read_run(reader *r, const dt_extent *extent, uint64_t at, uint64_t end)
+/* after: where the next run begins, or where this one does. */
+static int read_run(reader *r, const dt_extent *extent, uint64_t at, uint64_t end, uint64_t after)
 {
     uint64_t page = dt_page_bytes();
-    bool direct = !extent->unpinned && !extent->through;
-    if (!direct && !r->bounce && !(r->bounce = dt_alloc(BOUNCE_BYTES)))
+    /* SAFETY: pinned memory stays mapped for as long as the caller holds its pin; a prefetch faults nowhere. */
+    dt_piece_read p = {.of = extent};
+    for (uint64_t next; at < end; at = next) {
+        next = dt_min(dt_down(at, page) + page, end);
+        p.bytes = (const uint8_t *)(uintptr_t)at;
+        p.next = (const uint8_t *)(uintptr_t)(next < end ? next : after);
+        p.address = at;
+        p.nbytes = next - at;
+        int code = r->piece(r->context, &p);
+        if (code)
+            return code;
+    }
+    return 0;
+}
+
+static int copy_run(reader *r, const dt_extent *extent, uint64_t at, uint64_t end)
+{
+    uint64_t page = dt_page_bytes();
+    if (!r->bounce && !(r->bounce = dt_alloc(BOUNCE_BYTES)))
         return dt_fail_with(r->why, -ENOMEM, ENOMEM, DT_STEP_MEMORY, 0, 0);
     while (at < end) {
-        uint64_t stop = direct ? end : dt_min(dt_down(at, page) + BOUNCE_BYTES, end);
-        /* SAFETY: pinned memory stays mapped for as long as the caller holds its pin. */
-        const uint8_t *bytes = direct ? (const uint8_t *)(uintptr_t)at : r->bounce;
-        int code = 0;
-        if (extent->through)
-            code = dt_compare_copy(extent->through, at, stop - at, r->bounce, r->why);
-        else if (!direct)
-            code = dt_copy_vanishing(false, r->bounce, at, stop - at, r->why);
-        for (uint64_t next; at < stop && !code; bytes += next - at, at = next) {
+        uint64_t stop = dt_min(dt_down(at, page) + BOUNCE_BYTES, end);
+        dt_piece_read p = {.bytes = r->bounce, .next = r->bounce, .of = extent};
+        int code = extent->through ? dt_compare_copy(extent->through, at, stop - at, r->bounce, r->why)
+                                   : dt_copy_vanishing(false, r->bounce, at, stop - at, r->why);
+        for (uint64_t next; at < stop && !code; p.bytes += next - at, at = next) {
             next = dt_min(dt_down(at, page) + page, stop);
-            code = r->piece(r->context, bytes, at, next - at, extent);
+            p.address = at;
+            p.nbytes = next - at;
+            code = r->piece(r->context, &p);
         }
         if (code)
             return code;
@@ -40,8 +56,13 @@ static int read_extent(reader *r, const dt_set *set, uint64_t i, const dt_extent
 {
     uint64_t end = extent->address + extent->nbytes;
     int code = 0;
-    for (; i < set->count && set->runs[i].start < end && !code; i++)
-        code = read_run(r, extent, dt_max(set->runs[i].start, extent->address), dt_min(set->runs[i].end, end));
+    for (; i < set->count && set->runs[i].start < end && !code; i++) {
+        uint64_t from = dt_max(set->runs[i].start, extent->address), to = dt_min(set->runs[i].end, end);
+        if (extent->unpinned || extent->through)
+            code = copy_run(r, extent, from, to);
+        else
+            code = read_run(r, extent, from, to, i + 1 < set->count ? set->runs[i + 1].start : from);
+    }
     return code;
 }
 

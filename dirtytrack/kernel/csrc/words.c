@@ -58,40 +58,41 @@ static int reserve(dt_slots *slots, uint64_t wanted)
     return 0;
 }
 
-/* What the found slots point at. Read again, where somebody writes them meanwhile: that is dirty again. */
-static void point(search *s, uint64_t found, const uint8_t *bytes, uint64_t address)
+/* Adds slots, and what they point at. Read again, where somebody writes them meanwhile: that is dirty again. */
+static void point(search *s, const uint64_t *where, uint64_t found, const uint8_t *bytes, uint64_t address)
 {
     uint64_t *addresses = s->slots->addresses, *targets = s->slots->targets, count = s->slots->count;
-    for (uint64_t i = count, end = count + found; i < end; i++) {
-        const uint8_t *at = bytes + (addresses[i] - address);
+    for (uint64_t i = 0; i < found; i++) {
         uint64_t word = 0;
-        memcpy(&word, at, (size_t)1 << slot_shift(s->pointers)); /* little endian, as all that tracks */
+        /* little endian, as all that tracks */
+        memcpy(&word, bytes + (where[i] - address), (size_t)1 << slot_shift(s->pointers));
         uint64_t target = decode(s->pointers, word);
-        if (s->choosy && target - s->low >= s->high - s->low)
-            continue;
-        addresses[count] = addresses[i];
-        targets[count++] = target;
+        addresses[count] = where[i];
+        targets[count] = target;
+        count += !s->choosy || target - s->low < s->high - s->low;
     }
     s->slots->count = count;
 }
 
-static int search_piece(void *context, const uint8_t *bytes, uint64_t address, uint64_t nbytes, const dt_extent *of)
+static int search_piece(void *context, const dt_piece_read *p)
 {
+    enum { PART = 4096 };
+    uint64_t where[PART / 4]; /* most parts have none, and take no room elsewhere */
     search *s = context;
     unsigned shift = slot_shift(s->pointers);
-    uint64_t unit = (uint64_t)1 << shift, from = dt_up(address, unit), end = address + nbytes;
-    (void)of;
-    if (from >= end)
-        return 0;
-    uint64_t words = (end - from) >> shift, count = s->slots->count;
-    if (reserve(s->slots, count + words) || dt_set_reserve(&s->kept, s->kept.count + 1))
-        return dt_fail_with(s->why, -ENOMEM, ENOMEM, DT_STEP_MEMORY, 0, 0);
-    uint64_t found = s->scan(bytes + (from - address), words, s->needle, from, s->slots->addresses + count);
-    s->slots->words += words;
-    if (found) {
-        uint64_t page = dt_page_bytes();
-        dt_set_append(&s->kept, dt_down(address, page), dt_down(address, page) + page);
-        point(s, found, bytes, address);
+    uint64_t at = dt_up(p->address, (uint64_t)1 << shift), end = p->address + p->nbytes;
+    for (uint64_t next; at < end; at = next) {
+        next = dt_min(at + PART, end);
+        const uint8_t *bytes = p->bytes + (at - p->address), *ahead = next < end ? bytes + PART : p->next;
+        uint64_t words = (next - at) >> shift, found = s->scan(bytes, ahead, words, s->needle, at, where);
+        s->slots->words += words;
+        if (DT_LIKELY(!found))
+            continue;
+        uint64_t page = dt_page_bytes(), start = dt_down(at, page);
+        if (reserve(s->slots, s->slots->count + found) || dt_set_reserve(&s->kept, s->kept.count + 1))
+            return dt_fail_with(s->why, -ENOMEM, ENOMEM, DT_STEP_MEMORY, 0, 0);
+        dt_set_append(&s->kept, start, start + page);
+        point(s, where, found, p->bytes, p->address);
     }
     return 0;
 }

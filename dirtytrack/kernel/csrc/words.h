@@ -10,8 +10,10 @@ typedef struct dt_needle {
     uint64_t keep, low, span, mask, tag;
 } dt_needle;
 
-/* Writes where the words are that it finds among `words`, as base + their offset in bytes; `out` has room for all. */
-typedef uint64_t dt_scan_words(const uint8_t *from, uint64_t words, dt_needle needle, uint64_t base, uint64_t *out);
+/* Writes where the words are that it finds among `words`, as base + their offset in bytes; `out` has room for all. Fetches
+ * as much from `next` on. */
+typedef uint64_t dt_scan_words(const uint8_t *from, const uint8_t *next, uint64_t words, dt_needle needle, uint64_t base,
+                               uint64_t *out);
 
 /* The ways to do it, the best first; the last is plain C. For tests: one works here or not, and may be forced; -1 is the
  * best again. */
