@@ -376,21 +376,20 @@ def test_a_heap_that_is_full_says_so_and_goes_on(heap: Heap) -> None:
     assert all(bytes(heap.bytes(300_000)) == bytes(300_000) for _ in range(30))
 
 
-def test_many_small_objects_that_fill_the_heap(heap: Heap) -> None:
-    kept: Ref | None = None
-    with pytest.raises(HeapExhausted, match="what a minor collection may promote"):
-        while True:
-            kept = heap.tuple(kept)
-    length = 0
-    each = kept
-    while each is not None:
-        length += 1
-        value = each[0]
-        each = value if isinstance(value, Ref) else None
-    assert length > 100_000
-    del kept, each, value
-    heap.full()
-    assert not heap.objects()
+def test_many_small_objects_that_fill_the_heap() -> None:
+    with Heap(verify=True, **{**SMALL, "old_bytes": 1 << 20}) as heap:
+        kept: Ref | None = None
+        with pytest.raises(HeapExhausted, match="what a minor collection may promote"):
+            while True:
+                kept = heap.tuple(kept)
+        length, each = 0, kept
+        while each is not None:
+            value = each[0]
+            length, each = length + 1, value if isinstance(value, Ref) else None
+        assert length > 10_000
+        del kept, each, value
+        heap.full()
+        assert not heap.objects()
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, MemoryError])
