@@ -50,10 +50,9 @@ class Collector:
         self._lib = library()
         self._native, self._generations = native, generations
         self._pause_seconds, self._verify, self._when_stopped = pause_seconds, verify, stopped
-        self._lock = threading.Lock()  # of whoever collects, or marks a step
+        self._lock = threading.RLock()  # of whoever collects, or marks a step
         self._cycle_lock = threading.Lock()
         self._marking: object | None = None  # the cycle whose marks there are; a full collection takes them away
-        self._stopper: int | None = None
         self._least_due = self._due_bytes = generations.segment_bytes // 2
         self._background: threading.Thread | None = None
         self._wanted, self._ending = threading.Event(), False
@@ -63,29 +62,25 @@ class Collector:
 
     # ---- stopping the world
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Nobody else collects.
+    def alone(self) -> threading.RLock:
+        """What keeps others from collecting.
 
         Raises:
             HeapBusy: this thread itself is in a collection, interrupted by a signal handler.
         """
-        if self._stopper == threading.get_ident():
+        if self._lock._is_owned():  # type: ignore[attr-defined]
             raise HeapBusy("a signal handler asked for a collection in the middle of one: do it when it has returned")
-        with self._lock:
-            yield
+        return self._lock
 
     @contextmanager
     def _stopped(self, what: str) -> Iterator[None]:
-        try:
-            self._stopper = threading.get_ident()
+        try:  # an interrupt may come as soon as heap_stop() returns; or after the yield, and then this is closed
             self._lib.heap_stop(self._native)
             began = time.perf_counter()
             self._when_stopped()
             yield
             self.pauses.append(Pause(what, time.perf_counter() - began))
-        finally:  # heap_stop() is in the try: an interrupt may come as soon as it returns
-            self._stopper = None
+        finally:
             self._lib.heap_resume(self._native)
 
     # ---- what is asked for
@@ -136,22 +131,16 @@ class Collector:
             False where a full collection came between, which has freed more than this would have.
 
         Raises:
-            As `minor`; the marking is abandoned then, and nothing freed.
+            As `minor`; nothing is freed then.
         """
         with self._cycle_lock:
-            cycle = object()
-            try:
-                return self._cycle(cycle)
-            finally:
-                with self.alone():
-                    if self._marking is cycle:
-                        self._marking = None
-                        self._lib.heap_mark_abandon(self._native)
+            return self._cycle(object())
 
     def shrink(self) -> int:
         """Give memory of the old generation that holds no object back to the system; returns how many bytes."""
         with self._cycle_lock, self.alone(), self._stopped("shrink"):
             generations, before = self._generations, self._generations.nbytes
+            self._lib.heap_extend(self._native, before)
             while len(generations.regions) > 1:
                 if self._lib.heap_extend(self._native, generations.nbytes - generations.regions[-1].nbytes):
                     break
@@ -217,6 +206,7 @@ class Collector:
     def _require_room(self, nbytes: int) -> None:
         """Room for a large object; or, of 0 bytes, for a minor collection."""
         collected = self.fulls
+        self._lib.heap_extend(self._native, self._generations.nbytes)  # an interrupt may have come before that
         while not self._lib.heap_has_room(self._native, nbytes):
             due = (
                 self._numbers().old_bytes >= self._due_bytes or self._generations.nbytes == self._generations.old.nbytes
@@ -272,7 +262,6 @@ class Collector:
             if self._marking is not cycle:
                 return False
             self._finish_marking(generations.starts.objects_on(dirty), generations.starts_in_grown())
-            self._marking = None
             self.cycles += 1
         return True
 

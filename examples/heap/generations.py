@@ -12,6 +12,8 @@ from dirtytrack.gc import ConcurrentMark, CrossingMap, PointerFormat, Remembered
 from .errors import HeapExhausted
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from dirtytrack import DirtyTracker, Region
 
 __all__ = ["UNIT_BYTES", "Generations"]
@@ -49,6 +51,8 @@ class Generations:
         self.starts = CrossingMap(self.old, UNIT_BYTES)
         self.session = dirtytrack.UffdSession()
         self._segments = [self._register(0)]
+        self._coming: Region | None = None  # of a growing that was interrupted
+        self._leaving: list[Region] = []  # of a shrinking
         self._grown: list[Region] = []  # since a marking began, which does not know of them
         self._for_minor = minor_tracker(self.session, self._segments)
         self._for_marking = marking_tracker(self.session, self._segments)
@@ -83,22 +87,44 @@ class Generations:
         Raises:
             HeapExhausted: all that was reserved is in use.
         """
-        if self.nbytes == self.old.nbytes:
-            raise HeapExhausted(f"the old generation has all {self.old.nbytes} bytes that it may have")
-        region = self._register(self.nbytes)
-        self.remembered.add(region)
-        self._for_marking.add(region)
-        self._segments.append(region)
+        self._let_go()
+        if self._coming is None or _is_in(self._coming, self._segments):
+            if self.nbytes == self.old.nbytes:
+                raise HeapExhausted(f"the old generation has all {self.old.nbytes} bytes that it may have")
+            self._coming = self._register(self.nbytes)
+        region = self._coming
+        if not _is_in(region, self.remembered.regions):
+            self.remembered.add(region)
+        if not _is_in(region, self._for_marking.regions):
+            self._for_marking.add(region)
         self._grown.append(region)
+        self._segments.append(region)
+        self._coming = None
         return self.nbytes
 
     def shrink(self) -> None:
         """By the last segment, in which nothing is: its pages go back to the system."""
-        region = self._segments.pop()
-        self.remembered.remove(region)
-        self._for_marking.remove(region)
-        self.session.unregister(region)
-        self.old.discard(self.nbytes, region.nbytes)
+        if self._coming is not None:
+            self._leaving.append(self._coming)
+            self._coming = None
+        self._leaving.append(self._segments[-1])
+        self._segments.pop()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Of segments that are none any more. Whatever was done before an interrupt is not done again."""
+        while self._leaving:
+            region = self._leaving[-1]
+            if not _is_in(region, self._segments):
+                if _is_in(region, self.remembered.regions):
+                    self.remembered.remove(region)
+                for tracker in (self._for_minor, self._for_marking):
+                    if _is_in(region, tracker.regions):
+                        tracker.remove(region)
+                if region.registered:
+                    self.session.unregister(region)
+                self.old.discard(region.address - self.old.address, region.nbytes)
+            self._leaving.pop()
 
     def discard(self, start: int, end: int) -> None:
         """Give pages back in the middle, at addresses: MADV_DONTNEED."""
@@ -121,6 +147,10 @@ class Generations:
             if tracker.epoch:
                 tracker.stop()
         self.session.close()
+
+
+def _is_in(region: Region, regions: Iterable[Region]) -> bool:
+    return any(each is region for each in regions)
 
 
 def _reserve(nbytes: int) -> dirtytrack.Memory:

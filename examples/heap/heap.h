@@ -32,7 +32,7 @@ typedef struct heap_plan {
     uint32_t promote_age;       /* how many minor collections an object survives in the young generation */
     uint32_t stress;            /* 1: a minor collection before each allocation */
     uint32_t poison;            /* 1: memory of young objects that are gone is overwritten */
-    /* Collect, called with no lock held and the caller's thread parked; not 0: it failed, and so does the allocation. */
+    /* Collect, called with no lock held and the thread parked; not 0: it failed, and so does the allocation. */
     int (*collect)(uint32_t reason, uint64_t nbytes);
 } heap_plan;
 
@@ -40,7 +40,7 @@ heap *heap_open(const heap_plan *plan);
 void heap_close(heap *heap);
 uint64_t heap_handles(void); /* how many handles there are */
 
-/* ---- mutators and safepoints ----------------------------------------------------------------------------------- */
+/* ---- mutators and safepoints ------------------------------------------------------------------------------------- */
 
 heap_mutator *heap_attach(heap *heap);
 void heap_detach(heap_mutator *mutator); /* the world being stopped, by the caller */
@@ -48,12 +48,14 @@ void heap_detach(heap_mutator *mutator); /* the world being stopped, by the call
  * HEAP_BUSY: the world was stopped by this very thread. */
 int heap_enter(heap_mutator *mutator);
 void heap_leave(heap_mutator *mutator);
+uint32_t heap_depth(heap_mutator *mutator);
+void heap_leave_to(heap_mutator *mutator, uint32_t depth); /* as often as it takes */
 void heap_safepoint(heap_mutator *mutator);
 /* Waits until no thread is between enter and leave, and lets none in before heap_resume. The caller is in neither. */
 void heap_stop(heap *heap);
 void heap_resume(heap *heap);
 
-/* ---- objects, by handle ---------------------------------------------------------------------------------------- */
+/* ---- objects, by handle ------------------------------------------------------------------------------------------ */
 
 /* A new object of zeroes. */
 int heap_new(heap_mutator *mutator, uint32_t kind, uint32_t tag, uint64_t length, uint32_t out);
@@ -87,7 +89,7 @@ typedef struct heap_numbers {
 void heap_count(heap *heap, heap_numbers *out);
 /* Use the first nbytes of the reservation; fewer than before only if they hold no object. */
 int heap_extend(heap *heap, uint64_t nbytes);
-/* Whether there is room for a large object; with 0, whether a minor collection is sure to find room for what it promotes. */
+/* Whether there is room for a large object; with 0, whether a minor collection is sure to find what it may need. */
 int heap_has_room(heap *heap, uint64_t nbytes);
 /* Copies what lives out of eden and the survivor space. `slots` are addresses of words of the old generation that may
  * point there, from RememberedSet.minor; those that are in no tuple are passed over. */
@@ -103,7 +105,6 @@ void heap_mark_again(heap *heap, const uint64_t *starts, uint64_t count);
 int heap_mark_more(heap *heap, uint64_t budget_words);
 /* Frees the old objects that are not marked; marking ends. */
 void heap_sweep(heap *heap);
-void heap_mark_abandon(heap *heap);
 
 /* Runs [start, end) of whole units, counted from the reservation's start, that hold nothing and were used since they
  * were last told. */

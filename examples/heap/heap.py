@@ -68,7 +68,7 @@ class Thread:
         self.native = library().heap_attach(native)
         if self.native == ffi.NULL:
             raise HeapExhausted("no memory for another thread's stack")
-        self.spare, self.depth, self._gone = -1, 0, gone
+        self.spare, self._gone = -1, gone
         self.word, self.kind = ffi.new("heap_word *"), ffi.new("uint32_t *")
 
     def __del__(self) -> None:
@@ -130,7 +130,8 @@ class Heap:
         self._local = threading.local()
         young_bytes = eden_bytes + 2 * survivor_bytes
         self._generations = Generations(young_bytes, old_bytes, segment_bytes, huge, minor_tracker, marking_tracker)
-        self._callback = ffi.callback("int(uint32_t, uint64_t)", _calls(weakref.ref(self)))
+        collect, failed = _callbacks(weakref.ref(self))
+        self._callback = ffi.callback("int(uint32_t, uint64_t)", collect, error=_REFUSED, onerror=failed)
         self._native = self._open(eden_bytes, survivor_bytes, promote_age, stress, verify)
         self._collector = Collector(self._native, self._generations, pause_seconds, verify, self._when_stopped)
         self._lib.heap_extend(self._native, self._generations.nbytes)
@@ -270,20 +271,19 @@ class Heap:
             HeapBusy: in the middle of a collection, from a signal handler.
         """
         thread = self._thread()
-        self._check(self._lib.heap_enter(thread.native))
-        thread.depth += 1
-        try:
+        native, before = thread.native, self._lib.heap_depth(thread.native)
+        try:  # an interrupt may come as soon as heap_enter() returns
+            self._check(self._lib.heap_enter(native))
             yield
         finally:
-            thread.depth -= 1
-            self._lib.heap_leave(thread.native)
+            self._lib.heap_leave_to(native, before)
 
     def word(self, value: Value) -> int:
         """What a slot that holds this holds: to be stored by other means. Of objects good within `running` only."""
         if not isinstance(value, Ref):
             return word_of(value)
         thread, address = self._thread(), ffi.new("uint8_t **")
-        if not thread.depth:
+        if not self._lib.heap_depth(thread.native):
             raise HeapBusy("an object's address is good within running() only")
         self._check(self._lib.heap_contents(thread.native, value.handle, address, ffi.new("uint64_t *")))
         return int(ffi.cast("uintptr_t", address[0])) - 8
@@ -373,7 +373,7 @@ class Heap:
         self._collections().verify()
 
     def _collections(self) -> Collector:
-        if self._thread().depth:
+        if self._lib.heap_depth(self._thread().native):
             raise HeapBusy(
                 "a collection waits until no thread is within running(), where this thread is: leave it first"
             )
@@ -420,18 +420,18 @@ class Heap:
         self.close()
 
 
-def _calls(weak: weakref.ref[Heap]) -> Callable[[int, int], int]:
-    """What C calls when an allocation needs a collection."""
+def _callbacks(weak: weakref.ref[Heap]) -> tuple[Callable[[int, int], int], Callable[..., None]]:
+    """What C calls when an allocation needs a collection, and what is called when that fails."""
 
     def collect(reason: int, nbytes: int) -> int:
         heap = weak()
-        if heap is None:
-            return _REFUSED
-        try:
+        if heap is not None:
             heap._collect_for(reason, nbytes)
-        except BaseException as error:  # it is raised where the allocation returns to Python
-            heap._failures[threading.get_ident()] = error
-            return _REFUSED
-        return _OK
+        return _OK if heap is not None else _REFUSED
 
-    return collect
+    def failed(kind: type[BaseException], error: BaseException, trace: TracebackType) -> None:
+        heap = weak()
+        if heap is not None:
+            heap._failures[threading.get_ident()] = error  # to be raised where the allocation returns to Python
+
+    return collect, failed

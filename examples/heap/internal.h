@@ -9,9 +9,9 @@
 
 #include "heap.h"
 
-/* ---- objects ---------------------------------------------------------------------------------------------------
+/* ---- objects -----------------------------------------------------------------------------------------------------
  * A header of one word, then the contents; all of it padded to a multiple of 16 bytes. The header is odd: bit 0 set, 3
- * bits of kind, 4 of age, 8 of tag, 48 of length. Where the object moved, the word is its new address, which is even. */
+ * bits of kind, 4 of age, 8 of tag, 48 of length. Where the object moved, the word is its new address: it is even. */
 
 #define UNIT 16
 #define NIL ((heap_word)0)
@@ -48,7 +48,7 @@ static inline uint64_t contents_bytes(heap_word head)
 static inline uint64_t round_up(uint64_t nbytes, uint64_t unit) { return (nbytes + unit - 1) & ~(unit - 1); }
 static inline uint64_t object_bytes(heap_word head) { return round_up(8 + contents_bytes(head), UNIT); }
 
-/* ---- the heap ------------------------------------------------------------------------------------------------------ */
+/* ---- the heap ---------------------------------------------------------------------------------------------------- */
 
 #define BLOCK_BYTES 16384 /* of the old generation: cells of one size, or part of a run for one large object */
 #define BLOCK_UNITS (BLOCK_BYTES / UNIT)
@@ -116,13 +116,19 @@ static inline bool in_old(const heap *heap, heap_word word)
     return word - (uint64_t)heap->plan.old < (uint64_t)heap->block_count * BLOCK_BYTES;
 }
 static inline uint64_t old_unit(const heap *heap, heap_word word) { return (word - (uint64_t)heap->plan.old) / UNIT; }
-static inline uint64_t young_unit(const heap *heap, heap_word word) { return (word - (uint64_t)heap->plan.young) / UNIT; }
+static inline uint64_t young_unit(const heap *heap, heap_word word)
+{
+    return (word - (uint64_t)heap->plan.young) / UNIT;
+}
 static inline uint64_t young_bits_bytes(const heap *heap)
 {
     return round_up((heap->plan.eden_bytes + 2 * heap->plan.survivor_bytes) / UNIT, 64) / 8;
 }
 static inline bool bit_of(const uint64_t *bits, uint64_t i) { return load(bits + i / 64) >> (i & 63) & 1; }
-static inline void set_bit(uint64_t *bits, uint64_t i) { store(bits + i / 64, load(bits + i / 64) | UINT64_C(1) << (i & 63)); }
+static inline void set_bit(uint64_t *bits, uint64_t i)
+{
+    store(bits + i / 64, load(bits + i / 64) | UINT64_C(1) << (i & 63));
+}
 /* Whether an object of the old generation begins there. */
 static inline bool is_old_object(const heap *heap, heap_word word)
 {

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT
  * An evaluator whose programs, frames and data are objects of the heap. lisp.py makes the programs.
  *
- * One rule keeps it right: what is needed after something that may collect, which is whatever evaluates or allocates, lies
- * on the mutator's stack, where a collection finds and updates it. A heap_word in a C variable is read from there again. */
+ * One rule keeps it right: what is needed after something that may collect, which is whatever evaluates or allocates,
+ * lies on the mutator's stack, where a collection finds and updates it. C variables are read from there again. */
 #include "internal.h"
 
 #include <setjmp.h>

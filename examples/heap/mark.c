@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT
  * Marking, by bits beside the heap. Beside mutators the young generation is left out, since its objects move; a minor
- * collection that follows writes every old slot that leads there, so the pages of those slots are read again at the end. */
+ * collection that follows writes every old slot that leads there, so those slots' pages are read again at the end. */
 #include "internal.h"
 
 static void mark(heap *heap, heap_word word)
@@ -31,15 +31,9 @@ static uint64_t mark_from(heap *heap, heap_word object)
     return length + 1;
 }
 
-void heap_mark_abandon(heap *heap)
-{
-    heap->to_mark.count = 0;
-    heap->mark_young = false;
-}
-
 void heap_mark_begin(heap *heap)
 {
-    heap_mark_abandon(heap);
+    heap->to_mark.count = 0;
     memset(heap->marks, 0, (size_t)heap->block_count * (BLOCK_UNITS / 8));
 }
 

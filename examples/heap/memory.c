@@ -74,7 +74,7 @@ void heap_close(heap *heap)
     free(heap);
 }
 
-/* ---- allocation ------------------------------------------------------------------------------------------------- */
+/* ---- allocation -------------------------------------------------------------------------------------------------- */
 
 static int collect(heap_mutator *mutator, uint32_t reason, uint64_t nbytes)
 {
@@ -92,7 +92,7 @@ static int collect(heap_mutator *mutator, uint32_t reason, uint64_t nbytes)
 static bool take_lab(heap_mutator *mutator, uint64_t nbytes)
 {
     heap *heap = mutator->heap;
-    uint64_t wanted = heap->plan.eden_bytes / 16 < LAB_BYTES ? heap->plan.eden_bytes / 16 & ~(uint64_t)(UNIT - 1) : LAB_BYTES;
+    uint64_t share = heap->plan.eden_bytes / 16 & ~(uint64_t)(UNIT - 1), wanted = share < LAB_BYTES ? share : LAB_BYTES;
     if (mutator->lab < mutator->lab_end) /* so that eden can be read from its start */
         store((heap_word *)mutator->lab, header(HEAP_FILLER, 0, (uint64_t)(mutator->lab_end - mutator->lab) - 8));
     mutator->lab = mutator->lab_end = NULL;

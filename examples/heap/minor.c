@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT
- * Minor collections: what lives in eden and the survivor space is copied, after Cheney, into the other survivor space, or
- * into the old generation. The old slots that lead there come from the remembered set; nothing else old is read. */
+ * Minor collections: what lives in eden and the survivor space is copied, after Cheney, into the other survivor space
+ * or into the old generation. The old slots that lead there come from the remembered set; nothing else old is read. */
 #include "internal.h"
 
 #include <stdio.h>

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT
- * Threads that use the heap, and how they are stopped. A thread is running between heap_enter and heap_leave, and parked
- * else: so a thread that is busy elsewhere, or blocked, never keeps the collector waiting. */
+ * Threads that use the heap, and how they are stopped. A thread is running between heap_enter and heap_leave, else
+ * parked: so a thread that is busy elsewhere, or blocked, never keeps the collector waiting. */
 #include "internal.h"
 
 #include <stdlib.h>
@@ -79,6 +79,14 @@ void heap_leave(heap_mutator *mutator)
 {
     if (!--mutator->depth)
         park(mutator);
+}
+
+uint32_t heap_depth(heap_mutator *mutator) { return mutator->depth; }
+
+void heap_leave_to(heap_mutator *mutator, uint32_t depth)
+{
+    while (mutator->depth > depth)
+        heap_leave(mutator);
 }
 
 void heap_safepoint(heap_mutator *mutator)

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT
  * The old generation: blocks of cells of one size, and runs of blocks for large objects. Nothing of how it is organized
- * lies in its own memory: which cells are in use is told by the bits of object starts, which live by those of the marker.
+ * lies in its own memory: which cells are in use is told by the bits of object starts, and which live by the marker's.
  * So neither marking nor sweeping writes a page of the heap, and no page is dirty but by objects. */
 #include "internal.h"
 
@@ -160,7 +160,7 @@ int heap_has_room(heap *heap, uint64_t nbytes)
     return (uint64_t)heap->free_blocks * BLOCK_BYTES >= 2 * young + (uint64_t)CLASSES * BLOCK_BYTES;
 }
 
-/* ---- sweeping ----------------------------------------------------------------------------------------------------- */
+/* ---- sweeping ---------------------------------------------------------------------------------------------------- */
 
 static void set_free(heap *heap, uint32_t i)
 {
@@ -211,10 +211,9 @@ void heap_sweep(heap *heap)
     }
     heap->free_hint = 0;
     heap->numbers.freed_bytes += before - heap->old_bytes;
-    heap_mark_abandon(heap);
 }
 
-/* ---- growing and shrinking ------------------------------------------------------------------------------------------ */
+/* ---- growing and shrinking --------------------------------------------------------------------------------------- */
 
 int heap_extend(heap *heap, uint64_t nbytes)
 {

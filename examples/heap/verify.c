@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT
- * What tests ask: whether every reference leads to an object, found by reading all of the heap, and which objects there are. */
+ * What tests ask: whether every reference leads to an object, found by reading all of the heap; and what is there. */
 #include "internal.h"
 
 typedef void visitor(heap *heap, heap_word object, void *state);
@@ -24,7 +24,7 @@ static void visit_young(heap *heap, visitor *visit, void *state)
     visit_space(heap, &heap->from, visit, state);
 }
 
-/* ---- verifying -------------------------------------------------------------------------------------------------------- */
+/* ---- verifying --------------------------------------------------------------------------------------------------- */
 
 static void note_young(heap *heap, heap_word object, void *state)
 {
@@ -75,7 +75,7 @@ int heap_verify(heap *heap, heap_fault *fault)
     return fault->slot ? HEAP_CORRUPT : HEAP_OK;
 }
 
-/* ---- listing ---------------------------------------------------------------------------------------------------------- */
+/* ---- listing ----------------------------------------------------------------------------------------------------- */
 
 struct list {
     heap_object *out;

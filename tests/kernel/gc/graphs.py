@@ -194,3 +194,10 @@ class Graph:
 def number_of(value: Ref) -> int:
     with value.contents() as view:
         return int.from_bytes(view[:8], "little")
+
+
+def child(holder: Ref, index: int) -> Ref:
+    """What a slot holds, which is a reference."""
+    value = holder[index]
+    assert isinstance(value, Ref)
+    return value
