@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 __all__ = ["DirtyTracker", "track"]
 
 _log = logging.getLogger("dirtytrack")
-_blank = DirtySet.__new__
 
 
 class DirtyTracker:
@@ -94,7 +93,7 @@ class DirtyTracker:
         self._lock = threading.RLock()  # of what is watched; never taken by a collect
         self._slot = engine.new_listener(session._handle, adaptive=adaptive, exact=exact, page_ns=page_ns)
         self._handle: Any = self._slot[0]
-        self._new_taken, self._take = core.taking.new, engine.taker(self._handle)
+        self._new, self._taken, self._take = core.taking.new, core.taking.Taken, engine.taker(self._handle)
         session._trackers.add(self)
         if audit:
             engine.set_audit(self._handle, audit)
@@ -325,12 +324,14 @@ class DirtyTracker:
         if region is not None or budget_seconds is not None or exact or mirror is not None:
             return self._collect_some(region, budget_seconds, exact, mirror)
         # What can be done before the call is: the kernel has just flushed this processor's TLB when it returns. No step
-        # is taken that can be spared, each of which costs up to 0.2 µs around that call: no partial, no __init__.
-        dirty = _blank(DirtySet)
+        # is taken that can be spared, each of which costs up to 0.2 µs around that call: no partial, no __init__, no
+        # self._take(...), for which Python looks among the methods first.
+        new, take = self._new, self._take
+        dirty = new(DirtySet)
         dirty._layout = before = self._layout
-        dirty._held = taken = self._new_taken()
+        dirty._held = taken = new(self._taken)
         try:
-            self._take(taken)
+            take(taken)
             if self._layout is not before:
                 dirty._layout = before.until(self._layout)
         except core.taking.Failed as failed:

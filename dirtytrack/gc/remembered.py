@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..dirtyset import DirtySet
 from ..errors import InvalidMemory
-from ..kernel import words
+from ..kernel import sets, words
 from ..kernel.failures import describe
 from ..region import Region
 from .errors import InvalidNursery, NurseryMoved
@@ -254,10 +254,9 @@ class RememberedSet:
         return slots
 
     def _with_remembered(self, dirty: DirtySet) -> DirtySet:
-        for others in (self._retained, self._pending):
-            if others is not self._nothing:
-                dirty = dirty | others
-        return dirty
+        kept = [pages._set for pages in (self._retained, self._pending) if pages is not self._nothing]
+        # Not by `|`, which also unites what was assumed and whose it is: this is on the way of every pause.
+        return DirtySet(sets.union_many([dirty._set, *kept]), self._heap.layout) if kept else dirty
 
     def _undo(self, dirty: DirtySet, known: bool) -> None:
         """Have the next call read what this one did not; the whole heap, where even this fails."""

@@ -2,6 +2,9 @@
 """What taking.c has: the set of one collect as an object of CPython itself."""
 
 from collections.abc import Callable
+from typing import TypeVar
+
+_T = TypeVar("_T")
 
 class Taken:
     """A dt_set, which is cleared with it."""
@@ -15,7 +18,7 @@ class Failed(Exception):
 
     args: tuple[Taken]
 
-def new() -> Taken: ...
+def new(type_: type[_T], /) -> _T: ...
 def taker(address: int, /) -> Callable[[Taken], Taken]: ...
 def guard(
     pid: int,

@@ -15,27 +15,32 @@
 #include <structmember.h>
 #include "dirtytrack.h"
 
+#define HOT __attribute__((hot)) /* beside what it calls: see DT_HOT */
+
 typedef struct {
     PyObject_HEAD
     dt_set set; /* zeroed by the allocation */
 } Taken;
 
 static PyTypeObject *taken_type;
-static allocfunc taken_alloc;
 static freefunc taken_free;
 static PyObject *failed;
 
-static void taken_dealloc(PyObject *self)
+HOT static void taken_dealloc(PyObject *self)
 {
     dt_set_clear(&((Taken *)self)->set); /* never blocks; gives the pages back unless they were delivered */
     taken_free(self);
     Py_DECREF(taken_type); /* an instance holds its type */
 }
 
-static PyObject *new_taken(PyObject *module, PyObject *unused)
+/* As `type.__new__(type)`, which takes more steps. */
+HOT static PyObject *new(PyObject *module, PyObject *type)
 {
-    (void)module, (void)unused;
-    return taken_alloc(taken_type, 0);
+    (void)module;
+    if (PyType_Check(type))
+        return PyType_GenericAlloc((PyTypeObject *)type, 0);
+    PyErr_SetString(PyExc_TypeError, "new() takes a type");
+    return NULL;
 }
 
 static PyObject *taken_address(PyObject *self, void *unused)
@@ -55,7 +60,7 @@ static PyType_Slot taken_slots[] = {
 static PyType_Spec taken_spec = {"dirtytrack.kernel._taking.Taken", sizeof(Taken), 0, Py_TPFLAGS_DEFAULT, taken_slots};
 
 /* SAFETY: whoever may call this keeps the listener's handle: its tracker has both. */
-static PyObject *take(PyObject *listener_capsule, PyObject *into)
+HOT static PyObject *take(PyObject *listener_capsule, PyObject *into)
 {
     if (Py_TYPE(into) != taken_type) {
         PyErr_SetString(PyExc_TypeError, "take() fills a Taken");
@@ -64,7 +69,8 @@ static PyObject *take(PyObject *listener_capsule, PyObject *into)
     dt_set *set = &((Taken *)into)->set;
     dt_listener *listener = PyCapsule_GetPointer(listener_capsule, NULL);
     int code;
-    dt_set_clear(set);
+    if (set->block_)
+        dt_set_clear(set);
     Py_BEGIN_ALLOW_THREADS
     code = dt_collect(listener, NULL, -1, set);
     Py_END_ALLOW_THREADS
@@ -109,7 +115,7 @@ static PyObject *guard(PyObject *module, PyObject *arguments)
 
 static PyMethodDef methods[] = {
     {"guard", guard, METH_VARARGS, "dt_guard_run of a dt_guard_wish with these fields; returns the exit status."},
-    {"new", new_taken, METH_NOARGS, "An empty Taken."},
+    {"new", new, METH_O, "An instance of this type, not initialised."},
     {"taker", taker, METH_O, "What collects for the listener at this address, into a Taken: returns it, or raises Failed with it."},
     {NULL, NULL, 0, NULL}};
 static struct PyModuleDef module_definition = {PyModuleDef_HEAD_INIT, "dirtytrack.kernel._taking", NULL, -1, methods,
@@ -127,7 +133,6 @@ PyMODINIT_FUNC PyInit__taking(void)
         Py_DECREF(module);
         return NULL;
     }
-    taken_alloc = (allocfunc)PyType_GetSlot(taken_type, Py_tp_alloc);
     taken_free = (freefunc)PyType_GetSlot(taken_type, Py_tp_free);
     return module;
 }

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import dirtytrack
-from dirtytrack import delta, observe, pagemap, process
+from dirtytrack import delta, gc, observe, pagemap, process
 
 if TYPE_CHECKING:
     from typing_extensions import assert_type
@@ -177,3 +177,26 @@ def other_processes(pid: int) -> memoryview:
         assert_type(tracker.statistics().seconds, float)
         assert_type(process.Workers([tracker], "/dev/shm/*").collect(), dirtytrack.DirtySet)
         return tracker.read(dirty)
+
+
+def collector(memory: dirtytrack.Memory, tracker: dirtytrack.DirtyTracker, low: int, high: int) -> None:
+    remembered = gc.RememberedSet(tracker.regions, tracker, pointers=gc.PointerFormat.tagged(7, 1), nursery=(low, high))
+    with remembered.forget_own_writes(nursery_empty=True):
+        slots = remembered.minor(low, high)
+        assert_type(slots, gc.Slots)
+        assert_type(slots.addresses, memoryview)
+        slots.redirect([target + 8 for target in slots.targets])
+    assert_type(remembered.add(memory, name="more"), dirtytrack.Region)
+    remembered.retain(slots)
+    crossing = gc.CrossingMap(tracker.regions[0], alignment=16)
+    crossing.add(range(low, high, 16))
+    mark = gc.ConcurrentMark(tracker.regions, tracker, pause_seconds=0.001)
+    mark.begin()
+    for dirty in mark.rounds():
+        assert_type(crossing.objects_on(dirty), memoryview)
+    assert_type(mark.finish(), dirtytrack.DirtySet)
+    assert_type(mark.history, tuple[gc.MarkRound, ...])
+    cards = gc.CardTable(tracker.regions, tracker, 512, mirror=True)
+    cards.update()
+    assert_type(crossing.objects_on(cards.dirty_ranges()), memoryview)
+    assert_type(cards.index(low), tuple[dirtytrack.Region, int])

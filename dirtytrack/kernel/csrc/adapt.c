@@ -124,7 +124,7 @@ void dt_adapt_forget(dt_adapt *a)
         a->not_exact = a->single = 0;
 }
 
-bool dt_adapt_any(const dt_adapt *a) { return a && (a->not_exact || a->single); }
+DT_HOT bool dt_adapt_any(const dt_adapt *a) { return a && (a->not_exact || a->single); }
 
 static enum dt_way way_of(const heat *h)
 {

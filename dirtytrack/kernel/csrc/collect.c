@@ -4,70 +4,58 @@
 
 /* ---- from bits to runs ------------------------------------------------------------------------------------------------ */
 
-static uint64_t count_runs(const uint64_t *words, uint64_t count, uint64_t *pages)
-{
-    uint64_t runs = 0, carry = 0;
-    for (uint64_t i = 0; i < count; i++) {
-        uint64_t bits = words[i];
-        if (bits) {
-            runs += dt_count_bits(bits & ~(bits << 1 | carry));
-            *pages += dt_count_bits(bits);
-        }
-        carry = bits >> 63;
-    }
-    return runs;
-}
-
 /* Where runs start and where they end are found apart: two short loops a word, without a branch on each run's length. A
- * run that goes on from what `out` ends with is joined to it. */
-static void emit_runs(uint64_t start, const uint64_t *words, uint64_t count, dt_set *out)
+ * run that goes on from what `out` ends with is joined to it, unless that is one of its first `apart`. */
+DT_HOT DT_APART static int emit_runs(uint64_t start, const uint64_t *words, uint64_t count, uint64_t apart, dt_set *out)
 {
     unsigned shift = dt_page_shift();
     dt_run *runs = out->runs;
-    uint64_t carry = out->count && runs[out->count - 1].end == start && words[0] & 1;
-    uint64_t starts = out->count, ends = out->count - carry, base = start;
+    uint64_t carry = out->count > apart && runs[out->count - 1].end == start && words[0] & 1;
+    uint64_t starts = out->count, ends = out->count - carry, base = start, bytes = carry ? -start : 0, room = 0;
     for (uint64_t i = 0; i < count; i++, base += (uint64_t)64 << shift) {
         uint64_t bits = words[i], before = bits << 1 | carry;
-        if (!(bits | carry))
+        if (bits == before) /* none of it, or all of it in the run that began before it */
             continue;
-        for (uint64_t up = bits & ~before; up; up &= up - 1)
-            runs[starts++].start = base + ((uint64_t)__builtin_ctzll(up) << shift);
-        for (uint64_t down = ~bits & before; down; down &= down - 1)
-            runs[ends++].end = base + ((uint64_t)__builtin_ctzll(down) << shift);
+        if (DT_UNLIKELY(starts + DT_WORD_RUNS > room)) {
+            if (dt_set_reserve(out, starts + DT_WORD_RUNS))
+                return -ENOMEM;
+            room = ((dt_block *)out->block_)->capacity;
+            runs = out->runs;
+        }
+        for (uint64_t up = bits & ~before, at; up; up &= up - 1) {
+            runs[starts++].start = at = base + ((uint64_t)__builtin_ctzll(up) << shift);
+            bytes -= at;
+        }
+        for (uint64_t down = ~bits & before, at; down; down &= down - 1) {
+            runs[ends++].end = at = base + ((uint64_t)__builtin_ctzll(down) << shift);
+            bytes += at;
+        }
         carry = bits >> 63;
     }
-    if (carry)
+    if (carry) {
         runs[ends++].end = base;
+        bytes += base;
+    }
     out->count = ends;
-}
-
-static void emit_pending(const dt_watch *w, dt_set *out)
-{
-    if (w->pending)
-        emit_runs(w->start, w->bits, w->words, out);
+    out->pages += bytes >> shift;
+    return 0;
 }
 
 /* Everything pending in these watches, appended to `out`, which is empty unless they overlap; clears nothing. */
-static int extract(dt_watch *const *watches, uint64_t n, bool overlapping, dt_set *out)
+DT_HOT DT_APART static int extract(dt_watch *const *watches, uint64_t n, bool overlapping, dt_set *out)
 {
-    uint64_t runs = out->count, pages = 0;
-    for (uint64_t i = 0; i < n; i++)
-        runs += watches[i]->pending ? count_runs(watches[i]->bits, watches[i]->words, &pages) : 0;
-    if (dt_set_reserve(out, runs))
-        return -ENOMEM;
-    if (!overlapping) {
-        for (uint64_t i = 0; i < n; i++)
-            emit_pending(watches[i], out);
-        out->pages = pages;
-        return 0;
+    uint64_t count = out->count, pages = out->pages;
+    for (uint64_t i = 0; i < n; i++) /* where they overlap, each by itself */
+        if (watches[i]->pending &&
+            emit_runs(watches[i]->start, watches[i]->bits, watches[i]->words, overlapping ? out->count : 0, out)) {
+            out->count = count;
+            out->pages = pages;
+            return -ENOMEM;
+        }
+    if (overlapping) {
+        dt_set_sort(out);
+        dt_set_count_pages(out);
     }
-    for (uint64_t i = 0; i < n; i++) { /* each by itself, without coalescing with what another put there */
-        dt_set own = {.runs = out->runs + out->count};
-        emit_pending(watches[i], &own);
-        out->count += own.count;
-    }
-    dt_set_sort(out);
-    dt_set_count_pages(out);
     return 0;
 }
 
@@ -75,7 +63,7 @@ static int extract(dt_watch *const *watches, uint64_t n, bool overlapping, dt_se
 
 /* Holes are looked for before the scan, which passes over them in silence: a mapping that goes away after this look is
  * concurrent with the collect, and found by the next one. */
-static int look_for_holes(dt_session *s, dt_watch *const *watches, uint64_t n, dt_range *ranges, uint64_t range_count,
+DT_HOT static int look_for_holes(dt_session *s, dt_watch *const *watches, uint64_t n, dt_range *ranges, uint64_t range_count,
                           bool tell, dt_failure *why)
 {
     int strange = dt_look_for_strangers(s);
@@ -123,7 +111,7 @@ typedef struct selection {
     dt_watch *own;
 } selection;
 
-static int select_watches(dt_listener *l, dt_region *only, selection *out, dt_failure *why)
+DT_HOT static int select_watches(dt_listener *l, dt_region *only, selection *out, dt_failure *why)
 {
     *out = (selection){0};
     if (!l->running)
@@ -154,18 +142,9 @@ static int select_watches(dt_listener *l, dt_region *only, selection *out, dt_fa
     return 0;
 }
 
-static int add_assumed_of(dt_set *to, const dt_watch *w)
+DT_APART static int add_assumed_of(dt_set *to, const dt_watch *w)
 {
-    if (!w->assuming)
-        return 0;
-    uint64_t pages = 0;
-    int rc = dt_set_reserve(to, to->count + count_runs(w->assumed, w->words, &pages));
-    if (rc)
-        return rc;
-    dt_set own = {.runs = to->runs + to->count}; /* by itself: it may overlap what is there */
-    emit_runs(w->start, w->assumed, w->words, &own);
-    to->count += own.count;
-    return 0;
+    return w->assuming ? emit_runs(w->start, w->assumed, w->words, to->count, to) : 0; /* it may overlap what is there */
 }
 
 /* What is assumed at this moment. */
@@ -182,7 +161,7 @@ static int add_assumed_now(dt_set *to, const dt_range *range)
 
 /* Which part of the set was told to its watches without having been watched: by other listeners' passes too. now: and
  * what would be, in a pass at this moment. */
-static int find_assumed(const selection *what, bool now, dt_set *out)
+DT_APART static int find_assumed(const selection *what, bool now, dt_set *out)
 {
     dt_set assumed = {0};
     int rc = 0;
@@ -197,7 +176,7 @@ static int find_assumed(const selection *what, bool now, dt_set *out)
     return rc;
 }
 
-static void mark_flights(dt_session *s, const selection *what)
+DT_APART static void mark_flights(dt_session *s, const selection *what)
 {
     for (uint64_t f = 0; f < s->flight_count; f++) {
         uint64_t next = 0;
@@ -208,25 +187,14 @@ static void mark_flights(dt_session *s, const selection *what)
     }
 }
 
-static void add_statistics(dt_statistics *to, const dt_statistics *now, const dt_statistics *then)
+static void add_statistics(dt_statistics *restrict to, const dt_statistics *restrict now, const dt_statistics *restrict then)
 {
-    to->scans += now->scans - then->scans;
-    to->protects += now->protects - then->protects;
-    to->pages_found += now->pages_found - then->pages_found;
-    to->pages_absent += now->pages_absent - then->pages_absent;
-    to->pages_lost += now->pages_lost - then->pages_lost;
-    to->pages_assumed += now->pages_assumed - then->pages_assumed;
-    to->faults_avoided += now->faults_avoided - then->faults_avoided;
-    to->overhead_ns += now->overhead_ns - then->overhead_ns;
-    to->predicted_ns += now->predicted_ns - then->predicted_ns;
-    to->mappings_renewed += now->mappings_renewed - then->mappings_renewed;
-    to->scans_refused += now->scans_refused - then->scans_refused;
-    to->scans_faulted += now->scans_faulted - then->scans_faulted;
-    to->pages_audited += now->pages_audited - then->pages_audited;
+    for (size_t i = 0; i < sizeof *to / sizeof(uint64_t); i++)
+        ((uint64_t *)to)[i] += ((const uint64_t *)now)[i] - ((const uint64_t *)then)[i];
 }
 
 /* Scans [range.start, range.end) from `from` on, in small pieces until the deadline. 1: time is up, cursor is set. */
-static int scan_on_budget(dt_listener *l, dt_pass *pass, const dt_range *range, uint64_t from, uint64_t to, uint64_t deadline,
+DT_APART static int scan_on_budget(dt_listener *l, dt_pass *pass, const dt_range *range, uint64_t from, uint64_t to, uint64_t deadline,
                           dt_failure *why)
 {
     uint64_t piece = dt_max(DT_BUDGET_CHUNK_BYTES, l->granule);
@@ -259,7 +227,7 @@ static void turn_to(dt_pass *pass, const selection *what, const dt_range *range)
 }
 
 /* Of the pages in the set, which waited, not all were looked at in this pass. */
-static int tell_lost(dt_listener *l, const selection *what, dt_set *out)
+DT_APART static int tell_lost(dt_listener *l, const selection *what, dt_set *out)
 {
     dt_session *s = l->session;
     dt_pass pass = pass_of(l, what);
@@ -279,12 +247,12 @@ static int tell_lost(dt_listener *l, const selection *what, dt_set *out)
     }
     if (lost == s->statistics.pages_lost)
         return 0;
-    out->count = 0; /* some may be told elsewhere too, where they are the same memory */
+    out->count = out->pages = 0; /* some may be told elsewhere too, where they are the same memory */
     int rc = extract(what->watches, what->watch_count, what->overlapping, out);
     return rc ? dt_fail_with(&out->why, rc, ENOMEM, DT_STEP_MEMORY, 0, 0) : 0;
 }
 
-static int scan_selection(dt_listener *l, const selection *what, double budget_seconds, bool direct, dt_set *out)
+DT_HOT static int scan_selection(dt_listener *l, const selection *what, double budget_seconds, bool direct, dt_set *out)
 {
     bool limited = budget_seconds >= 0;
     double nanoseconds = (budget_seconds < 1e6 ? budget_seconds : 1e6) * 1e9;
@@ -312,7 +280,7 @@ static int scan_selection(dt_listener *l, const selection *what, double budget_s
     return 0;
 }
 
-static int collect_locked(dt_listener *l, dt_region *only, double budget_seconds, bool tell, dt_set *out)
+DT_HOT static int collect_locked(dt_listener *l, dt_region *only, double budget_seconds, bool tell, dt_set *out)
 {
     dt_session *s = l->session;
     selection what;
@@ -373,15 +341,12 @@ static int collect_locked(dt_listener *l, dt_region *only, double budget_seconds
         dt_forget(what.watches[i]);
     out->epoch = l->epoch++;
     s->statistics.collects++;
-    l->statistics.collects++;
-    uint64_t took = dt_now_ns() - begun;
-    s->statistics.collect_ns += took;
-    l->statistics.collect_ns += took;
+    s->statistics.collect_ns += dt_now_ns() - begun;
     add_statistics(&l->statistics, &s->statistics, &before);
     return 0;
 }
 
-int dt_collect(dt_listener *l, dt_region *region, double budget_seconds, dt_set *out)
+DT_HOT int dt_collect(dt_listener *l, dt_region *region, double budget_seconds, dt_set *out)
 {
     *out = (dt_set){0};
     int rc = dt_enter(l->session);

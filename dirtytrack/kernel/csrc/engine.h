@@ -96,6 +96,7 @@ struct dt_listener {
     uint64_t overlap_room;
     uint64_t cursor;              /* where a collect with a budget goes on */
     uint64_t expected;            /* runs in the next collect: those of the last */
+    _Atomic(dt_block *) spare;    /* of the delivered set that was freed last: for the next, without page faults */
     double audit_fraction;
     dt_audit_slot *audit;
     uint64_t audit_count, audit_room, audit_random;
@@ -150,7 +151,8 @@ struct dt_session {
     bool met_strangers;           /* another userfaultfd has, or had, some of a target's memory */
     uint64_t registrations, thefts; /* what of dt_registrations and dt_thefts has been looked at */
     dt_compare *compare;          /* what memory is compared with; NULL where the kernel tells */
-    struct k_page_region *vector; /* zeroed and faulted in whenever a scan begins */
+    struct k_page_region *vector; /* of what scans find; faulted in */
+    uint64_t filled;              /* so many of it may not be zero */
     dt_statistics statistics;
     _Atomic(dt_block *) returned;
     _Atomic(dt_region *) dropped_regions;
@@ -249,7 +251,11 @@ void dt_events_forget(dt_session *s);                       /* in a forked child
 void dt_events_drain(dt_session *s);
 
 /* plan.c */
-int dt_plan(dt_listener *l);                  /* as the layout is now: 0 or -ENOMEM */
+int dt_plan_anew(dt_listener *l);             /* 0 or -ENOMEM */
+static inline int dt_plan(dt_listener *l) /* as the layout is now */
+{
+    return DT_LIKELY(l->plan_version == l->session->layout_version) ? 0 : dt_plan_anew(l);
+}
 void dt_put_together(const dt_session *s, dt_range *ranges, uint64_t count);
 
 /* scan.c */

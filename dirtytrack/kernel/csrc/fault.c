@@ -40,7 +40,7 @@ void *dt_alloc(size_t bytes)
     return calloc(1, bytes ? bytes : 1);
 }
 
-void *dt_grow(void *block, size_t old_bytes, size_t bytes)
+DT_HOT void *dt_grow(void *block, size_t old_bytes, size_t bytes)
 {
     (void)old_bytes;
     if (dt_fail_at(DT_SITE_ALLOCATE))
@@ -52,7 +52,7 @@ void dt_free(void *block) { free(block); }
 
 static _Atomic unsigned page_shift;
 
-unsigned dt_page_shift(void)
+DT_HOT unsigned dt_page_shift(void)
 {
     unsigned shift = atomic_load_explicit(&page_shift, memory_order_relaxed);
     if (DT_UNLIKELY(!shift)) {

@@ -11,7 +11,7 @@ static void unmark_all(dt_session *s, uint64_t start, uint64_t end)
 
 /* msync(MS_ASYNC) writes nothing since Linux 2.6.19; it says ENOMEM where part of the range is not mapped, at the cost
  * of one system call. A scan would pass over such a hole in silence. */
-bool dt_mapped(const dt_session *s, uint64_t start, uint64_t end)
+DT_HOT bool dt_mapped(const dt_session *s, uint64_t start, uint64_t end)
 {
     if (s && s->space)
         return dt_target_mapped(s, start, end);
@@ -72,7 +72,7 @@ static int note_foreign(dt_session *s, uint64_t within_start, uint64_t within_en
 }
 
 /* The next part of [*at, end) that is not foreign; false at the end. */
-bool dt_next_own(const dt_session *s, uint64_t *at, uint64_t end, uint64_t *from, uint64_t *to)
+DT_HOT bool dt_next_own(const dt_session *s, uint64_t *at, uint64_t end, uint64_t *from, uint64_t *to)
 {
     while (*at < end) {
         uint64_t next = end, behind = *at;
@@ -99,7 +99,7 @@ bool dt_next_own(const dt_session *s, uint64_t *at, uint64_t end, uint64_t *from
  * looked at again before it is scanned; and after, since it may have been meanwhile. What another process registers in a
  * target is not heard of: once one was met there, each time. To look costs 2 us a region and more: see
  * ProcessTracker._look_once for why those who have met nobody need not. */
-int dt_look_for_strangers(dt_session *s)
+DT_HOT int dt_look_for_strangers(dt_session *s)
 {
     uint64_t registrations = atomic_load(&dt_registrations), thefts = atomic_load(&dt_thefts);
     if (DT_LIKELY(registrations == s->registrations && thefts == s->thefts && !s->foreign_count && !s->met_strangers) || s->suspended || s->compare)

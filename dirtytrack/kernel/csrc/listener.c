@@ -32,7 +32,7 @@ dt_watch *dt_make_watch(dt_listener *l, dt_region *region, unsigned bits)
 
 void dt_mark_whole(dt_watch *w) { dt_mark(w, w->start, w->end); }
 
-void dt_forget(dt_watch *w)
+DT_HOT void dt_forget(dt_watch *w)
 {
     if (w->pending)
         memset(w->bits, 0, w->words * 8);
@@ -111,7 +111,7 @@ int dt_listener_new(dt_session *s, dt_listener **out)
     return l ? 0 : -ENOMEM;
 }
 
-void dt_listener_unref(dt_listener *l)
+DT_HOT void dt_listener_unref(dt_listener *l)
 {
     if (atomic_fetch_sub(&l->refs, 1) != 1)
         return;
@@ -119,6 +119,7 @@ void dt_listener_unref(dt_listener *l)
     dt_free(l->ranges);
     dt_free(l->overlaps);
     dt_free(l->audit);
+    dt_free(l->spare);
     dt_free(l);
 }
 
@@ -151,11 +152,16 @@ void dt_drain_listeners(dt_session *s)
 /* ---- sets on their way out and back --------------------------------------------------------------------------------- */
 
 /* The set that a collect fills: it belongs to the listener, and keeps it and the session. */
-int dt_claim(dt_listener *l, dt_region *only, dt_set *out)
+DT_HOT int dt_claim(dt_listener *l, dt_region *only, dt_set *out)
 {
-    *out = (dt_set){0};
     /* As many runs as last time, so that they need not be moved as they become more. */
-    int rc = dt_set_reserve(out, l->expected + l->expected / 8 + 16);
+    uint64_t room = l->expected + l->expected / 8 + DT_WORD_RUNS + 8;
+    dt_block *spare = atomic_exchange(&l->spare, NULL);
+    if (spare && spare->capacity >= room)
+        dt_set_reuse(out, spare);
+    else
+        dt_free(spare);
+    int rc = dt_set_reserve(out, room);
     if (rc)
         return dt_fail_with(&out->why, rc, ENOMEM, DT_STEP_MEMORY, 0, 0);
     dt_block *block = out->block_;
@@ -178,7 +184,7 @@ static void push_block(dt_block *block)
 void dt_session_give_back(dt_block *block) { push_block(block); }
 
 /* Of a delivered set. What it detached is in the session's lists, so that waits for somebody with the lock. */
-void dt_block_release(dt_block *block)
+DT_HOT void dt_block_release(dt_block *block)
 {
     if (block->detached) {
         block->count = 0;
@@ -188,7 +194,7 @@ void dt_block_release(dt_block *block)
     }
     dt_listener *l = block->listener;
     dt_session *s = l->session;
-    dt_free(block);
+    dt_free(atomic_exchange(&l->spare, block));
     dt_listener_unref(l);
     dt_release(s);
 }

@@ -42,11 +42,9 @@ static void plan_adapting(const dt_listener *l, dt_range *range)
     range->wish = wish;
 }
 
-int dt_plan(dt_listener *l)
+int dt_plan_anew(dt_listener *l)
 {
     dt_session *s = l->session;
-    if (DT_LIKELY(l->plan_version == s->layout_version))
-        return 0;
     if (dt_room((void **)&l->ranges, &l->range_room, l->watch_count, sizeof *l->ranges))
         return -ENOMEM;
     l->range_count = 0;

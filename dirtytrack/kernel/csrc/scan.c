@@ -5,7 +5,7 @@
 #include <sys/mman.h>
 #include <time.h>
 
-uint64_t dt_now_ns(void)
+DT_HOT uint64_t dt_now_ns(void)
 {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -82,7 +82,7 @@ void dt_mark_all(dt_watch *const *watches, uint64_t n, uint64_t start, uint64_t 
 
 /* ---- telling everybody ------------------------------------------------------------------------------------------ */
 
-void dt_fold(dt_pass *pass)
+DT_APART void dt_fold(dt_pass *pass)
 {
     dt_set *direct = pass->direct;
     if (!direct)
@@ -95,7 +95,7 @@ void dt_fold(dt_pass *pass)
 }
 
 /* dt_mark of many sorted runs. Most are one page long, and neighbours share a word of bits: it is kept in a register. */
-static void mark_found(dt_watch *w, const struct k_page_region *found, uint64_t n)
+DT_HOT static void mark_found(dt_watch *w, const struct k_page_region *found, uint64_t n)
 {
     unsigned shift = dt_page_shift();
     uint64_t i = 0, beyond = n, at = 0, word = 0;
@@ -134,7 +134,7 @@ static dt_watch *const *told(const dt_pass *pass, uint64_t *count)
     return pass->everybody ? pass->session->watches : pass->watches;
 }
 
-static void tell(dt_pass *pass, const struct k_page_region *found, uint64_t n)
+DT_HOT DT_APART static void tell(dt_pass *pass, const struct k_page_region *found, uint64_t n)
 {
     uint64_t count;
     dt_watch *const *watches = told(pass, &count);
@@ -148,7 +148,7 @@ static void tell(dt_pass *pass, const struct k_page_region *found, uint64_t n)
         dt_alias_tell(pass->session, found[i].start, found[i].end);
 }
 
-static void tell_range(dt_pass *pass, uint64_t start, uint64_t end)
+DT_APART static void tell_range(dt_pass *pass, uint64_t start, uint64_t end)
 {
     uint64_t count;
     dt_watch *const *watches = told(pass, &count);
@@ -163,7 +163,7 @@ static void tell_range(dt_pass *pass, uint64_t start, uint64_t end)
 /* The kernel takes as much memory for its own as the answer may have: no more than one region a page, of 4 KiB or more. */
 static inline uint64_t vector_for(uint64_t start, uint64_t end) { return dt_min(DT_VECTOR_LENGTH, (end - start) >> 12); }
 
-/* The number of regions found, or -errno. The vector is zeroed before and after, as far as it was filled. */
+/* The number of regions found, or -errno. */
 static long scan_ioctl(dt_session *s, uint64_t start, uint64_t end, const dt_question *q)
 {
     struct k_pm_scan_arg arg = {.size = sizeof arg, .flags = q->flags, .start = start, .end = end,
@@ -174,14 +174,19 @@ static long scan_ioctl(dt_session *s, uint64_t start, uint64_t end, const dt_que
     if (fail > 0)
         return -fail;
     long n = s->compare ? dt_compare_scan(s, start, end, q, arg.vec_len) : ioctl(s->pagemap, K_PAGEMAP_SCAN, &arg);
-    int error = s->compare ? (int)-n : errno;
+    if (DT_UNLIKELY(n < 0) && !s->compare)
+        n = -errno;
     s->statistics.scans++;
-    if (fail < 0)
-        return fail;
-    return n < 0 ? -error : n;
+    s->filled = n < 0 ? DT_VECTOR_LENGTH : dt_max(s->filled, (uint64_t)n);
+    return fail < 0 ? fail : n;
 }
 
-static void wipe_vector(dt_session *s, uint64_t n) { memset(s->vector, 0, n * sizeof *s->vector); }
+/* Before a scan whose finds must not be lost with their count; not after it, when the TLB is empty. */
+static void wipe_vector(dt_session *s)
+{
+    memset(s->vector, 0, s->filled * sizeof *s->vector);
+    s->filled = 0;
+}
 
 /* What a failed scan from `at` on left in the vector: its count is lost, not its finds. Behind them is either nothing, or
  * what an earlier call of the same pass found, before `at`. */
@@ -196,10 +201,11 @@ static uint64_t harvested(const dt_session *s, uint64_t at)
 const dt_question DT_ABSENT = {.mask = K_PAGE_IS_PRESENT | K_PAGE_IS_SWAPPED,
                                .inverted = K_PAGE_IS_PRESENT | K_PAGE_IS_SWAPPED};
 
-/* Calls end at multiples of a chunk: one that ended inside a huge page would pass over that page in silence. */
+/* Calls end at multiples of a chunk or at the end of all: one that ended inside a huge page would pass over that page in
+ * silence. */
 static uint64_t chunk_end(const dt_session *s, uint64_t at, uint64_t end)
 {
-    return dt_min(end, dt_down(at, s->chunk_bytes) + s->chunk_bytes);
+    return end - at <= s->chunk_bytes ? end : dt_down(at, s->chunk_bytes) + s->chunk_bytes;
 }
 
 /* Resumes at the end of the last run it got: the kernel's walk_end may name a place far before where the walk really was
@@ -210,13 +216,10 @@ int dt_query(dt_session *s, uint64_t start, uint64_t end, const dt_question *que
         to = chunk_end(s, at, end);
         for (;;) {
             long n = scan_ioctl(s, at, to, question);
-            if (n < 0) {
-                wipe_vector(s, DT_VECTOR_LENGTH);
+            if (n < 0)
                 return (int)n;
-            }
             struct k_page_region found[DT_VECTOR_LENGTH]; /* whoever is told may ask something in turn */
             memcpy(found, s->vector, (size_t)n * sizeof *found);
-            wipe_vector(s, (uint64_t)n);
             for (long i = 0; i < n; i++)
                 on_run(context, found[i].start, found[i].end);
             at = n ? found[n - 1].end : to;
@@ -286,7 +289,7 @@ static void found_absent(void *context, uint64_t start, uint64_t end)
 /* Remedy R1, where the probe found that the exact scan passes over freed page tables (Linux 6.12.43-7.1.7): pages that
  * are neither present nor swapped count as written. It comes before the exact scan: the other way round, a page that was
  * discarded and then written between the two would be in neither. */
-static int find_absent(dt_pass *pass, uint64_t start, uint64_t end)
+DT_APART static int find_absent(dt_pass *pass, uint64_t start, uint64_t end)
 {
     return dt_query(pass->session, start, end, &DT_ABSENT, found_absent, pass);
 }
@@ -304,7 +307,7 @@ static const dt_question DT_WRITTEN = {.flags = K_PM_SCAN_CHECK_WPASYNC, .mask =
  * and neither reports nor arms it, in silence (Linux 6.7-6.12.43 at least; "use huge_page_size() in
  * pagemap_scan_hugetlb_entry" mends it, in some later one). So these are asked for without arming: told first, then
  * armed, as what is absent is. What was not written stays armed, and no write falls between the two. */
-static int find_gigantic(dt_pass *pass, uint64_t start, uint64_t end)
+DT_APART static int find_gigantic(dt_pass *pass, uint64_t start, uint64_t end)
 {
     int rc = dt_query(pass->session, start, end, &DT_WRITTEN, found_gigantic, pass);
     return rc == -EPERM ? 0 : rc; /* which the arming scan will meet too, and mend */
@@ -318,7 +321,7 @@ const dt_question DT_ARM_POPULATED = {.flags = K_PM_SCAN_WP_MATCHING | K_PM_SCAN
                                         .anyof = K_PAGE_IS_PRESENT | K_PAGE_IS_SWAPPED};
 
 /* To the end of `direct`, which has room, if there is one. Returns the pages found. */
-static uint64_t append(dt_set *direct, const struct k_page_region *found, uint64_t n)
+DT_HOT static uint64_t append(dt_set *direct, const struct k_page_region *found, uint64_t n)
 {
     uint64_t bytes = 0, first = 0;
     if (!direct || !direct->count) { /* so that what follows has a run before it */
@@ -346,33 +349,36 @@ static uint64_t append(dt_set *direct, const struct k_page_region *found, uint64
 }
 
 /* The remedies that come before the arming scan of [start, end). */
-static int find_before(dt_pass *pass, uint64_t start, uint64_t end)
+DT_APART static int find_before(dt_pass *pass, uint64_t start, uint64_t end)
 {
     int rc = pass->find_absent ? find_absent(pass, start, end) : 0;
     return !rc && pass->find_gigantic ? find_gigantic(pass, start, end) : rc;
 }
 
-/* One span of at most DT_CHUNK_BYTES. 0, -EPERM (some mapping in it is not registered; what was found is told), or
- * another -errno with nothing lost. */
-static int find_and_arm(dt_pass *pass, uint64_t start, uint64_t end)
+/* A scan from `at` on failed with `rc`. */
+DT_APART static int harvest(dt_pass *pass, uint64_t at, uint64_t end, int rc)
 {
     dt_session *s = pass->session;
-    uint64_t used = 0;
+    dt_fold(pass);
+    tell(pass, s->vector, harvested(s, at));
+    s->statistics.scans_refused += rc == -EPERM;
+    if (rc != -EFAULT)
+        return rc;
+    s->statistics.scans_faulted++; /* after re-arming, before all was told (measured, Linux 6.12-7.3) */
+    tell_range(pass, at, end);
+    return 0;
+}
+
+/* One span of at most DT_CHUNK_BYTES. 0, -EPERM (some mapping in it is not registered; what was found is told), or
+ * another -errno with nothing lost. */
+DT_HOT static int find_and_arm(dt_pass *pass, uint64_t start, uint64_t end)
+{
+    dt_session *s = pass->session;
+    wipe_vector(s);
     for (uint64_t at = start; at < end;) {
         long n = scan_ioctl(s, at, end, pass->present ? &DT_ARM_POPULATED : &DT_ARM_WRITTEN);
-        if (DT_UNLIKELY(n < 0)) {
-            uint64_t kept = harvested(s, at);
-            dt_fold(pass);
-            tell(pass, s->vector, kept);
-            wipe_vector(s, DT_VECTOR_LENGTH);
-            if (n == -EFAULT) { /* after re-arming, before all was told (measured, Linux 6.12-7.3) */
-                s->statistics.scans_faulted++;
-                tell_range(pass, at, end);
-                return 0;
-            }
-            s->statistics.scans_refused += n == -EPERM;
-            return (int)n;
-        }
+        if (DT_UNLIKELY(n < 0))
+            return harvest(pass, at, end, (int)n);
         if (!n)
             break;
         if (pass->direct && dt_set_reserve(pass->direct, pass->direct->count + (uint64_t)n))
@@ -381,22 +387,20 @@ static int find_and_arm(dt_pass *pass, uint64_t start, uint64_t end)
         if (DT_UNLIKELY(pass->adapt != NULL))
             dt_adapt_found(pass->adapt, s->vector, (uint64_t)n);
         s->statistics.pages_found += append(pass->direct, s->vector, (uint64_t)n);
-        used = dt_max(used, (uint64_t)n);
         /* Fewer than fit: done, whatever walk_end says. Else on from the last one: what lies before it was walked. */
         at = n < (long)DT_VECTOR_LENGTH ? end : s->vector[n - 1].end;
     }
-    wipe_vector(s, used);
     return 0;
 }
 
 static int scan_chunk(dt_pass *pass, uint64_t start, uint64_t end)
 {
-    int rc = find_before(pass, start, end);
+    int rc = DT_UNLIKELY(pass->find_absent || pass->find_gigantic) ? find_before(pass, start, end) : 0;
     return rc ? rc : find_and_arm(pass, start, end);
 }
 
 /* What is left unarmed is told without being asked for. */
-static void tell_unarmed(dt_pass *pass, uint64_t start, uint64_t end)
+DT_APART static void tell_unarmed(dt_pass *pass, uint64_t start, uint64_t end)
 {
     const struct k_page_region all = {.start = start, .end = end};
     if (pass->session->remedy & DT_REMEDY_UNTOLD)
@@ -418,7 +422,7 @@ static void assume(dt_pass *pass, uint64_t start, uint64_t end)
 }
 
 /* All of it, before any of it is armed. */
-static int tell_assumed(dt_pass *pass, uint64_t start, uint64_t end)
+DT_APART static int tell_assumed(dt_pass *pass, uint64_t start, uint64_t end)
 {
     tell_unarmed(pass, start, end);
     assume(pass, start, end);
@@ -465,7 +469,7 @@ static void found_between(void *context, uint64_t start, uint64_t end)
     }
 }
 
-static int scan_between(dt_pass *pass, uint64_t start, uint64_t end)
+DT_APART static int scan_between(dt_pass *pass, uint64_t start, uint64_t end)
 {
     between b = {.pass = pass, .at = start, .first = start, .last = start, .from = start, .to = start, .end = end};
     uint64_t from, to;
@@ -499,30 +503,36 @@ static int scan_span(dt_pass *pass, uint64_t start, uint64_t end)
 typedef int (*heal)(dt_session *s, uint64_t start, uint64_t end);
 
 static int scan_part(dt_pass *pass, uint64_t whole_start, uint64_t whole_end, uint64_t start, uint64_t end, heal mend,
+                     int tries, dt_failure *why);
+
+/* [at, next) of it was refused, or failed with `rc`. */
+DT_APART static int scan_again(dt_pass *pass, uint64_t whole_start, uint64_t whole_end, uint64_t at, uint64_t next, heal mend,
+                               int tries, int rc, dt_failure *why)
+{
+    int step = pass->session->compare ? dt_compare_step(rc) : DT_STEP_SCAN;
+    dt_fold(pass);
+    if (rc == -EPERM && tries < 4) {
+        rc = mend(pass->session, whole_start, whole_end);
+        if (!rc)
+            return scan_part(pass, whole_start, whole_end, at, next, mend, tries + 1, why);
+        step = DT_STEP_MAPS;
+    } else if (rc == -EPERM) { /* somebody re-maps faster than we register, or it cannot be registered */
+        tell_range(pass, at, next);
+        return 0;
+    }
+    return dt_fail_with(why, rc, -rc, step, at, next);
+}
+
+static int scan_part(dt_pass *pass, uint64_t whole_start, uint64_t whole_end, uint64_t start, uint64_t end, heal mend,
                      int tries, dt_failure *why)
 {
     uint64_t part = start, from, to;
     while (dt_next_own(pass->session, &part, end, &from, &to))
         for (uint64_t at = from, next; at < to; at = next) {
             next = chunk_end(pass->session, at, to);
-            int rc = scan_span(pass, at, next), step = pass->session->compare ? dt_compare_step(rc) : DT_STEP_SCAN;
-            if (rc == -EPERM && tries < 4) {
-                dt_fold(pass);
-                rc = mend(pass->session, whole_start, whole_end);
-                if (!rc) {
-                    rc = scan_part(pass, whole_start, whole_end, at, next, mend, tries + 1, why);
-                    if (rc)
-                        return rc;
-                }
-                step = DT_STEP_MAPS;
-            } else if (rc == -EPERM) { /* somebody re-maps faster than we register, or it cannot be registered */
-                tell_range(pass, at, next);
-                rc = 0;
-            }
-            if (rc) {
-                dt_fold(pass);
-                return dt_fail_with(why, rc, -rc, step, at, next);
-            }
+            int rc = scan_span(pass, at, next);
+            if (DT_UNLIKELY(rc) && (rc = scan_again(pass, whole_start, whole_end, at, next, mend, tries, rc, why)))
+                return rc;
         }
     return 0;
 }
@@ -534,14 +544,11 @@ int dt_scan_apart(dt_session *s, uint64_t start, uint64_t end, bool arm, uint64_
         to = chunk_end(s, at, end);
         for (long n = DT_VECTOR_LENGTH; n == (long)DT_VECTOR_LENGTH && at < to;) {
             n = scan_ioctl(s, at, to, arm ? &DT_ARM_WRITTEN : &DT_WRITTEN);
-            if (n < 0) {
-                wipe_vector(s, DT_VECTOR_LENGTH);
+            if (n < 0)
                 return (int)n;
-            }
             for (long i = 0; i < n; i++)
                 bytes += s->vector[i].end - s->vector[i].start;
             at = n ? s->vector[n - 1].end : to;
-            wipe_vector(s, (uint64_t)n);
         }
     }
     *written_pages = bytes >> dt_page_shift();
@@ -570,7 +577,7 @@ static void found_lost(void *context, uint64_t start, uint64_t end, bool keep)
     s->statistics.pages_lost += (end - start) >> dt_page_shift();
 }
 
-static int find_lost(dt_pass *pass, uint64_t start, uint64_t end)
+DT_APART static int find_lost(dt_pass *pass, uint64_t start, uint64_t end)
 {
     int rc = 0;
     uint64_t count;
@@ -583,7 +590,7 @@ static int find_lost(dt_pass *pass, uint64_t start, uint64_t end)
     return rc;
 }
 
-void dt_look_beneath(dt_pass *pass, uint64_t start, uint64_t end)
+DT_HOT void dt_look_beneath(dt_pass *pass, uint64_t start, uint64_t end)
 {
     const dt_session *s = pass->session;
     uint32_t kinds = pass->range ? pass->range->kinds : 0;
@@ -613,7 +620,26 @@ int dt_scan_lost(dt_pass *pass, uint64_t start, uint64_t end)
     return pass->find_lost ? find_lost(pass, start, end) : 0;
 }
 
-DT_FLAT int dt_scan_pass(dt_pass *pass, uint64_t start, uint64_t end, dt_failure *why)
+/* What [start, end) is mapped as elsewhere too. */
+DT_APART static int scan_elsewhere(const dt_pass *pass, uint64_t start, uint64_t end, dt_failure *why)
+{
+    dt_session *s = pass->session;
+    int rc = 0;
+    uint64_t next = 0, known = s->alias_count;
+    dt_run elsewhere;
+    while (!rc && dt_alias_next(s, start, end, &next, &elsewhere)) {
+        dt_pass other = {.session = s, .self = pass->self, .everybody = true, .find_absent = pass->find_absent,
+                         .find_gigantic = pass->find_gigantic, .aliased = true};
+        rc = scan_part(&other, elsewhere.start, elsewhere.end, elsewhere.start, elsewhere.end, dt_alias_heal, 0, why);
+        if (known != s->alias_count) { /* some were let go of, and others have their places */
+            known = s->alias_count;
+            next = 0;
+        }
+    }
+    return rc;
+}
+
+DT_HOT DT_FLAT int dt_scan_pass(dt_pass *pass, uint64_t start, uint64_t end, dt_failure *why)
 {
     dt_session *s = pass->session;
     dt_look_beneath(pass, start, end);
@@ -624,17 +650,8 @@ DT_FLAT int dt_scan_pass(dt_pass *pass, uint64_t start, uint64_t end, dt_failure
     int rc = scan_part(pass, start, end, start, end, dt_heal, 0, why);
     if (DT_UNLIKELY(pass->adapt != NULL) && !rc)
         dt_adapt_decide(s, pass->adapt, start, end, &pass->wish);
-    uint64_t next = 0, known = s->alias_count;
-    dt_run elsewhere;
-    while (!rc && pass->aliased && dt_alias_next(s, start, end, &next, &elsewhere)) {
-        dt_pass other = {.session = s, .self = pass->self, .everybody = true, .find_absent = pass->find_absent,
-                         .find_gigantic = pass->find_gigantic, .aliased = true};
-        rc = scan_part(&other, elsewhere.start, elsewhere.end, elsewhere.start, elsewhere.end, dt_alias_heal, 0, why);
-        if (known != s->alias_count) { /* some were let go of, and others have their places */
-            known = s->alias_count;
-            next = 0;
-        }
-    }
+    if (DT_UNLIKELY(pass->aliased) && !rc)
+        rc = scan_elsewhere(pass, start, end, why);
     if (!rc && pass->find_lost && (rc = find_lost(pass, start, end))) { /* what it had to look at is still pending */
         dt_fold(pass);
         dt_fail_with(why, rc, -rc, DT_STEP_MAPS, start, end);

@@ -125,7 +125,7 @@ int dt_room(void **array, uint64_t *room, uint64_t wanted, size_t item_bytes)
     return 0;
 }
 
-void dt_retain(dt_session *s) { atomic_fetch_add(&s->refs, 1); }
+DT_HOT void dt_retain(dt_session *s) { atomic_fetch_add(&s->refs, 1); }
 
 int dt_checked_ioctl(enum dt_site site, int fd, unsigned long request, void *argument)
 {
@@ -344,7 +344,7 @@ static void drain(dt_session *s)
         dt_events_drain(s);
 }
 
-void dt_release(dt_session *s)
+DT_HOT void dt_release(dt_session *s)
 {
     if (atomic_fetch_sub(&s->refs, 1) != 1)
         return;
@@ -371,7 +371,7 @@ void dt_session_drop(dt_session **session)
         dt_release(s);
 }
 
-int dt_enter(dt_session *s)
+DT_HOT int dt_enter(dt_session *s)
 {
     if (DT_UNLIKELY(dt_forked(s))) {
         forget_inherited(s);
@@ -392,7 +392,7 @@ int dt_enter(dt_session *s)
     return 0;
 }
 
-void dt_leave(dt_session *s) { pthread_mutex_unlock(&s->lock); }
+DT_HOT void dt_leave(dt_session *s) { pthread_mutex_unlock(&s->lock); }
 
 int dt_session_state(dt_session *s)
 {

@@ -17,7 +17,14 @@ static void adopt(dt_set *set, dt_block *block, uint64_t capacity)
     set->runs = block->runs;
 }
 
-int dt_set_reserve(dt_set *set, uint64_t capacity)
+DT_HOT void dt_set_reuse(dt_set *set, dt_block *block)
+{
+    uint64_t capacity = block->capacity;
+    memset(block, 0, sizeof *block);
+    adopt(set, block, capacity);
+}
+
+DT_HOT int dt_set_reserve(dt_set *set, uint64_t capacity)
 {
     dt_block *block = block_of(set);
     uint64_t room = block ? block->capacity : 0;
@@ -36,7 +43,7 @@ int dt_set_reserve(dt_set *set, uint64_t capacity)
     return 0;
 }
 
-void dt_set_trim(dt_set *set)
+DT_HOT void dt_set_trim(dt_set *set)
 {
     dt_block *block = block_of(set);
     if (DT_LIKELY(block->capacity <= 2 * set->count + 64))
@@ -47,7 +54,7 @@ void dt_set_trim(dt_set *set)
         adopt(set, smaller, capacity);
 }
 
-void dt_set_clear(dt_set *set)
+DT_HOT void dt_set_clear(dt_set *set)
 {
     dt_block *block = block_of(set);
     if (block && block->listener && !set->delivered) {

@@ -3,7 +3,7 @@
 #include "reading.h"
 #include "words.h"
 
-#define LEAST_ROOM 4096 /* slots */
+#define LEAST_ROOM 512 /* slots */
 
 static bool is_narrow(const dt_pointers *p) { return p->compressed; }
 static unsigned slot_shift(const dt_pointers *p) { return p->compressed ? 2 : 3; }
