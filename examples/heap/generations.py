@@ -142,11 +142,13 @@ class Generations:
         return self.starts.objects_on([(region.start, region.end) for region in self._grown])
 
     def close(self) -> None:
-        """Let go of the userfaultfd; the memory goes with the last reference to it."""
+        """Let go of the userfaultfd and of the memory; nobody has a pointer into it any more."""
         for tracker in (self._for_minor, self._for_marking):
             if tracker.epoch:
                 tracker.stop()
         self.session.close()
+        self.old.close()
+        self.young.close()
 
 
 def _is_in(region: Region, regions: Iterable[Region]) -> bool:

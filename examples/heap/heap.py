@@ -408,7 +408,7 @@ class Heap:
         self._collector.end()
         native, self._native = self._native, ffi.NULL
         self._lib.heap_close(native)
-        del self._pins
+        del self._pins, self._held
         self._generations.close()
 
     def __enter__(self) -> Self:
