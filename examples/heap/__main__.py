@@ -33,8 +33,10 @@ def main() -> int:
         print(lisp.show(value))
         numbers, pauses = heap.numbers(), [pause for pause in heap.pauses if pause.what != "look"]
         del value
-    spent, longest = sum(pause.seconds for pause in pauses), max((pause.seconds for pause in pauses), default=0.0)
-    print(f"{took:.2f} s, of which {spent:.2f} s in {len(pauses)} pauses, the longest of {longest * 1e3:.1f} ms")
+    seconds = sorted(pause.seconds for pause in pauses) or [0.0]
+    median, late, longest = (1e3 * seconds[int(share * (len(seconds) - 1))] for share in (0.5, 0.99, 1))
+    print(f"{took:.2f} s, of which {sum(seconds):.2f} s in {len(pauses)} pauses")
+    print(f"pauses of {median:.2f} ms in the median, {late:.2f} ms at the 99th percentile, {longest:.2f} ms at most")
     print(f"{numbers.minors} minor collections, {numbers.fulls} full ones, {numbers.cycles} beside the program")
     print(f"{numbers.promoted_bytes >> 10} KiB became old, {numbers.freed_bytes >> 10} KiB of that were freed")
     print(f"{numbers.redirected_slots} old slots led to young objects, as the page tables told")

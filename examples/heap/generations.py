@@ -33,6 +33,7 @@ class Generations:
         old_bytes: how large the old generation may become.
         segment_bytes: by how much it grows; where there are huge pages, a multiple of them.
         huge: pages of the old generation, as `dirtytrack.allocate` takes it.
+        adaptive: whether pages that are rewritten all the time may go unwatched, as `dirtytrack.DirtyTracker` says.
         minor_tracker, marking_tracker: for tests, which pass one that misses writes.
     """
 
@@ -42,6 +43,7 @@ class Generations:
         old_bytes: int,
         segment_bytes: int,
         huge: Literal["transparent", "2M", "1G"] | None,
+        adaptive: bool,
         minor_tracker: type[DirtyTracker],
         marking_tracker: type[DirtyTracker],
     ) -> None:
@@ -54,8 +56,8 @@ class Generations:
         self._coming: Region | None = None  # of a growing that was interrupted
         self._leaving: list[Region] = []  # of a shrinking
         self._grown: list[Region] = []  # since a marking began, which does not know of them
-        self._for_minor = minor_tracker(self.session, self._segments)
-        self._for_marking = marking_tracker(self.session, self._segments)
+        self._for_minor = minor_tracker(self.session, self._segments, adaptive=adaptive)
+        self._for_marking = marking_tracker(self.session, self._segments, adaptive=adaptive)
         self._for_minor.start()
         self._for_marking.start()
         self.remembered = RememberedSet(

@@ -90,6 +90,8 @@ class Heap:
         concurrent: whether a thread marks the old generation beside the mutators when it is due; else that is done in a
             pause.
         pause_seconds: what the last pause of such a marking should stay below.
+        adaptive: let old pages that are rewritten all the time go unwatched, and be read instead. What tracking costs
+            is measured for it once in a process, in the middle of some collection, which takes tens of milliseconds.
         stress: a minor collection before each allocation.
         verify: read the whole heap after each collection; for tests.
         minor_tracker, marking_tracker: for tests, which pass one that misses writes.
@@ -109,6 +111,7 @@ class Heap:
         huge: Literal["transparent", "2M", "1G"] | None = None,
         concurrent: bool = True,
         pause_seconds: float = 0.005,
+        adaptive: bool = False,
         stress: bool = False,
         verify: bool = False,
         minor_tracker: type[DirtyTracker] = DirtyTracker,
@@ -129,7 +132,9 @@ class Heap:
         self._failures: dict[int, BaseException] = {}
         self._local = threading.local()
         young_bytes = eden_bytes + 2 * survivor_bytes
-        self._generations = Generations(young_bytes, old_bytes, segment_bytes, huge, minor_tracker, marking_tracker)
+        self._generations = Generations(
+            young_bytes, old_bytes, segment_bytes, huge, adaptive, minor_tracker, marking_tracker
+        )
         collect, failed = _callbacks(weakref.ref(self))
         self._callback = ffi.callback("int(uint32_t, uint64_t)", collect, error=_REFUSED, onerror=failed)
         self._native = self._open(eden_bytes, survivor_bytes, promote_age, stress, verify)

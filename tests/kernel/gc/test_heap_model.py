@@ -35,14 +35,15 @@ class Machine(RuleBasedStateMachine):
 
     options: dict[str, Any]
 
-    @initialize(promote_age=st.integers(0, 2), stress=st.booleans())
-    def begin(self, promote_age: int, stress: bool) -> None:
+    @initialize(promote_age=st.integers(0, 2), stress=st.booleans(), adaptive=st.booleans())
+    def begin(self, promote_age: int, stress: bool, adaptive: bool) -> None:
         self.stress = stress
         self.heap = Heap(
             eden_bytes=16384,
             survivor_bytes=4096,
             promote_age=promote_age,
             stress=stress,
+            adaptive=adaptive,
             verify=True,
             concurrent=False,
             **self.options,

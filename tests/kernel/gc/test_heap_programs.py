@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[3]
 SOAK = os.environ.get("DIRTYTRACK_SOAK") == "1"
 SIZES = {"gcbench": 11, "queens": 8, "derivative": 4, "table": 400}
 STRESSED = {"gcbench": 4, "queens": 4, "derivative": 2, "table": 20}
-SOAKED = {"gcbench": 9, "queens": 7, "derivative": 4, "table": 400}
+SOAKED = {"gcbench": 6, "queens": 6, "derivative": 4, "table": 120}
 
 
 def test_all_programs_are_tested() -> None:
