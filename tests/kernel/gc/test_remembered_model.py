@@ -95,7 +95,9 @@ class Machine(RuleBasedStateMachine):
         expected = self.model.slots(low, high)
         slots = self.remembered.minor(low, high)
         self.read_first = True
-        assert dict(zip(slots, slots.targets, strict=True)) == expected
+        found = dict(zip(slots, slots.targets, strict=True))
+        differ = sorted(found.items() ^ expected.items())
+        assert not differ[:5]  # the first of them: pytest takes minutes to explain more
         assert list(slots) == sorted(expected)
         young = self.model.slots(YOUNG, YOUNG + YOUNG_BYTES)
         assert {page for run in slots.kept for page in range(run.start, run.end, PAGE)} == {at & -PAGE for at in young}
@@ -155,7 +157,9 @@ class Machine(RuleBasedStateMachine):
         for start, end in dirty:
             at = start - self.memory.address
             self.mirror[at : at + end - start] = oracle.peek_bytes(start, end - start)
-        assert self.mirror == self.memory[: PAGES * PAGE]
+        now = self.memory[: PAGES * PAGE]
+        lost = [page for page in range(PAGES) if now[page * PAGE :][:PAGE] != self.mirror[page * PAGE :][:PAGE]]
+        assert not lost, "pages that the other listener was not told of"
 
 
 def run(kind: Kind, format: Format, examples: int = 25, steps: int = 30, **options: Any) -> None:
@@ -194,7 +198,7 @@ def broken(how: str) -> Iterator[None]:
             for start, end in dirty:
                 for page in range(start, end, PAGE):
                     seen[id(self)] += 1
-                    if seen[id(self)] % 50:
+                    if seen[id(self)] % 20:
                         kept.append((page, page + PAGE))
             return dirty & DirtySet.from_runs(kept)
 
@@ -254,4 +258,4 @@ def picked(numbers: memoryview, chosen: list[int]) -> memoryview:
 )
 def test_the_machine_notices(how: str) -> None:
     with broken(how), pytest.raises((AssertionError, FlakyFailure, FlakyStrategyDefinition)):
-        run(Kind.PRIVATE, FORMATS[0], 300, 40, phases=[Phase.generate], database=None, report_multiple_bugs=False)
+        run(Kind.PRIVATE, FORMATS[0], 1000, 40, phases=[Phase.generate], derandomize=True, report_multiple_bugs=False)
