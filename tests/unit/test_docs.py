@@ -103,7 +103,7 @@ def test_python_blocks_run(path: Path, tmp_path: Path) -> None:
     source = tmp_path / path.name
     source.write_text("\n".join(script) + "\n", encoding="utf-8")
     checkout = {"PYTHONPATH": str(ROOT)} if any("from examples." in line for line in script) else {}
-    command = [sys.executable, "-W", "error", source]
+    command = [sys.executable, "-W", "error", str(source)]
     done = subprocess.run(
         command, cwd=tmp_path, env={**os.environ, **checkout}, capture_output=True, text=True, check=False
     )
