@@ -198,7 +198,7 @@ lint: $(VENV)/.lint lint-c docs ## format, ruff, mypy --strict, the C core and t
 lint-c: ## compile the C core by gcc, and by clang where there is one, warnings being errors
 	@for compiler in gcc clang; do \
 	    command -v $$compiler >/dev/null || { echo "no $$compiler here"; continue; }; \
-	    for file in $(CORE) $(C_TESTS) $(wildcard examples/*.c); do \
+	    for file in $(CORE) $(C_TESTS) $(wildcard examples/*.c examples/*/*.c); do \
 	        $$compiler $(C_FLAGS) -D_GNU_SOURCE= -O2 -c $$file -o /dev/null || exit 1; \
 	    done; \
 	    echo "$$compiler: no warnings"; \

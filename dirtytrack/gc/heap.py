@@ -128,6 +128,11 @@ class Heap:
         """Be sure that what comes next is all that is written from the last collect on."""
         self._epoch = self._next
 
+    def follow(self, final: DirtySet) -> None:
+        """A region was removed by us, which closed an epoch and left what is pending of the others as it was."""
+        if self._epoch == final.epoch:
+            self._epoch += 1
+
     def _ours(self, dirty: DirtySet) -> DirtySet:
         """Its part of what a tracker found that perhaps watches more than the heap: the rest goes back."""
         mine = set(self.layout.spans)

@@ -402,7 +402,7 @@ class RememberedSet:
         with self._heap.alone():
             self._heap.exclude(region)
             if any(known is region for known in self.tracker.regions):
-                self.tracker.remove(region)
+                self._heap.follow(self.tracker.remove(region))
             rest = self._heap.whole() if self._heap.regions else DirtySet()
             self._retained, self._pending = self._retained & rest, self._pending & rest
 

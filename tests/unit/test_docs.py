@@ -32,6 +32,7 @@ RUN = (
     re.compile(r"python3? -m examples\.[\w.]+$"),
     re.compile(r"make$"),
     re.compile(r"python3? -m dirtytrack\.gc( --\w+)+$"),
+    re.compile(r"python3? -m examples\.heap "),
 )
 NOT_RUN = re.compile(r"(sudo )?(apt-get|pip|git|sysctl|cd|docker|podman|chmod|setfacl|systemctl|ulimit) ")
 NOT_HERE = 77  # the status of an example that says what this machine lacks
@@ -103,8 +104,10 @@ def test_python_blocks_run(path: Path, tmp_path: Path) -> None:
             script += [""] * (block.line - 1 - len(script)) + block.text.splitlines()
     source = tmp_path / path.name
     source.write_text("\n".join(script) + "\n", encoding="utf-8")
+    checkout = {"PYTHONPATH": str(ROOT)} if any("from examples." in line for line in script) else {}
+    command = [sys.executable, "-W", "error", str(source)]
     done = subprocess.run(
-        [sys.executable, "-W", "error", source], cwd=tmp_path, capture_output=True, text=True, check=False
+        command, cwd=tmp_path, env={**os.environ, **checkout}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

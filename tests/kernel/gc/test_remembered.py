@@ -272,6 +272,17 @@ def test_a_heap_grows_and_shrinks(old: Old) -> None:
     assert again is region
 
 
+def test_removing_a_region_is_no_reason_to_read_the_whole_heap(old: Old) -> None:
+    region = old.remembered.add(allocate(4 * PAGE))
+    old.minor()
+    old.words[WORDS] = YOUNG
+    old.remembered.remove(region)
+    slots = old.remembered.minor(YOUNG, END)
+    assert list(slots) == [old.at(1)]
+    assert not slots.whole_heap
+    assert slots.page_count == 1
+
+
 def test_what_cannot_be_added_leaves_the_heap_as_it_was(old: Old) -> None:
     young = allocate(4 * PAGE)
     remembered = RememberedSet(old.region, old.tracker, nursery=(young.address, young.address + young.nbytes))
