@@ -153,25 +153,10 @@ def gcbench(programs: Programs, depth: int, rounds: int) -> Iterator[Row]:
         yield Row("gcbench", name, median(samples), **_pauses(pauses[name]))
 
 
-def break_even(rows: Sequence[dict[str, Any]], share: float, ours: str = "plain") -> float | None:
-    """From how many stores a page on `ours` takes no more than software cards, by a line through what was measured: the
-    time of an epoch is what each page costs and what each store costs. None: each store costs no less.
-
-    What a store costs is told by the most stores that were measured: it is lost in the noise of fewer."""
-    times = {
-        (row["barrier"], row["per_page"]): row["total_ns"] / (share * STORE_PAGES)
-        for row in rows
-        if row["program"] == "stores" and row["share"] == share and row["anew"]
-    }
-    most = max(per_page for _, per_page in times)
-    a_store = {name: (times[name, most] - times[name, 1]) / max(1, most - 1) for name in ("cards", ours)}
-    saved = a_store["cards"] - a_store[ours]
-    extra = times[ours, 1] - times["cards", 1]
-    return None if saved <= 0 else max(1.0, 1 + extra / saved)
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gc_barriers", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gc_barriers", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--rounds", type=int, default=2, help="of each barrier (2)")
     parser.add_argument("--epochs", type=int, default=50, help="of each round (50)")
     parser.add_argument("--depth", type=int, default=18, help="of GCBench (18)")
@@ -187,11 +172,9 @@ def main() -> int:
         if programs.without_libgc:
             print(programs.without_libgc)
         wanted = [Load(0.01, 16), Load(0.1, 1, anew=False)] if options.tiny else list(loads())
-        for row in (
-            *gcbench(programs, options.depth, options.rounds),
-            *(row for load in wanted for row in stores(programs, load, options.rounds, options.epochs)),
-        ):
-            rows.append(asdict(row))
+        rows += map(asdict, gcbench(programs, options.depth, options.rounds))
+        for load in wanted:
+            rows += map(asdict, stores(programs, load, options.rounds, options.epochs))
     for row in rows:
         what = row["program"] if row["share"] is None else f"{row['share']:.1%} x {row['per_page']}"
         name = {**BARRIERS, **LIBGC}[row["barrier"]]
@@ -200,7 +183,7 @@ def main() -> int:
             f"{show_ns(row['pause_p99_ns'])}, {show_ns(row['pause_max_ns'])} at most"
         )
     if options.write:
-        document = {**where, "without_libgc": programs.without_libgc, "rows": rows}
+        document = {**where, "store_pages": STORE_PAGES, "without_libgc": programs.without_libgc, "rows": rows}
         options.write.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return 0
 

@@ -45,17 +45,17 @@ class Slots:
     seconds: float
 
     def __init__(self, found: words.Found, heap: Heap, pointers: PointerFormat, page_count: int) -> None:
-        self._found, self._made = found, None
+        self._found = found
+        self._made: memoryview | None = None
         self.page_count, self.whole_heap, self.seconds = page_count, False, 0.0
         self._heap, self._layout, self._pointers = heap, heap.layout, pointers
 
     @property
     def addresses(self) -> memoryview:
         """Of the words, rising: read-only, format ``Q``, shape (n,); not a copy."""
-        made: memoryview | None = self._made
-        if made is None:
-            self._made = made = self._found.addresses
-        return made
+        if self._made is None:
+            self._made = self._found.addresses
+        return self._made
 
     @property
     def targets(self) -> memoryview:
