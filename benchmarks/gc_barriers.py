@@ -183,7 +183,7 @@ def main() -> int:
             f"{show_ns(row['pause_p99_ns'])}, {show_ns(row['pause_max_ns'])} at most"
         )
     if options.write:
-        document = {**where, "store_pages": STORE_PAGES, "without_libgc": programs.without_libgc, "rows": rows}
+        document = {**where, "without_libgc": programs.without_libgc, "rows": rows}
         options.write.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return 0
 

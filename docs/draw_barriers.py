@@ -28,6 +28,8 @@ NAMES = {
 COLOURS = {"none": "#9aa5b1", "cards": "#2f8f6b", "mprotect": "#7b4fa3", "plain": "#2563a8", "adaptive": "#e8743b"}
 WIDTH, TOP, LEFT, RIGHT, HEIGHT, BETWEEN, BELOW = 880, 86, 66, 16, 210, 14, 44
 INK, FAINT, GRID = "#1d2733", "#5d6b7a", "#e3e8ee"
+STORE_PAGES = 16384  # of old objects, as benchmarks/barriers.c has them
+SHOWN = (1, 256)  # stores a page in the table; all of them are in the plot
 _PLACE = re.compile(r"(<!-- barriers: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 Told = dict[str, Any]
 
@@ -74,6 +76,8 @@ def densities(told: Told) -> str:
     """What an epoch costs, by how many pages are written and how often."""
     lines = []
     for share, per_page, anew, rows in loads(told):
+        if anew and per_page not in SHOWN:
+            continue
         best = min(row["total_ns"] for row in rows.values())
         where = f"{share * 100:g} %" + ("" if anew else ", the same")
         for name, row in rows.items():
@@ -87,10 +91,10 @@ def densities(told: Told) -> str:
 
 def per_page(told: Told, share: float, name: str) -> tuple[float, float, int]:
     """What a dirty page costs, and each further store to it, in nanoseconds; and the most stores that were measured."""
-    times = {n: rows[name]["total_ns"] / rows[name]["share"] for s, n, anew, rows in loads(told) if s == share and anew}
+    pages = share * STORE_PAGES
+    times = {n: rows[name]["total_ns"] / pages for s, n, anew, rows in loads(told) if s == share and anew}
     most = max(times)
-    pages = told["store_pages"]
-    return times[1] / pages, (times[most] - times[1]) / (most - 1) / pages, most
+    return times[1], (times[most] - times[1]) / (most - 1), most
 
 
 def break_even(told: Told) -> str:
@@ -106,7 +110,7 @@ def break_even(told: Told) -> str:
                 even = f"never: up to {most:,} cards win"
             else:
                 stores = 1 + (page - card_page) / (card_store - store)
-                even = f"{stores:,.0f}" + (" (beyond what was measured)" if stores > most else "")
+                even = f"{stores:,.0f}" if stores <= most else f"more than {most:,}, the most that was measured"
             cells = [f"{share * 100:g} %", NAMES[name], show(page - card_page) if page > card_page else "less"]
             lines.append([*cells, f"{store:.2f} ns", f"{card_store:.2f} ns", even])
     head = [
@@ -125,7 +129,7 @@ def wins(told: Told) -> str:
     new = [(share, n, rows) for share, n, anew, rows in loads(told) if anew]
     won = [(share, n) for share, n, rows in new if min(rows, key=lambda name: rows[name]["total_ns"]) == "cards"]
     ours = [
-        f"{n:,} stores to each of {share * 100:g} % of the pages"
+        f"{n:,} stores to {share * 100:g} % of the pages"
         for share, n, rows in new
         if min(rows["plain"]["total_ns"], rows["adaptive"]["total_ns"]) < rows["cards"]["total_ns"]
     ]
