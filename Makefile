@@ -109,6 +109,11 @@ bench-observe: $(VENV)/.test ## measure what recording costs redis (apt-get inst
 	$(BIN)/python -m benchmarks.observe --write docs/observing.json
 	$(BIN)/python docs/draw_observing.py docs/observing.json docs/observe.md
 
+.PHONY: bench-barriers
+bench-barriers: $(VENV)/.test ## measure write barriers side by side, and libgc (apt-get install libgc-dev), for docs/gc.md
+	$(BIN)/python -m benchmarks.gc_barriers --write docs/barriers.json
+	$(BIN)/python docs/draw_barriers.py docs/barriers.json docs/gc.md docs/barriers.svg
+
 # ---- testing --------------------------------------------------------------------------------------------------------
 
 .PHONY: test

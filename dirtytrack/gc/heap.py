@@ -118,7 +118,7 @@ class Heap:
         except DirtyTrackError:  # by which nothing was handed out
             self._epoch = expected
             raise
-        epoch = dirty.epoch
+        epoch: int = dirty._lent.epoch
         self._next = epoch + 1
         if expected and epoch != expected:
             _log.warning("a heap's tracker was stopped, or collected by somebody else: all of the heap is read again")
@@ -170,7 +170,7 @@ class Heap:
 
     def extents(self, pages: DirtySet) -> tuple[Any, list[Any]]:
         """Its bytes, as the core wants them, and what must be held meanwhile."""
-        return pinned_extents(self.layout, pages._set)
+        return pinned_extents(self.layout, pages._lent)
 
     def __repr__(self) -> str:
         spans = ", ".join(f"{region.name!r} {describe(region.start, region.end)}" for region in self.regions[:4])

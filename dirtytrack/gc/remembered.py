@@ -31,25 +31,31 @@ class Slots:
     """What a `RememberedSet.minor` found. ``len()``, indexing and iterating give the slots' addresses.
 
     Attributes:
-        addresses: of the words, rising: read-only, format ``Q``, shape (n,); not a copy.
         page_count: how many pages were read for it.
         whole_heap: whether those were all pages, since nothing was known of what was written: in the first call, after
             `RememberedSet.remember_all`, and after somebody else collected from the tracker.
         seconds: that it took to collect and to read.
     """
 
-    __slots__ = ("_found", "_heap", "_kept", "_pointers", "addresses", "page_count", "seconds", "whole_heap")
+    # What can be made later is: this is on the way of every pause.
+    __slots__ = ("_found", "_heap", "_layout", "_made", "_pointers", "page_count", "seconds", "whole_heap")
 
-    addresses: memoryview
     page_count: int
     whole_heap: bool
     seconds: float
 
     def __init__(self, found: words.Found, heap: Heap, pointers: PointerFormat, page_count: int) -> None:
-        self.addresses, self._found = found.addresses, found
+        self._found = found
+        self._made: memoryview | None = None
         self.page_count, self.whole_heap, self.seconds = page_count, False, 0.0
-        self._kept = DirtySet(found.kept, heap.layout)
-        self._heap, self._pointers = heap, pointers
+        self._heap, self._layout, self._pointers = heap, heap.layout, pointers
+
+    @property
+    def addresses(self) -> memoryview:
+        """Of the words, rising: read-only, format ``Q``, shape (n,); not a copy."""
+        if self._made is None:
+            self._made = self._found.addresses
+        return self._made
 
     @property
     def targets(self) -> memoryview:
@@ -59,7 +65,7 @@ class Slots:
     @property
     def kept(self) -> DirtySet:
         """The pages that point into the young memory, whichever part of it: the next minor() reads them again."""
-        return self._kept
+        return DirtySet(self._found.kept, self._layout)
 
     def redirect(self, targets: AnyBuffer | Sequence[int]) -> None:
         """Make every slot point at another address, and keep its tag: what a collector does that moved the objects.
@@ -74,18 +80,18 @@ class Slots:
         Thread safety: not beside a mutator that writes these slots: whose store is last stays.
         """
         packed, count = _numbers(targets, "targets")
-        if count != len(self.addresses):
-            raise InvalidMemory(f"there are {len(self.addresses)} slots, and {count} targets for them")
+        if count != len(self):
+            raise InvalidMemory(f"there are {len(self)} slots, and {count} targets for them")
         if not count:
             return
-        extents, holds = self._heap.extents(self._kept)
+        extents, holds = self._heap.extents(self.kept)
         try:
             words.redirect(extents, self._pointers._pointers, self.addresses, packed, count)
         finally:
             del holds  # not kept by a traceback
 
     def __len__(self) -> int:
-        return len(self.addresses)
+        return self._found.count
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.addresses)
@@ -94,7 +100,7 @@ class Slots:
         return self.addresses[index]
 
     def __repr__(self) -> str:
-        return f"<Slots: {len(self)} in {self._kept.page_count} of {self.page_count} pages read>"
+        return f"<Slots: {len(self)} in {self.kept.page_count} of {self.page_count} pages read>"
 
 
 class RememberedSet:
@@ -141,6 +147,7 @@ class RememberedSet:
         self._nursery: tuple[int, int] | None = None
         self._asked: tuple[int, int] | None = None  # what minor() was last asked about, and was right
         self._young: Any = None  # the nursery, as the core wants it
+        self._room = words.Room()
         self._nothing = DirtySet()
         self._retained = self._nothing  # pages that pointed into the young memory when they were last read
         self._pending = self._nothing  # pages that were collected and not read yet
@@ -244,7 +251,7 @@ class RememberedSet:
                 slots = self._read(self._heap.populated(pages), nursery_low, nursery_high)
                 slots.whole_heap = not known
                 # In this order: an interrupt in between leaves too much, never too little.
-                self._retained = slots._kept or self._nothing
+                self._retained = slots.kept if slots._found.keeps else self._nothing
                 self._pending = self._nothing
                 self._heap.settle()
             except BaseException:
@@ -254,9 +261,11 @@ class RememberedSet:
         return slots
 
     def _with_remembered(self, dirty: DirtySet) -> DirtySet:
-        kept = [pages._set for pages in (self._retained, self._pending) if pages is not self._nothing]
-        # Not by `|`, which also unites what was assumed and whose it is: this is on the way of every pause.
-        return DirtySet(sets.union_many([dirty._set, *kept]), self._heap.layout) if kept else dirty
+        # Not by `|`, which also unites whose it is: this is on the way of every pause.
+        for pages in (self._retained, self._pending):
+            if pages is not self._nothing:
+                dirty = DirtySet(sets.unite(dirty._lent, pages._lent), self._heap.layout)
+        return dirty
 
     def _undo(self, dirty: DirtySet, known: bool) -> None:
         """Have the next call read what this one did not; the whole heap, where even this fails."""
@@ -266,11 +275,12 @@ class RememberedSet:
 
     def _read(self, pages: DirtySet, low: int, high: int) -> Slots:
         extents, holds = self._heap.extents(pages)
+        cset = pages._lent
         try:
-            found = words.find_slots(pages._set, extents, self._pointers._pointers, self._young, low, high)
+            found = words.find_slots(cset, extents, self._pointers._pointers, self._young, low, high, self._room)
         finally:
             del holds  # not kept by a traceback
-        return Slots(found, self._heap, self._pointers, pages.page_count)
+        return Slots(found, self._heap, self._pointers, cset.pages)
 
     def retain(self, what: DirtySet | Slots | AnyBuffer | Iterable[int]) -> None:
         """Have pages read by the next `minor`, written or not: those of slots that point into the young memory after a
@@ -283,7 +293,7 @@ class RememberedSet:
             InvalidMemory: an address is in no page of the heap.
         """
         if isinstance(what, Slots):
-            pages = what._kept
+            pages = what.kept
         elif isinstance(what, DirtySet):
             pages = what
         else:
@@ -352,7 +362,7 @@ class RememberedSet:
                         "nursery=, or call minor() first"
                     )
                 else:
-                    kept = self._read(self._heap.populated(dirty), *self._nursery)._kept
+                    kept = self._read(self._heap.populated(dirty), *self._nursery).kept
                     self._retained = self._retained | kept
                 self._heap.settle()
             except BaseException:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Found",
+    "Room",
     "add_starts",
     "cards",
     "clear_starts",
@@ -37,18 +38,71 @@ __all__ = [
 class Found:
     """What a search found."""
 
-    __slots__ = ("_slots", "addresses", "kept")
+    __slots__ = ("_epoch", "_kept", "_slots", "count")
 
-    def __init__(self, slots: CData, kept: CData) -> None:
-        self._slots = slots
-        self.addresses = sets.numbers(slots, slots.addresses, slots.count, 1)
-        self.kept = kept
-        """The pages that point into the young memory."""
+    def __init__(self, slots: Lent | None, kept: CData | None, epoch: int) -> None:
+        self._slots, self._kept, self._epoch = slots, kept, epoch
+        self.count: int = 0 if slots is None else slots.slots.count
+
+    @property
+    def addresses(self) -> memoryview:
+        """Of the words."""
+        lent = self._slots
+        return _NONE if lent is None else sets.numbers(lent, lent.slots.addresses, self.count, 1)
 
     @property
     def targets(self) -> memoryview:
         """What they pointed at."""
-        return sets.numbers(self._slots, self._slots.targets, self._slots.count, 1)
+        lent = self._slots
+        return _NONE if lent is None else sets.numbers(lent, lent.slots.targets, self.count, 1)
+
+    @property
+    def kept(self) -> CData:
+        """The pages that point into the young memory."""
+        return sets.from_runs(b"", 0, epoch=self._epoch) if self._kept is None else self._kept
+
+    @property
+    def keeps(self) -> bool:
+        """Whether there are such pages."""
+        return self._kept is not None
+
+
+_NONE = memoryview(bytes(8)).cast("Q")[:0]
+
+
+class Room:
+    """Memory for slots, which the next search uses again: to take it anew, and to touch it first, is a good part of a
+    short pause. Its searches follow one another."""
+
+    __slots__ = ("empty", "free")
+
+    def __init__(self) -> None:
+        self.free: CData | None = None  # slots
+        self.empty: CData | None = None  # a set of pages in which nothing is
+
+    def take(self) -> tuple[CData, CData]:
+        """A dt_slots and an empty dt_set."""
+        slots, self.free = self.free, None  # an interrupt loses it, and nobody has it twice
+        kept, self.empty = self.empty, None
+        if slots is None:
+            slots = core.ffi.gc(core.ffi.new("dt_slots *"), core.lib.dt_slots_clear)
+        return slots, core.new_set() if kept is None else kept
+
+
+class Lent:
+    """Slots that somebody looks at: who goes last, a result or one of its views, gives the room back."""
+
+    __slots__ = ("_room", "slots")
+
+    def __init__(self, slots: CData, room: Room) -> None:
+        self.slots, self._room = slots, room
+
+    def __del__(self) -> None:
+        if self.slots.room <= _MOST_ROOM:
+            self._room.free = self.slots
+
+
+_MOST_ROOM = 1 << 20  # slots, of 16 bytes each: more is not kept from one search to the next
 
 
 # ---- slots
@@ -66,14 +120,17 @@ def span(low: int, high: int) -> CData:
     return core.ffi.new("dt_run *", (low, high))
 
 
-def find_slots(cset: CData, heap: CData, format: CData, young: CData, low: int, high: int) -> Found:
+def find_slots(cset: CData, heap: CData, format: CData, young: CData, low: int, high: int, room: Room) -> Found:
     """Those in the set's pages that point into [low, high), a part of ``young``."""
-    lib, ffi = core.lib, core.ffi
-    slots, kept = ffi.gc(ffi.new("dt_slots *"), lib.dt_slots_clear), core.new_set()
-    code = lib.dt_find_slots(cset, heap, len(heap), format, young, low, high, slots, kept)
+    slots, kept = room.take()
+    code = core.lib.dt_find_slots(cset, heap, len(heap), format, young, low, high, slots, kept)
     if code:
         raise_failure(code, kept.why, "look for slots")
-    return Found(slots, kept)
+    if kept.count:
+        return Found(Lent(slots, room), kept, kept.epoch)
+    core.lib.dt_set_clear(kept)
+    room.free, room.empty = slots, kept
+    return Found(None, None, cset.epoch)
 
 
 def pages_of(addresses: Any, count: int) -> CData:

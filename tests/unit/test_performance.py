@@ -37,6 +37,16 @@ def test_what_recording_costs_is_what_was_measured() -> None:
     assert told["rows"]
 
 
+def test_what_barriers_cost_is_what_was_measured() -> None:
+    page = (DOCS / "gc.md").read_text(encoding="utf-8")
+    told = json.loads((DOCS / "barriers.json").read_text(encoding="utf-8"))
+    script = runpy.run_path(str(DOCS / "draw_barriers.py"))
+    assert script["render"](page, told) == page
+    assert set(re.findall(r"<!-- barriers: (\w+) -->", page)) == set(script["PARTS"])
+    assert (DOCS / "barriers.svg").read_text(encoding="utf-8") == script["draw"](told)
+    assert {row["barrier"] for row in told["rows"]} >= {"none", "cards", "mprotect", "plain", "adaptive"}
+
+
 @pytest.mark.parametrize(("script", "plot"), [("draw_epochs.py", "epochs.svg"), ("draw_density.py", "density.svg")])
 def test_the_plots_are_what_was_measured(script: str, plot: str) -> None:
     draw = runpy.run_path(str(DOCS / script))["draw"]

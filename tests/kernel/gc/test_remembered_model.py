@@ -235,8 +235,13 @@ class Picked(words.Found):
     """Some of what was found."""
 
     def __init__(self, found: words.Found, kept: list[int]) -> None:
-        self.addresses, self.kept = picked(found.addresses, kept), found.kept
-        self._targets = picked(found.targets, kept)
+        super().__init__(found._slots, found._kept, found._epoch)
+        self.count = len(kept)
+        self._addresses, self._targets = picked(found.addresses, kept), picked(found.targets, kept)
+
+    @property
+    def addresses(self) -> memoryview:
+        return self._addresses
 
     @property
     def targets(self) -> memoryview:
