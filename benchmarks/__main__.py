@@ -19,6 +19,7 @@ from .epoch import epoch
 from .gc import gc
 from .harness import Benchmark, Settings, machine
 from .importing import import_
+from .migration import migration
 from .process import attaching, process, reading
 from .regions import regions
 from .remedies import remedies
@@ -43,6 +44,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "process": process,
     "reading": reading,
     "attaching": attaching,
+    "migration": migration,
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import socket
+import struct
 import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,6 +20,7 @@ __all__ = ["DIGEST_BYTES", "STRETCH_BYTES", "Mismatch", "Moving", "Room", "Taken
 
 DIGEST_BYTES = 16
 STRETCH_BYTES = 16
+_STRETCH = struct.Struct("=QII")
 _KEY_EXTRA = 16
 _NOWHERE = 2**64 - 1
 _MIN_RTT = slice(148, 152)  # of struct tcp_info in <linux/tcp.h>: tcpi_min_rtt, in microseconds (Linux 4.6)
@@ -142,11 +144,36 @@ class Moving:
 
     # ---- the destination's
 
-    def put(self, stretches: Any, count: int, digests: Any, data: Any, nbytes: int) -> None:
-        """Write what the other side took.
+    def expect(self, stretches: Any, count: int) -> list[memoryview] | None:
+        """Where the data of what the other side took belongs, piece by piece, for a socket to bring there; `put` looks
+        at it then. None where it must come through a buffer.
 
         Raises:
-            Mismatch: it is not what it says, or belongs nowhere. Nothing was written.
+            Mismatch: it belongs nowhere.
+        """
+        places, why = core.ffi.new("uint64_t[]", count), core.new_failure()
+        code = self._expect(stretches, count, places, why)
+        if code == core.lib.DT_TOO_SMALL:
+            return None
+        if code:
+            raise Mismatch(f"page {why.start} of it belongs nowhere")
+        counts = (pages for _, pages, _ in _STRETCH.iter_unpack(stretches[: count * STRETCH_BYTES]))
+        return [
+            core.view_of(core.ffi.cast("uint8_t *", place), pages * self.page_bytes)
+            for place, pages in zip(places, counts, strict=True)
+            if place
+        ]
+
+    def _expect(self, stretches: Any, count: int, places: CData, why: CData) -> int:  # see _put
+        words = core.ffi.cast("dt_stretch *", core.ffi.from_buffer("uint8_t[]", stretches))
+        return core.lib.dt_moving_expect(self._c, words, count, places, why)
+
+    def put(self, stretches: Any, count: int, digests: Any, data: Any, nbytes: int) -> None:
+        """Write what the other side took; with None for data, look at what has come where `expect` said.
+
+        Raises:
+            Mismatch: it is not what it says, or belongs nowhere. Nothing was written; what is in its place already
+                counts as unknown.
             RegionGone: a page vanished beneath the copy.
         """
         why = core.new_failure()
@@ -160,7 +187,7 @@ class Moving:
         # In a frame that raises nothing: a garbage collection that meets a memoryview whose buffer is in use, both of
         # them in a cycle such as a traceback makes, crashes CPython up to 3.11 and 3.12.6 (gh-77894).
         ffi = core.ffi
-        held = [ffi.from_buffer("uint8_t[]", each) for each in (stretches, digests, data)]
+        held = [ffi.NULL if each is None else ffi.from_buffer("uint8_t[]", each) for each in (stretches, digests, data)]
         words, sums = ffi.cast("dt_stretch *", held[0]), ffi.cast("uint64_t *", held[1])
         return core.lib.dt_moving_put(self._c, words, count, sums, held[2], nbytes, why)
 

@@ -27,6 +27,45 @@ static void set_up(side *s, uint8_t *bytes, uint64_t nbytes, uint64_t phase)
         dt_page_digest(zeros, page_bytes, key, s->table + 2 * i);
 }
 
+/* Puts what was taken straight into its place, first with one bit of it wrong. False where it must not. */
+static bool in_place(side *to, const dt_stretch *stretches, const dt_moved *moved, const uint64_t *digests, const uint8_t *data)
+{
+    dt_failure why = {0};
+    uint64_t places[ROOM], pages = to->moving.pages, bit = random_below(moved->data_pages * page_bytes * 8 + 1);
+    bool whole = !to->moving.memory.unpinned || !moved->stretches;
+    for (uint64_t i = 0; i < moved->stretches; i++)
+        if (stretches[i].kind == DT_STRETCH_DATA)
+            whole &= (stretches[i].first || !to->moving.phase) &&
+                     (stretches[i].first + stretches[i].count < pages ||
+                      (to->moving.phase + to->moving.memory.nbytes) % page_bytes == 0);
+    int rc = dt_moving_expect(&to->moving, stretches, moved->stretches, places, &why);
+    CHECK(rc == (whole ? 0 : DT_TOO_SMALL));
+    for (uint64_t i = 0, k = 0; !rc && i < moved->stretches; i++) {
+        CHECK(!places[i] == (stretches[i].kind != DT_STRETCH_DATA));
+        for (uint64_t p = 0; places[i] && p < stretches[i].count; p++, k++) {
+            uint64_t *known = to->table + 2 * (stretches[i].first + p);
+            CHECK(!known[0] && !known[1]);
+            memcpy((uint8_t *)places[i] + p * page_bytes, data + k * page_bytes, page_bytes);
+        }
+    }
+    if (rc || !moved->data_pages)
+        return !rc && !dt_moving_put(&to->moving, stretches, moved->stretches, digests, NULL, 0, &why);
+    for (uint64_t i = 0, k = 0; i < moved->stretches && bit < moved->data_pages * page_bytes * 8; i++)
+        for (uint64_t p = 0; places[i] && p < stretches[i].count; p++, k++) {
+            if (k != bit / 8 / page_bytes)
+                continue;
+            uint8_t *wrong = (uint8_t *)places[i] + p * page_bytes + bit / 8 % page_bytes;
+            uint64_t *known = to->table + 2 * (stretches[i].first + p);
+            *wrong ^= (uint8_t)(1u << bit % 8);
+            CHECK(dt_moving_put(&to->moving, stretches, moved->stretches, digests, NULL, moved->data_pages * page_bytes,
+                                &why) == DT_MALFORMED);
+            CHECK(why.start == k && !known[0] && !known[1]);
+            *wrong ^= (uint8_t)(1u << bit % 8);
+        }
+    CHECK(!dt_moving_put(&to->moving, stretches, moved->stretches, digests, NULL, moved->data_pages * page_bytes, &why));
+    return true;
+}
+
 /* Takes what the set has, part by part, and puts it; returns how many pages of data there were. */
 static uint64_t move(const dt_set *set, side *from, side *to)
 {
@@ -47,7 +86,8 @@ static uint64_t move(const dt_set *set, side *from, side *to)
             data[bit / 8] ^= (uint8_t)(1u << bit % 8);
         }
         CHECK(dt_moving_put(&to->moving, stretches, moved.stretches, digests, data, nbytes + 1, &why) == DT_MALFORMED);
-        CHECK(!dt_moving_put(&to->moving, stretches, moved.stretches, digests, data, nbytes, &why));
+        if (random_below(2) || !in_place(to, stretches, &moved, digests, data))
+            CHECK(!dt_moving_put(&to->moving, stretches, moved.stretches, digests, data, nbytes, &why));
         moved_pages += moved.data_pages;
     }
     return moved_pages;
@@ -117,7 +157,9 @@ static void nonsense(void)
                                 (uint32_t)(random_below(4) ? 1 : random_below(4))};
         dt_failure why = {0};
         uint64_t n = random_below(4);
+        uint64_t places[3];
         int code = dt_moving_put(&to.moving, s, n, digests, copy, 0, &why);
+        CHECK(code || to.moving.memory.unpinned || !dt_moving_expect(&to.moving, s, n, places, &why));
         CHECK(code == 0 || code == DT_MALFORMED);
         CHECK(!memcmp(copy, before, 4 * page_bytes)); /* zeroes at most */
     }

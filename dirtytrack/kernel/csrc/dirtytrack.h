@@ -325,8 +325,13 @@ uint64_t dt_set_step(const dt_set *set, uint64_t from, uint64_t pages);
  * On a failure the table may have pages that nobody has. */
 int dt_moving_take(const dt_moving *m, const dt_set *set, uint64_t from, uint64_t to, dt_stretch *stretches,
                    uint64_t *digests, uint8_t *out, uint64_t room, dt_moved *moved, dt_failure *why);
+/* What comes into its place, by the socket: where each stretch of data lies, 0 for one of zeroes. What comes there is in no
+ * table until dt_moving_put() has looked at it. DT_TOO_SMALL, and nothing is done, where a page is not wholly the
+ * memory's, or the memory may vanish: then it must come through a buffer. DT_MALFORMED as below. */
+int dt_moving_expect(const dt_moving *m, const dt_stretch *stretches, uint64_t n, uint64_t *places, dt_failure *why);
 /* Writes what the other side took. DT_MALFORMED, and nothing is written, where the stretches are none, do not fit, or a
- * page is not what its digest says: why->start is which page, counted in the order of the stretches. */
+ * page is not what its digest says: why->start is which page, counted in the order of the stretches. `data` is NULL
+ * where it is in its place already, as dt_moving_expect() said; then what is not what its digest says stays in no table. */
 int dt_moving_put(const dt_moving *m, const dt_stretch *stretches, uint64_t n, const uint64_t *digests,
                   const uint8_t *data, uint64_t nbytes, dt_failure *why);
 /* Digests of pages as they are in memory: into the table, or compared with it where check = 1. *at: the first that differs,
