@@ -232,7 +232,22 @@ class _Lib:
         digests: CData,
         out: CData,
         room: int,
+        sent: CData,
         moved: CData,
+        why: CData,
+        /,
+    ) -> int: ...
+    def dt_moving_pack(self, page: CData, before: CData, page_bytes: int, out: CData, /) -> int: ...
+    def dt_moving_unpack(self, packed: CData, length: int, page: CData, page_bytes: int, /) -> int: ...
+    def dt_moving_open(
+        self,
+        m: CData,
+        stretches: CData,
+        n: int,
+        packed: CData,
+        length: int,
+        out: CData,
+        nbytes: int,
         why: CData,
         /,
     ) -> int: ...

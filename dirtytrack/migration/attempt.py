@@ -187,6 +187,7 @@ class Attempt:
                 "seed": source.seed.hex(),
                 "connections": source.connections,
                 "codec": int(source.codec),
+                "delta": source.delta,
                 "verify": source.verify,
                 "timeout_ms": int(source.timeout * 1000),
                 "regions": [
@@ -210,11 +211,11 @@ class Attempt:
             link = joining.connect(*about, key, "pages", hand_over.migration, hand_over.attempt)
             self._links.append(link)
         self._overhead += _ROUND_TRIPS * round_trip_seconds(control.sock)
-        self._senders = Senders(self._links, PAGE_BYTES, source.codec, Budget(source.bandwidth))
+        self._senders = Senders(self._links, PAGE_BYTES, source.codec, Budget(source.bandwidth), delta=source.delta)
 
     def _moving(self, region: Region) -> Moving:
         span = region._span
-        return Moving(
+        moving = Moving(
             region.address,
             region.nbytes,
             phase=region.address % PAGE_BYTES,
@@ -223,6 +224,9 @@ class Attempt:
             unpinned=span.unpinned,
             through=region._handle if span.compared_by else None,
         )
+        if self._source.delta:
+            moving.keep_sent()
+        return moving
 
     def _note(self, frame: wire.Frame) -> None:
         head = frame.header
@@ -343,12 +347,14 @@ class Attempt:
         """A destination that gives up says why before it closes."""
         control, until = self._control, time.perf_counter() + _LAST_WORD_SECONDS
         assert control is not None, "connected"
-        with suppress(PeerLost, ProtocolViolated):
-            while (left := until - time.perf_counter()) > 0:
-                control.set_timeout(left)
+        while (left := until - time.perf_counter()) > 0:
+            control.set_timeout(left)
+            try:
                 frame = control.receive()
-                if frame.kind is Kind.REFUSED:
-                    control.refuse_unexpected(frame)
+            except (PeerLost, ProtocolViolated):
+                return
+            if frame.kind is Kind.REFUSED:
+                control.refuse_unexpected(frame)
 
     def _slow(self, step: float) -> None:
         self._slowed = True

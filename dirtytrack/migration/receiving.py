@@ -164,6 +164,7 @@ class Receiver:
         session: whose memory.
         connections: how many there will be.
         codec: of the data.
+        delta: whether they may tell what differs.
         failed: called when one fails, from its thread.
         arrived: called when all have said ROUND, from a thread.
     """
@@ -173,10 +174,11 @@ class Receiver:
         session: Session,
         connections: int,
         codec: Codec,
+        delta: bool,
         failed: Callable[[BaseException], None],
         arrived: Callable[[int], None],
     ) -> None:
-        self._session, self._codec = session, codec
+        self._session, self._codec, self._delta = session, codec, delta
         self._failed, self._arrived = failed, arrived
         self._lock = threading.Lock()
         self._wanted = connections
@@ -235,7 +237,7 @@ class Receiver:
         try:
             link.set_timeout(1e6)  # whether the source lives, the control connection knows
             data = memoryview(bytearray(DATA_BYTES))
-            packed = memoryview(bytearray(DATA_BYTES)) if self._codec else data
+            packed = memoryview(bytearray(DATA_BYTES)) if self._codec or self._delta else data
             while True:
                 frame = link.expect(Kind.PAGES, Kind.ROUND)
                 with self._lock:
@@ -272,6 +274,12 @@ class Receiver:
                 bytes_in = None
                 for place in places:
                     link.receive_data(place)
+        elif head.codec is Codec.DELTA and self._delta:
+            link.receive_data(packed[: head.data_bytes])
+            try:
+                moving.open(frame.body, stretches, packed[: head.data_bytes], bytes_in)
+            except Mismatch as error:
+                raise ProtocolViolated(f"pages came damaged: {error}") from None
         else:
             if head.codec is not self._codec:
                 raise ProtocolViolated("pages came compressed otherwise than was agreed")

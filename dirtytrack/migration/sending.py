@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Part", "Senders"]
 
 _CHUNK_BYTES = 256 << 10, DATA_BYTES  # at least and at most: each costs a turn of the interpreter on both sides
+_PAYS = 0.7  # of the bytes: with more, what it costs the other side to put together is more than what it saves
 _SHARES = 4  # of a connection in a round, if they are not too small: all have something to do until its end
 
 
@@ -70,9 +71,13 @@ class Senders:
         page_bytes: of a page.
         codec: for the data.
         budget: the bandwidth that they share.
+        delta: whether the memories keep what was sent.
     """
 
-    def __init__(self, links: Sequence[Link], page_bytes: int, codec: Codec, budget: Budget) -> None:
+    def __init__(
+        self, links: Sequence[Link], page_bytes: int, codec: Codec, budget: Budget, *, delta: bool = False
+    ) -> None:
+        self._delta = delta
         self._links, self._page_bytes, self._codec, self._budget = links, page_bytes, codec, budget
         self._stop = threading.Event()
         self._work: list[queue.SimpleQueue[_Round | None]] = [queue.SimpleQueue() for _ in links]
@@ -130,7 +135,7 @@ class Senders:
     def _run(self, number: int) -> None:
         link, work = self._links[number], self._work[number]
         try:
-            room = Room(DATA_BYTES, self._page_bytes)
+            room = Room(DATA_BYTES, self._page_bytes, packed=self._delta)
             compress = packing.compressor(self._codec)
             while (round_ := work.get()) is not None:
                 while not self._stop.is_set() and self.failure is None and (chunk := round_.next()) is not None:
@@ -151,7 +156,9 @@ class Senders:
         )
         data: Any = room.data[: taken.data_pages * self._page_bytes]
         codec = Codec.NONE
-        if compress is not None and len(data):
+        if taken.packed_bytes and taken.packed_bytes < _PAYS * len(data):
+            data, codec = room.packed[: taken.packed_bytes], Codec.DELTA
+        elif compress is not None and len(data):
             packed = compress(data)
             if len(packed) < len(data):
                 data, codec = packed, self._codec

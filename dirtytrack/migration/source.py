@@ -70,6 +70,8 @@ class Source:
         connections: TCP connections for the bulk, 1 to 64.
         bandwidth: the most to send, in bytes a second.
         compress: ``"zstd"`` or ``"lz4"``, by the extra of that name, on both sides.
+        delta: send of a page that was sent before only what differs, where that is much less. It costs memory here: a
+            copy of all that was sent, as long as the migration lasts.
         verify: read all memory once more on both sides while neither runs, and compare: for the careful. It adds to the
             downtime, which the policy knows.
         tls: an `ssl.SSLContext` for clients.
@@ -100,6 +102,7 @@ class Source:
         connections: int = 2,
         bandwidth: float | None = None,
         compress: Literal["zstd", "lz4"] | None = None,
+        delta: bool = False,
         verify: bool = False,
         tls: ssl.SSLContext | None = None,
         token: str | bytes | None = None,
@@ -122,6 +125,7 @@ class Source:
         self.connections, self.bandwidth, self.verify, self.tls = connections, bandwidth, verify, tls
         self.token = token.encode() if isinstance(token, str) else token or b""
         self.timeout, self.stop_timeout, self.doubt_timeout = timeout, stop_timeout, doubt_timeout
+        self.delta = delta
         self.arbiter, self.progress = arbiter, progress
         self.seed = secrets.token_bytes(32)
         self.secret = b""  # of the last attempt

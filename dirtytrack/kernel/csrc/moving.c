@@ -109,8 +109,24 @@ static void tell(dt_stretch *stretches, dt_moved *moved, uint64_t page, uint32_t
     stretches[moved->stretches++] = (dt_stretch){page, 1, kind};
 }
 
+/* What the other side has is what was sent last, if its digest says so: it may have something else from an earlier try. */
+static void pack(const dt_moving *m, dt_sent *sent, uint64_t page, const uint64_t *known, const dt_digest *now, const uint8_t *data)
+{
+    uint8_t *before = sent->bytes + page * m->page_bytes;
+    uint64_t *told = sent->table + 2 * page;
+    bool same = known[0] == told[0] && known[1] == told[1];
+    if (data)
+        sent->packed_bytes += dt_moving_pack(data, same ? before : NULL, m->page_bytes, sent->packed + sent->packed_bytes);
+    if (data)
+        memcpy(before, data, m->page_bytes);
+    else
+        memset(before, 0, m->page_bytes);
+    told[0] = now->first;
+    told[1] = now->second;
+}
+
 static int take_page(const dt_moving *m, uint64_t page, dt_digester digest, const dt_digest *zero, dt_stretch *stretches,
-                     uint64_t *digests, uint8_t *out, dt_moved *moved, dt_failure *why)
+                     uint64_t *digests, uint8_t *out, dt_sent *sent, dt_moved *moved, dt_failure *why)
 {
     uint8_t *to = out + moved->data_pages * m->page_bytes;
     uint64_t *known = m->table + 2 * page;
@@ -122,9 +138,12 @@ static int take_page(const dt_moving *m, uint64_t page, dt_digester digest, cons
         moved->same_pages++;
         return 0;
     }
+    bool is_zero = now.first == zero->first && now.second == zero->second && dt_is_zero(to, m->page_bytes);
+    if (sent)
+        pack(m, sent, page, known, &now, is_zero ? NULL : to);
     known[0] = now.first;
     known[1] = now.second;
-    if (now.first == zero->first && now.second == zero->second && dt_is_zero(to, m->page_bytes)) {
+    if (is_zero) {
         tell(stretches, moved, page, DT_STRETCH_ZERO);
         moved->zero_pages++;
         return 0;
@@ -150,7 +169,7 @@ static bool usable(const dt_moving *m)
 }
 
 int dt_moving_take(const dt_moving *m, const dt_set *set, uint64_t from, uint64_t to, dt_stretch *stretches,
-                   uint64_t *digests, uint8_t *out, uint64_t room, dt_moved *moved, dt_failure *why)
+                   uint64_t *digests, uint8_t *out, uint64_t room, dt_sent *sent, dt_moved *moved, dt_failure *why)
 {
     uint64_t page_bytes = dt_page_bytes(), start = m->memory.address - m->phase;
     if (!usable(m) || m->page_bytes != page_bytes || start & (page_bytes - 1))
@@ -159,6 +178,8 @@ int dt_moving_take(const dt_moving *m, const dt_set *set, uint64_t from, uint64_
     dt_digest zero = zero_digest(m, digest);
     dt_moved did = {0};
     uint64_t looked = 0;
+    if (sent)
+        sent->packed_bytes = 0;
     from = dt_max(from, start);
     to = dt_min(to, start + m->pages * page_bytes);
     int fail = dt_fail_at(DT_SITE_COPY);
@@ -170,7 +191,7 @@ int dt_moving_take(const dt_moving *m, const dt_set *set, uint64_t from, uint64_
             if (looked == room)
                 rc = dt_fail_with(why, DT_TOO_SMALL, 0, DT_STEP_COPY, 0, 0);
             else
-                rc = take_page(m, (at - start) / page_bytes, digest, &zero, stretches, digests, out, &did, why);
+                rc = take_page(m, (at - start) / page_bytes, digest, &zero, stretches, digests, out, sent, &did, why);
         }
     }
     if (locked)
@@ -246,6 +267,27 @@ int dt_moving_expect(const dt_moving *m, const dt_stretch *stretches, uint64_t n
         memset(known, 0, 16 * (uint64_t)stretches[i].count); /* until it is whole */
     }
     return 0;
+}
+
+int dt_moving_open(const dt_moving *m, const dt_stretch *stretches, uint64_t n, const uint8_t *packed, uint64_t length,
+                   uint8_t *out, uint64_t nbytes, dt_failure *why)
+{
+    uint64_t told, looked, at = 0, k = 0;
+    if (!usable(m))
+        return dt_fail_with(why, -EINVAL, 0, DT_STEP_COPY, 0, 0);
+    if (!sound(m, stretches, n, &told, &looked) || nbytes % m->page_bytes || nbytes / m->page_bytes != told)
+        return malformed(why, looked);
+    for (uint64_t i = 0; i < n; i++)
+        for (uint64_t p = 0; stretches[i].kind == DT_STRETCH_DATA && p < stretches[i].count; p++, k++) {
+            int rc = read_page(m, stretches[i].first + p, out + k * m->page_bytes, why);
+            if (rc)
+                return rc;
+            uint64_t took = dt_moving_unpack(packed + at, length - at, out + k * m->page_bytes, m->page_bytes);
+            if (!took)
+                return malformed(why, k);
+            at += took;
+        }
+    return at == length ? 0 : malformed(why, k);
 }
 
 /* What came into its place is what it is said to be. */

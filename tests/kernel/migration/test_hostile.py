@@ -31,6 +31,7 @@ OPEN = {
     "seed": "00" * 32,
     "connections": 1,
     "codec": 0,
+    "delta": False,
     "verify": False,
     "timeout_ms": 5000,
     "regions": [{"name": "m", "nbytes": 64 << 10, "phase": 0}],
@@ -207,6 +208,7 @@ PAGES_WRONG: list[tuple[str, bytes, bytes, dict[str, int]]] = [
     ("no digest", stretch(0, 1, 0), b"x" * 4096, {}),
     ("2^32 pages", stretch(0, 2**32 - 1, 0) + bytes(16), b"x" * 4096, {}),
     ("another region", stretch(0, 1, 1), b"", {"region": 1}),
+    ("what differs, all the same", stretch(0, 1, 0) + bytes(16), bytes(2), {"codec": 3}),
     ("compressed all the same", stretch(0, 1, 0) + bytes(16), b"x" * 100, {"codec": 1}),
 ]
 

@@ -181,7 +181,7 @@ def test_a_link_that_stands_still(cast: Cast, kind: int) -> None:
 @pytest.mark.parametrize("kind", [proxy.PAGES, proxy.STATE, proxy.FINISH, proxy.ROUND, proxy.ARRIVED], ids=NAMES.get)
 def test_a_damaged_frame_is_found(cast: Cast, kind: int) -> None:
     receiving, address = cast.destination(attempts=2)
-    sending = cast.source(4 * MIB)
+    sending = cast.source(4 * MIB, delta=kind == proxy.PAGES)
     with Proxy(address, once(kind, "damage")) as between:
         sending.tell("migrate", between.address)
         name, words = sending.hear("failed")
