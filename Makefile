@@ -108,6 +108,12 @@ bench-observe: $(VENV)/.test ## measure what recording costs redis (apt-get inst
 	$(BIN)/python -m benchmarks.observe --write docs/observing.json
 	$(BIN)/python docs/draw_observing.py docs/observing.json docs/observe.md
 
+.PHONY: bench-migration
+bench-migration: $(VENV)/.test ## migrations, and QEMU's beside them (apt-get install qemu-system-x86), for docs/migration.md
+	$(BIN)/python -m benchmarks migration --write docs/moving.json
+	$(BIN)/python -m benchmarks.migrating --write docs/migrating.json
+	$(BIN)/python docs/draw_migration.py docs/moving.json docs/migrating.json docs/migration.md docs/migrating.svg
+
 # ---- testing --------------------------------------------------------------------------------------------------------
 
 .PHONY: test

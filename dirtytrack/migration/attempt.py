@@ -157,6 +157,7 @@ class Attempt:
             seconds=time.perf_counter() - self._began,
             sent_bytes=self._sent_bytes,
             resolved=resolved,
+            stop_seconds=self._source.stop_seconds,
         )
 
     @property
@@ -288,7 +289,7 @@ class Attempt:
 
     def _report(self, number: int, moved: int, sent: int, seconds: float, remaining: int) -> RoundReport:
         elapsed = time.perf_counter() - self._began
-        overhead = self._overhead + self._verify_seconds()
+        overhead = self._overhead + self._verify_seconds() + self._source.stop_seconds
         can_slow = self._source.slow is not None
         return RoundReport(number, moved, sent, seconds, remaining, elapsed, self._sent_bytes, overhead, can_slow)
 
@@ -391,8 +392,11 @@ class Attempt:
         until = self._stopped_at + source.stop_timeout
         hand_over.stop()
         self._call("pause", source.pause)
+        paused = time.perf_counter()
         self._round(number, self._dirty(), timeout=source.stop_timeout)
+        asked = time.perf_counter()
         state = self._call("state", source.state)
+        source.stop_seconds = paused - self._stopped_at + time.perf_counter() - asked
         state = b"" if state is None else self._call("state", lambda: bytes(memoryview(state)))
         for at in range(0, len(state), BODY_BYTES):
             control.send(Kind.STATE, state[at : at + BODY_BYTES], number=at)

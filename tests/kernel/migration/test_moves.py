@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,6 +125,34 @@ def test_what_differs_from_memory_that_is_there_already() -> None:
     assert there == memory[:]
     assert moved.rounds[0].sent_bytes > 1.9 * MIB  # as it differs, and nobody has both
     assert sum(each.sent_bytes for each in moved.rounds[1:]) < sum(each.moved_bytes for each in moved.rounds[1:])
+
+
+def test_what_pause_and_state_take_is_predicted() -> None:
+    """As told; and once an attempt has measured it, as it was."""
+    memory = dirtytrack.allocate(MIB, name="m")
+    memory[:8] = b"anything"
+
+    def state() -> bytes:
+        time.sleep(0.15)
+        return b""
+
+    def refuse(_: Arrival) -> None:
+        raise ValueError("not yet")
+
+    def pause() -> None:
+        time.sleep(0.05)
+
+    options: dict[str, Any] = {"pause": pause, "resume": lambda: None, "state": state}
+    with Source(memory, stop_seconds=0.2, **options) as source, here_both() as (receiving, _):
+        moved = source.migrate(receiving.address, Goal(max_downtime=1.0))
+    assert 0.2 <= moved.stop_seconds <= moved.downtime
+    assert 0.2 <= moved.predicted_downtime < 0.4
+    with Source(memory, **options) as source:
+        with here_both(prepare=refuse) as (receiving, _), pytest.raises(PeerRefused):
+            source.migrate(receiving.address)
+        with here_both() as (receiving, _):
+            moved = source.migrate(receiving.address, Goal(max_downtime=1.0))
+        assert 0.2 <= moved.predicted_downtime < 0.6
 
 
 def test_all_memory_read_once_more(cast: Cast) -> None:
