@@ -114,6 +114,12 @@ bench-barriers: $(VENV)/.test ## measure write barriers side by side, and libgc 
 	$(BIN)/python -m benchmarks.gc_barriers --write docs/barriers.json
 	$(BIN)/python docs/draw_barriers.py docs/barriers.json docs/gc.md docs/barriers.svg
 
+.PHONY: bench-migration
+bench-migration: $(VENV)/.test ## migrations, and QEMU's beside them (apt-get install qemu-system-x86), for docs/migration.md
+	$(BIN)/python -m benchmarks migration --write docs/moving.json
+	$(BIN)/python -m benchmarks.migrating --write docs/migrating.json
+	$(BIN)/python docs/draw_migration.py docs/moving.json docs/migrating.json docs/migration.md docs/migrating.svg
+
 # ---- testing --------------------------------------------------------------------------------------------------------
 
 .PHONY: test

@@ -21,6 +21,7 @@ from .epoch import epoch
 from .gc import gc
 from .harness import Benchmark, Settings, machine
 from .importing import import_
+from .migration import migration
 from .process import attaching, process, reading
 from .regions import regions
 from .remedies import remedies
@@ -47,7 +48,11 @@ BENCHMARKS: dict[str, Benchmark] = {
     "attaching": attaching,
     "checkpoint": checkpoint,
     "checkpoint_restore": checkpoint_restore,
+    "migration": migration,
 }
+
+BY_NAME = {"migration"}
+"""What runs only when it is asked for: its numbers stand on a page of their own (make bench-migration)."""
 
 
 def main() -> int:
@@ -59,7 +64,7 @@ def main() -> int:
         epilog=f"benchmarks:\n{names}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="which to run (all)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="which to run (all but " + ", ".join(BY_NAME) + ")")
     parser.add_argument("--json", action="store_true", help="for machines")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write that JSON to a file, beside what is printed")
     parser.add_argument("--seconds", type=float, default=2.0, help="how long to measure each row (2)")
@@ -77,7 +82,7 @@ def main() -> int:
         for key, value in where.items():
             print(f"{key + ':':<9}{value}")
     rows, told, bare = [], [], Bare()
-    for name in options.names or BENCHMARKS:
+    for name in options.names or [name for name in BENCHMARKS if name not in BY_NAME]:
         for row in BENCHMARKS[name](settings, bare):
             rows.append(row)
             told.append({"benchmark": name, **row.as_json()})

@@ -235,10 +235,26 @@ class _Lib:
         digests: CData,
         out: CData,
         room: int,
+        sent: CData,
         moved: CData,
         why: CData,
         /,
     ) -> int: ...
+    def dt_moving_pack(self, page: CData, before: CData, page_bytes: int, out: CData, /) -> int: ...
+    def dt_moving_unpack(self, packed: CData, length: int, page: CData, page_bytes: int, /) -> int: ...
+    def dt_moving_open(
+        self,
+        m: CData,
+        stretches: CData,
+        n: int,
+        packed: CData,
+        length: int,
+        out: CData,
+        nbytes: int,
+        why: CData,
+        /,
+    ) -> int: ...
+    def dt_moving_expect(self, m: CData, stretches: CData, n: int, places: CData, why: CData, /) -> int: ...
     def dt_moving_put(
         self, m: CData, stretches: CData, n: int, digests: CData, data: CData, nbytes: int, why: CData, /
     ) -> int: ...

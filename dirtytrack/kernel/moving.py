@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import socket
+import struct
 import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,7 +30,9 @@ __all__ = [
 
 DIGEST_BYTES = 16
 STRETCH_BYTES = 16
+_STRETCH = struct.Struct("=QII")
 _KEY_EXTRA = 16
+_PACKED_EXTRA = 2  # bytes a page
 _NOWHERE = 2**64 - 1
 _MIN_RTT = slice(148, 152)  # of struct tcp_info in <linux/tcp.h>: tcpi_min_rtt, in microseconds (Linux 4.6)
 
@@ -44,6 +48,8 @@ class Taken(NamedTuple):
     data_pages: int
     zero_pages: int
     same_pages: int
+    packed_bytes: int
+    """Of the room's ``packed``: the data by what differs from what was sent before; 0 where nobody keeps that."""
 
 
 def _key(seed: bytes, page_bytes: int) -> bytes:
@@ -107,6 +113,8 @@ class Moving:
         extent = (address, nbytes, ffi.NULL, unpinned, 0, ffi.NULL if through is None else through)
         table = ffi.cast("uint64_t *", self._table)
         self._c = ffi.new("dt_moving *", (extent, phase, page_bytes, self.pages, self._key, table))
+        self._sent: Any = None
+        self._sent_table: Any = None
         self.zero = page_digest(bytes(page_bytes), seed)
         """The digest of a page of zeroes."""
         self.forget()
@@ -116,6 +124,12 @@ class Moving:
         block = self.zero * 4096
         for at in range(0, len(self.table), len(block)):
             self.table[at : at + len(block)] = block[: len(self.table) - at]
+
+    def keep_sent(self) -> None:
+        """From now on a copy of what was sent last, so that `take` can tell what differs from it. It is populated as
+        pages are sent."""
+        self._sent = mmap.mmap(-1, self.pages * self.page_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._sent_table = bytearray(self.zero * self.pages)
 
     def note(self, first: int, digests: Any) -> None:
         """What the other side said that it has, from a page on."""
@@ -141,21 +155,70 @@ class Moving:
         Raises:
             RegionGone: a page vanished beneath the copy.
         """
-        moved, why = core.ffi.new("dt_moved *"), core.new_failure()
+        ffi, moved, why = core.ffi, core.ffi.new("dt_moved *"), core.new_failure()
+        sent = ffi.NULL
+        if self._sent is not None:
+            held = ffi.from_buffer("uint8_t[]", self._sent), ffi.from_buffer("uint8_t[]", self._sent_table)
+            sent = ffi.new("dt_sent *", (held[0], ffi.cast("uint64_t *", held[1]), room.c_packed, 0))
         code = core.lib.dt_moving_take(
-            self._c, cset, start, end, room.c_stretches, room.c_digests, room.c_data, room.pages, moved, why
+            self._c, cset, start, end, room.c_stretches, room.c_digests, room.c_data, room.pages, sent, moved, why
         )
         if code:
             raise_failure(code, why, "read the memory that is moved")
-        return Taken(moved.stretches, moved.data_pages, moved.zero_pages, moved.same_pages)
+        packed = 0 if self._sent is None else sent.packed_bytes
+        return Taken(moved.stretches, moved.data_pages, moved.zero_pages, moved.same_pages, packed)
 
     # ---- the destination's
 
-    def put(self, stretches: Any, count: int, digests: Any, data: Any, nbytes: int) -> None:
-        """Write what the other side took.
+    def open(self, stretches: Any, count: int, packed: Any, out: Any) -> None:
+        """The data of what the other side took, from what differs and what is in memory, for `put`.
 
         Raises:
-            Mismatch: it is not what it says, or belongs nowhere. Nothing was written.
+            Mismatch: it is nothing of that kind.
+            RegionGone: a page vanished beneath the copy.
+        """
+        why = core.new_failure()
+        code = self._open(stretches, count, packed, out, why)
+        if code == core.lib.DT_MALFORMED:
+            raise Mismatch(f"page {why.start} of it is no difference from what is here")
+        if code:
+            raise_failure(code, why, "read the memory that is moved")
+
+    def _open(self, stretches: Any, count: int, packed: Any, out: Any, why: CData) -> int:  # see _put
+        held = [core.ffi.from_buffer("uint8_t[]", each) for each in (stretches, packed, out)]
+        words = core.ffi.cast("dt_stretch *", held[0])
+        return core.lib.dt_moving_open(self._c, words, count, held[1], len(packed), held[2], len(out), why)
+
+    def expect(self, stretches: Any, count: int) -> list[memoryview] | None:
+        """Where the data of what the other side took belongs, piece by piece, for a socket to bring there; `put` looks
+        at it then. None where it must come through a buffer.
+
+        Raises:
+            Mismatch: it belongs nowhere.
+        """
+        places, why = core.ffi.new("uint64_t[]", count), core.new_failure()
+        code = self._expect(stretches, count, places, why)
+        if code == core.lib.DT_TOO_SMALL:
+            return None
+        if code:
+            raise Mismatch(f"page {why.start} of it belongs nowhere")
+        counts = (pages for _, pages, _ in _STRETCH.iter_unpack(stretches[: count * STRETCH_BYTES]))
+        return [
+            core.view_of(core.ffi.cast("uint8_t *", place), pages * self.page_bytes)
+            for place, pages in zip(places, counts, strict=True)
+            if place
+        ]
+
+    def _expect(self, stretches: Any, count: int, places: CData, why: CData) -> int:  # see _put
+        words = core.ffi.cast("dt_stretch *", core.ffi.from_buffer("uint8_t[]", stretches))
+        return core.lib.dt_moving_expect(self._c, words, count, places, why)
+
+    def put(self, stretches: Any, count: int, digests: Any, data: Any, nbytes: int) -> None:
+        """Write what the other side took; with None for data, look at what has come where `expect` said.
+
+        Raises:
+            Mismatch: it is not what it says, or belongs nowhere. Nothing was written; what is in its place already
+                counts as unknown.
             RegionGone: a page vanished beneath the copy.
         """
         why = core.new_failure()
@@ -169,7 +232,7 @@ class Moving:
         # In a frame that raises nothing: a garbage collection that meets a memoryview whose buffer is in use, both of
         # them in a cycle such as a traceback makes, crashes CPython up to 3.11 and 3.12.6 (gh-77894).
         ffi = core.ffi
-        held = [ffi.from_buffer("uint8_t[]", each) for each in (stretches, digests, data)]
+        held = [ffi.NULL if each is None else ffi.from_buffer("uint8_t[]", each) for each in (stretches, digests, data)]
         words, sums = ffi.cast("dt_stretch *", held[0]), ffi.cast("uint64_t *", held[1])
         return core.lib.dt_moving_put(self._c, words, count, sums, held[2], nbytes, why)
 
@@ -197,15 +260,19 @@ class Room:
     Args:
         nbytes: of pages.
         page_bytes: of one.
+        packed: whether also for what differs.
     """
 
-    def __init__(self, nbytes: int, page_bytes: int) -> None:
+    def __init__(self, nbytes: int, page_bytes: int, *, packed: bool = False) -> None:
         core.load()
         ffi = core.ffi
         self.pages = max(1, nbytes // page_bytes)
         self.page_bytes = page_bytes
         self.c_data = sets.new_bytes(self.pages * page_bytes)
         self.data = core.view_of(self.c_data, self.pages * page_bytes)
+        room = self.pages * (page_bytes + _PACKED_EXTRA) if packed else 1
+        self.c_packed = sets.new_bytes(room)
+        self.packed = core.view_of(self.c_packed, room)
         self.c_stretches = ffi.new("dt_stretch[]", self.pages)
         self.stretches = core.view_of(self.c_stretches, self.pages * STRETCH_BYTES)
         self.c_digests = ffi.new("uint64_t[]", 2 * self.pages)

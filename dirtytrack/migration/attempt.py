@@ -157,6 +157,7 @@ class Attempt:
             seconds=time.perf_counter() - self._began,
             sent_bytes=self._sent_bytes,
             resolved=resolved,
+            stop_seconds=self._source.stop_seconds,
         )
 
     @property
@@ -187,6 +188,7 @@ class Attempt:
                 "seed": source.seed.hex(),
                 "connections": source.connections,
                 "codec": int(source.codec),
+                "delta": source.delta,
                 "verify": source.verify,
                 "timeout_ms": int(source.timeout * 1000),
                 "regions": [
@@ -210,11 +212,11 @@ class Attempt:
             link = joining.connect(*about, key, "pages", hand_over.migration, hand_over.attempt)
             self._links.append(link)
         self._overhead += _ROUND_TRIPS * round_trip_seconds(control.sock)
-        self._senders = Senders(self._links, PAGE_BYTES, source.codec, Budget(source.bandwidth))
+        self._senders = Senders(self._links, PAGE_BYTES, source.codec, Budget(source.bandwidth), delta=source.delta)
 
     def _moving(self, region: Region) -> Moving:
         span = region._span
-        return Moving(
+        moving = Moving(
             region.address,
             region.nbytes,
             phase=region.address % PAGE_BYTES,
@@ -223,6 +225,9 @@ class Attempt:
             unpinned=span.unpinned,
             through=region._handle if span.compared_by else None,
         )
+        if self._source.delta:
+            moving.keep_sent()
+        return moving
 
     def _note(self, frame: wire.Frame) -> None:
         head = frame.header
@@ -284,7 +289,7 @@ class Attempt:
 
     def _report(self, number: int, moved: int, sent: int, seconds: float, remaining: int) -> RoundReport:
         elapsed = time.perf_counter() - self._began
-        overhead = self._overhead + self._verify_seconds()
+        overhead = self._overhead + self._verify_seconds() + self._source.stop_seconds
         can_slow = self._source.slow is not None
         return RoundReport(number, moved, sent, seconds, remaining, elapsed, self._sent_bytes, overhead, can_slow)
 
@@ -389,8 +394,11 @@ class Attempt:
         until = self._stopped_at + source.stop_timeout
         hand_over.stop()
         self._call("pause", source.pause)
+        paused = time.perf_counter()
         self._round(number, self._dirty(), timeout=source.stop_timeout)
+        asked = time.perf_counter()
         state = self._call("state", source.state)
+        source.stop_seconds = paused - self._stopped_at + time.perf_counter() - asked
         state = b"" if state is None else self._call("state", lambda: bytes(memoryview(state)))
         for at in range(0, len(state), BODY_BYTES):
             control.send(Kind.STATE, state[at : at + BODY_BYTES], number=at)

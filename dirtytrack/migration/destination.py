@@ -226,7 +226,7 @@ class Destination(Door):
         try:
             said = wire.json_of(link.expect(Kind.OPEN))
             self._heart = Heart(link, wire.seconds(said, "timeout_ms"), self._received)
-            codec = _codec(said)
+            codec, delta = _codec(said), wire.field(said, "delta", bool)
             connections = wire.field(said, "connections", int, MOST_CONNECTIONS)
             session.open(said)
             self._verify = wire.field(said, "verify", bool)
@@ -241,7 +241,7 @@ class Destination(Door):
             self._session = session
             self._state, self._failure = b"", None
             self._receiver = Receiver(
-                session, connections, codec, lambda error: self._cut(link, error), self._arrived(link)
+                session, connections, codec, delta, lambda error: self._cut(link, error), self._arrived(link)
             )
         link.send(Kind.OPENED, {"secret": session.secret.hex(), "timeout_ms": int(self._timeout * 1000)})
         return session
@@ -513,7 +513,7 @@ class _Refused(Exception):
 
 def _codec(said: dict[str, Any]) -> Codec:
     try:
-        codec = Codec(wire.field(said, "codec", int, max(Codec)))
+        codec = Codec(wire.field(said, "codec", int, Codec.LZ4))
         packing.compressor(codec)
     except ValueError:
         raise ProtocolViolated("pages are to be compressed in a way that this version does not know") from None

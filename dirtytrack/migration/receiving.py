@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Receiver", "Session"]
 
+_STRAIGHT_BYTES = 64 << 10  # a stretch of so many is worth a call of its own
+
 
 class Session:
     """One migration: it outlives its attempts, so that what has arrived is not sent again.
@@ -162,6 +164,7 @@ class Receiver:
         session: whose memory.
         connections: how many there will be.
         codec: of the data.
+        delta: whether they may tell what differs.
         failed: called when one fails, from its thread.
         arrived: called when all have said ROUND, from a thread.
     """
@@ -171,10 +174,11 @@ class Receiver:
         session: Session,
         connections: int,
         codec: Codec,
+        delta: bool,
         failed: Callable[[BaseException], None],
         arrived: Callable[[int], None],
     ) -> None:
-        self._session, self._codec = session, codec
+        self._session, self._codec, self._delta = session, codec, delta
         self._failed, self._arrived = failed, arrived
         self._lock = threading.Lock()
         self._wanted = connections
@@ -183,6 +187,7 @@ class Receiver:
         self._at: dict[int, int] = {}  # by connection, the round that it ended last
         self._told = -1
         self._over = False
+        self._writing = 0  # threads that are in a frame
         self.round = 0
 
     @property
@@ -204,8 +209,15 @@ class Receiver:
         return True
 
     def finish(self) -> None:
-        """No more pages are taken."""
-        self._over = True
+        """No more pages are taken: from here on nobody writes the memory.
+
+        Raises:
+            ProtocolViolated: a frame of them is coming just now.
+        """
+        with self._lock:
+            self._over = True
+            if self._writing:
+                raise _too_late()
 
     def close(self) -> None:
         """End the connections and their threads."""
@@ -225,15 +237,21 @@ class Receiver:
         try:
             link.set_timeout(1e6)  # whether the source lives, the control connection knows
             data = memoryview(bytearray(DATA_BYTES))
-            packed = memoryview(bytearray(DATA_BYTES)) if self._codec else data
+            packed = memoryview(bytearray(DATA_BYTES)) if self._codec or self._delta else data
             while True:
                 frame = link.expect(Kind.PAGES, Kind.ROUND)
-                if self._over:
-                    raise ProtocolViolated("pages came after the last of them")
+                with self._lock:
+                    if self._over:
+                        raise _too_late()
+                    self._writing += 1
+                try:
+                    if frame.kind is Kind.PAGES:
+                        self._put(link, frame, data, packed)
+                finally:
+                    with self._lock:
+                        self._writing -= 1
                 if frame.kind is Kind.ROUND:
                     self._ended(number, frame.header.number)
-                else:
-                    self._put(link, frame, data, packed)
         except BaseException as error:
             if not self._over or not isinstance(error, PeerLost):
                 self._failed(error)
@@ -249,7 +267,19 @@ class Receiver:
         if head.codec is Codec.NONE:
             if head.data_bytes != nbytes:
                 raise ProtocolViolated(f"{data_pages} pages came as {head.data_bytes} bytes")
-            link.receive_data(bytes_in)
+            places = self._places(moving, frame.body, stretches, nbytes)
+            if places is None:
+                link.receive_data(bytes_in)
+            else:
+                bytes_in = None
+                for place in places:
+                    link.receive_data(place)
+        elif head.codec is Codec.DELTA and self._delta:
+            link.receive_data(packed[: head.data_bytes])
+            try:
+                moving.open(frame.body, stretches, packed[: head.data_bytes], bytes_in)
+            except Mismatch as error:
+                raise ProtocolViolated(f"pages came damaged: {error}") from None
         else:
             if head.codec is not self._codec:
                 raise ProtocolViolated("pages came compressed otherwise than was agreed")
@@ -261,6 +291,19 @@ class Receiver:
         except Mismatch as error:
             raise ProtocolViolated(f"pages came damaged: {error}") from None
 
+    @staticmethod
+    def _places(moving: Moving, body: Any, stretches: int, nbytes: int) -> list[memoryview] | None:
+        """Where to receive to: the memory itself, if that takes few calls, else None.
+
+        A page that turns out to be damaged is there then, and in no table; the attempt fails, and nothing runs.
+        """
+        if nbytes < stretches * _STRAIGHT_BYTES:
+            return None
+        try:
+            return moving.expect(body, stretches)
+        except Mismatch as error:
+            raise ProtocolViolated(f"pages came damaged: {error}") from None
+
     def _ended(self, number: int, round_: int) -> None:
         with self._lock:
             self._at[number] = round_
@@ -269,3 +312,7 @@ class Receiver:
                 self._told = self.round = round_
         if all_there:
             self._arrived(round_)
+
+
+def _too_late() -> ProtocolViolated:
+    return ProtocolViolated("pages came after the last of them")

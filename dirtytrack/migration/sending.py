@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import PeerLost
 from ..kernel.moving import DIGEST_BYTES, STRETCH_BYTES, Room
 from . import packing
-from .wire import Codec, Kind
+from .wire import DATA_BYTES, Codec, Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Part", "Senders"]
 
-CHUNK_BYTES = 256 << 10  # what is read, looked at and sent stays in the second-level cache meanwhile
+_CHUNK_BYTES = 256 << 10, DATA_BYTES  # at least and at most: each costs a turn of the interpreter on both sides
+_PAYS = 0.7  # of the bytes: with more, what it costs the other side to put together is more than what it saves
+_SHARES = 4  # of a connection in a round, if they are not too small: all have something to do until its end
 
 
 class Part:
@@ -69,9 +71,13 @@ class Senders:
         page_bytes: of a page.
         codec: for the data.
         budget: the bandwidth that they share.
+        delta: whether the memories keep what was sent.
     """
 
-    def __init__(self, links: Sequence[Link], page_bytes: int, codec: Codec, budget: Budget) -> None:
+    def __init__(
+        self, links: Sequence[Link], page_bytes: int, codec: Codec, budget: Budget, *, delta: bool = False
+    ) -> None:
+        self._delta = delta
         self._links, self._page_bytes, self._codec, self._budget = links, page_bytes, codec, budget
         self._stop = threading.Event()
         self._work: list[queue.SimpleQueue[_Round | None]] = [queue.SimpleQueue() for _ in links]
@@ -91,7 +97,10 @@ class Senders:
 
     def begin(self, number: int, parts: Sequence[Part]) -> None:
         """Begin a round; `wait` waits for its end."""
-        work = _Round(number, parts, max(1, CHUNK_BYTES // self._page_bytes))
+        least, most = _CHUNK_BYTES
+        share = sum(part.dirty.page_count for part in parts) * self._page_bytes // (_SHARES * len(self._links))
+        nbytes = min(max(share, least), most, self._budget.most_at_once)
+        work = _Round(number, parts, max(1, nbytes // self._page_bytes))
         self._left = len(self._work)
         for each in self._work:
             each.put(work)
@@ -126,7 +135,7 @@ class Senders:
     def _run(self, number: int) -> None:
         link, work = self._links[number], self._work[number]
         try:
-            room = Room(CHUNK_BYTES, self._page_bytes)
+            room = Room(DATA_BYTES, self._page_bytes, packed=self._delta)
             compress = packing.compressor(self._codec)
             while (round_ := work.get()) is not None:
                 while not self._stop.is_set() and self.failure is None and (chunk := round_.next()) is not None:
@@ -147,7 +156,9 @@ class Senders:
         )
         data: Any = room.data[: taken.data_pages * self._page_bytes]
         codec = Codec.NONE
-        if compress is not None and len(data):
+        if taken.packed_bytes and taken.packed_bytes < _PAYS * len(data):
+            data, codec = room.packed[: taken.packed_bytes], Codec.DELTA
+        elif compress is not None and len(data):
             packed = compress(data)
             if len(packed) < len(data):
                 data, codec = packed, self._codec

@@ -66,10 +66,14 @@ class Source:
         pause: stops all who write the memory, and returns when they have stopped.
         resume: lets them run again, after a failure; pause and resume may both be called twice in a row.
         state: called when paused: what else the destination needs, as bytes.
+        stop_seconds: what ``pause`` and ``state`` take together, as far as you know, for the predicted downtime; what
+            an attempt that failed behind them measured counts from then on.
         slow: called with a number from 0 (not at all) to 0.99: slows the writers, if the goal says so.
         connections: TCP connections for the bulk, 1 to 64.
         bandwidth: the most to send, in bytes a second.
         compress: ``"zstd"`` or ``"lz4"``, by the extra of that name, on both sides.
+        delta: send of a page that was sent before only what differs, where that is much less. It costs memory here: a
+            copy of all that was sent, as long as the migration lasts.
         verify: read all memory once more on both sides while neither runs, and compare: for the careful. It adds to the
             downtime, which the policy knows.
         tls: an `ssl.SSLContext` for clients.
@@ -96,10 +100,12 @@ class Source:
         pause: Callable[[], object] | None = None,
         resume: Callable[[], object] | None = None,
         state: Callable[[], bytes] | None = None,
+        stop_seconds: float = 0.0,
         slow: Callable[[float], object] | None = None,
         connections: int = 2,
         bandwidth: float | None = None,
         compress: Literal["zstd", "lz4"] | None = None,
+        delta: bool = False,
         verify: bool = False,
         tls: ssl.SSLContext | None = None,
         token: str | bytes | None = None,
@@ -122,6 +128,9 @@ class Source:
         self.connections, self.bandwidth, self.verify, self.tls = connections, bandwidth, verify, tls
         self.token = token.encode() if isinstance(token, str) else token or b""
         self.timeout, self.stop_timeout, self.doubt_timeout = timeout, stop_timeout, doubt_timeout
+        if not stop_seconds >= 0:
+            raise InvalidMemory(f"stop_seconds is not less than 0, not {stop_seconds}")
+        self.delta, self.stop_seconds = delta, stop_seconds
         self.arbiter, self.progress = arbiter, progress
         self.seed = secrets.token_bytes(32)
         self.secret = b""  # of the last attempt

@@ -76,6 +76,7 @@ class Migrated:
         reason: why it stopped when it did, in words.
         rounds: the bulk, each round, and the last one behind the stop.
         seconds, sent_bytes: of all of it.
+        stop_seconds: of the downtime, what pause and state took.
         resolved: None, or who resolved an ambiguous moment: ``"destination"`` (it could be asked) or ``"verdict"``.
     """
 
@@ -86,6 +87,7 @@ class Migrated:
     seconds: float
     sent_bytes: int
     resolved: str | None = None
+    stop_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Budget", "Link"]
 
+_AT_ONCE = 0.02  # seconds of the bandwidth
 _TLS_BYTES = 64 << 10  # OpenSSL writes all that it is given, or nothing in time
 _REFUSALS: dict[str, type[MigrationFailed]] = {
     "layout": LayoutDiffers,
@@ -47,6 +48,7 @@ class Budget:
 
     def __init__(self, bytes_per_second: float | None) -> None:
         self._rate = bytes_per_second
+        self.most_at_once = int(bytes_per_second * _AT_ONCE) if bytes_per_second else 1 << 62
         self._lock = threading.Lock()
         self._free_at = 0.0
 

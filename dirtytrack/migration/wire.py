@@ -85,6 +85,7 @@ class Codec(IntEnum):
     NONE = 0
     ZSTD = 1
     LZ4 = 2
+    DELTA = 3
 
 
 class Header(NamedTuple):

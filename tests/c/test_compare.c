@@ -57,6 +57,9 @@ static void test_digest(void)
         for (int plain = 0; plain < 2; plain++) {
             dt_digest got = dt_choose_digester(plain)(memory, BYTES, key);
             CHECK(got.first == wanted.first && got.second == wanted.second);
+            memset(copy, 0x5a, BYTES);
+            got = dt_choose_copier(plain)(memory, BYTES, key, copy);
+            CHECK(got.first == wanted.first && got.second == wanted.second && !memcmp(memory, copy, BYTES));
         }
         for (int plain = 0; plain < 2; plain++)
             CHECK(dt_choose_same(plain)(memory, copy, BYTES, round % 2));

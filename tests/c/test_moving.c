@@ -9,6 +9,9 @@ typedef struct side {
     uint8_t *bytes;
     uint64_t table[2 * 64];
     dt_moving moving;
+    dt_sent sent;
+    uint64_t sent_table[2 * 64];
+    uint8_t packed[ROOM * 4098];
 } side;
 
 static uint8_t key[65536 + 16];
@@ -25,6 +28,47 @@ static void set_up(side *s, uint8_t *bytes, uint64_t nbytes, uint64_t phase)
                             .table = s->table};
     for (uint64_t i = 0; i < s->moving.pages; i++)
         dt_page_digest(zeros, page_bytes, key, s->table + 2 * i);
+    memcpy(s->sent_table, s->table, sizeof s->sent_table);
+    s->sent = (dt_sent){NULL, s->sent_table, s->packed, 0};
+}
+
+/* Puts what was taken straight into its place, first with one bit of it wrong. False where it must not. */
+static bool in_place(side *to, const dt_stretch *stretches, const dt_moved *moved, const uint64_t *digests, const uint8_t *data)
+{
+    dt_failure why = {0};
+    uint64_t places[ROOM], pages = to->moving.pages, bit = random_below(moved->data_pages * page_bytes * 8 + 1);
+    bool whole = !to->moving.memory.unpinned || !moved->stretches;
+    for (uint64_t i = 0; i < moved->stretches; i++)
+        if (stretches[i].kind == DT_STRETCH_DATA)
+            whole &= (stretches[i].first || !to->moving.phase) &&
+                     (stretches[i].first + stretches[i].count < pages ||
+                      (to->moving.phase + to->moving.memory.nbytes) % page_bytes == 0);
+    int rc = dt_moving_expect(&to->moving, stretches, moved->stretches, places, &why);
+    CHECK(rc == (whole ? 0 : DT_TOO_SMALL));
+    for (uint64_t i = 0, k = 0; !rc && i < moved->stretches; i++) {
+        CHECK(!places[i] == (stretches[i].kind != DT_STRETCH_DATA));
+        for (uint64_t p = 0; places[i] && p < stretches[i].count; p++, k++) {
+            uint64_t *known = to->table + 2 * (stretches[i].first + p);
+            CHECK(!known[0] && !known[1]);
+            memcpy((uint8_t *)places[i] + p * page_bytes, data + k * page_bytes, page_bytes);
+        }
+    }
+    if (rc || !moved->data_pages)
+        return !rc && !dt_moving_put(&to->moving, stretches, moved->stretches, digests, NULL, 0, &why);
+    for (uint64_t i = 0, k = 0; i < moved->stretches && bit < moved->data_pages * page_bytes * 8; i++)
+        for (uint64_t p = 0; places[i] && p < stretches[i].count; p++, k++) {
+            if (k != bit / 8 / page_bytes)
+                continue;
+            uint8_t *wrong = (uint8_t *)places[i] + p * page_bytes + bit / 8 % page_bytes;
+            uint64_t *known = to->table + 2 * (stretches[i].first + p);
+            *wrong ^= (uint8_t)(1u << bit % 8);
+            CHECK(dt_moving_put(&to->moving, stretches, moved->stretches, digests, NULL, moved->data_pages * page_bytes,
+                                &why) == DT_MALFORMED);
+            CHECK(why.start == k && !known[0] && !known[1]);
+            *wrong ^= (uint8_t)(1u << bit % 8);
+        }
+    CHECK(!dt_moving_put(&to->moving, stretches, moved->stretches, digests, NULL, moved->data_pages * page_bytes, &why));
+    return true;
 }
 
 /* Takes what the set has, part by part, and puts it; returns how many pages of data there were. */
@@ -37,8 +81,29 @@ static uint64_t move(const dt_set *set, side *from, side *to)
     for (uint64_t at = set->count ? set->runs[0].start : UINT64_MAX, next; at != UINT64_MAX; at = next) {
         dt_moved moved = {0};
         next = dt_set_step(set, at, 1 + random_below(ROOM));
-        CHECK(!dt_moving_take(&from->moving, set, at, next, stretches, digests, data, ROOM, &moved, &why));
+        dt_sent *sent = from->sent.bytes ? &from->sent : NULL;
+        CHECK(!dt_moving_take(&from->moving, set, at, next, stretches, digests, data, ROOM, sent, &moved, &why));
         uint64_t nbytes = moved.data_pages * page_bytes;
+        if (sent) { /* what differs says the same */
+            static uint8_t opened[ROOM * 4096];
+            uint64_t packed = sent->packed_bytes;
+            CHECK(packed <= nbytes + 2 * moved.data_pages);
+            CHECK(!dt_moving_open(&to->moving, stretches, moved.stretches, sent->packed, packed, opened, nbytes, &why));
+            CHECK(!memcmp(opened, data, nbytes));
+            CHECK(dt_moving_open(&to->moving, stretches, moved.stretches, sent->packed, packed + 1, opened, nbytes, &why) ==
+                  DT_MALFORMED);
+            for (int i = 0; packed && i < 20; i++) { /* cut, and nothing is read or written beyond */
+                uint64_t length = random_below(packed);
+                uint8_t *cut = malloc(length ? length : 1);
+                memcpy(cut, sent->packed, length);
+                CHECK(dt_moving_open(&to->moving, stretches, moved.stretches, cut, length, opened, nbytes, &why) ==
+                      DT_MALFORMED);
+                if (length)
+                    cut[random_below(length)] ^= (uint8_t)(1u << random_below(8));
+                dt_moving_open(&to->moving, stretches, moved.stretches, cut, length, opened, nbytes, &why);
+                free(cut);
+            }
+        }
         if (moved.data_pages) { /* one bit of it, and nothing is written */
             uint64_t bit = random_below(nbytes * 8);
             data[bit / 8] ^= (uint8_t)(1u << bit % 8);
@@ -47,7 +112,8 @@ static uint64_t move(const dt_set *set, side *from, side *to)
             data[bit / 8] ^= (uint8_t)(1u << bit % 8);
         }
         CHECK(dt_moving_put(&to->moving, stretches, moved.stretches, digests, data, nbytes + 1, &why) == DT_MALFORMED);
-        CHECK(!dt_moving_put(&to->moving, stretches, moved.stretches, digests, data, nbytes, &why));
+        if (random_below(2) || !in_place(to, stretches, &moved, digests, data))
+            CHECK(!dt_moving_put(&to->moving, stretches, moved.stretches, digests, data, nbytes, &why));
         moved_pages += moved.data_pages;
     }
     return moved_pages;
@@ -65,6 +131,7 @@ static void rounds(int count)
         memset(copy + shift, 0, nbytes);
         set_up(&from, memory + phase, nbytes, phase);
         set_up(&to, copy + shift, nbytes, phase);
+        from.sent.bytes = random_below(2) ? calloc(from.moving.pages, page_bytes) : NULL;
         for (int again = 0; again < 3; again++) {
             dt_run runs[48];
             uint64_t n = 0, changed = 0;
@@ -98,9 +165,37 @@ static void rounds(int count)
             to.bytes[hit] ^= 1;
             dt_set_clear(&set);
         }
+        free(from.sent.bytes);
     }
     munmap(memory, 48 * page_bytes);
     free(copy);
+}
+
+/* Pages of every sort of difference, and how little is said of them. */
+static void differences(int count)
+{
+    uint8_t *page = malloc(page_bytes), *before = malloc(page_bytes), *packed = malloc(page_bytes + 2);
+    for (int round = 0; round < count; round++) {
+        for (uint64_t i = 0; i < page_bytes; i++)
+            page[i] = before[i] = (uint8_t)random_below(3);
+        uint64_t touched = random_below(4) ? random_below(20) : random_below(page_bytes), changed = 0;
+        for (uint64_t i = 0; i < touched; i++)
+            page[random_below(page_bytes)] ^= (uint8_t)random_below(256);
+        for (uint64_t i = 0; i < page_bytes; i += 8)
+            changed += memcmp(page + i, before + i, 8) != 0;
+        uint64_t length = dt_moving_pack(page, before, page_bytes, packed);
+        CHECK(length <= 2 + 12 * changed || length == 2 + page_bytes);
+        CHECK(changed > 20 || length <= 2 + 12 * changed);
+        uint8_t *exact = malloc(length); /* a sanitizer sees what is read behind it */
+        memcpy(exact, packed, length);
+        CHECK(dt_moving_unpack(exact, length, before, page_bytes) == length);
+        CHECK(!memcmp(page, before, page_bytes));
+        free(exact);
+        CHECK(dt_moving_pack(page, NULL, page_bytes, packed) == 2 + page_bytes);
+    }
+    free(page);
+    free(before);
+    free(packed);
 }
 
 static void nonsense(void)
@@ -117,7 +212,9 @@ static void nonsense(void)
                                 (uint32_t)(random_below(4) ? 1 : random_below(4))};
         dt_failure why = {0};
         uint64_t n = random_below(4);
+        uint64_t places[3];
         int code = dt_moving_put(&to.moving, s, n, digests, copy, 0, &why);
+        CHECK(code || to.moving.memory.unpinned || !dt_moving_expect(&to.moving, s, n, places, &why));
         CHECK(code == 0 || code == DT_MALFORMED);
         CHECK(!memcmp(copy, before, 4 * page_bytes)); /* zeroes at most */
     }
@@ -132,6 +229,7 @@ int main(void)
         key[i] = (uint8_t)random_below(256);
     if (page_bytes == 4096)
         rounds(60);
+    differences(2000);
     nonsense();
     return outcome();
 }

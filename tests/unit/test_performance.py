@@ -51,3 +51,13 @@ def test_what_barriers_cost_is_what_was_measured() -> None:
 def test_the_plots_are_what_was_measured(script: str, plot: str) -> None:
     draw = runpy.run_path(str(DOCS / script))["draw"]
     assert (DOCS / plot).read_text(encoding="utf-8") == draw(TOLD)
+
+
+def test_what_migrations_cost_is_what_was_measured() -> None:
+    page = (DOCS / "migration.md").read_text(encoding="utf-8")
+    bulk, told = (json.loads((DOCS / name).read_text(encoding="utf-8")) for name in ("moving.json", "migrating.json"))
+    drawn = runpy.run_path(str(DOCS / "draw_migration.py"))
+    assert drawn["render_bulk"](drawn["render"](page, told), bulk) == page
+    assert all(row["name"] in page for row in bulk["rows"])
+    assert {row["who"].partition(",")[0] for row in told["rows"]} == {"dirtytrack", "QEMU"}
+    assert drawn["draw"](told) == (DOCS / "migrating.svg").read_text(encoding="utf-8")

@@ -47,12 +47,15 @@ bool dt_is_zero(const uint8_t *memory, uint64_t bytes)
 /* ---- the digest ----------------------------------------------------------------------------------------------------- */
 
 #if defined(__x86_64__)
-static dt_digest digest_plain(const uint8_t *memory, uint64_t bytes, const uint8_t *key)
+/* `out` is a constant where it is inlined: NULL copies nothing. */
+static inline dt_digest sums_plain(const uint8_t *memory, uint64_t bytes, const uint8_t *key, uint8_t *out)
 {
     __m128i a = _mm_setzero_si128(), b = a;
 #pragma GCC unroll 4
     for (uint64_t at = 0; at < bytes; at += 16) {
         __m128i m = _mm_loadu_si128((const __m128i *)(memory + at));
+        if (out)
+            _mm_storeu_si128((__m128i *)(out + at), m);
         __m128i x = _mm_add_epi32(m, _mm_loadu_si128((const __m128i *)(key + at)));
         __m128i y = _mm_add_epi32(m, _mm_loadu_si128((const __m128i *)(key + at + DT_KEY_EXTRA)));
         a = _mm_add_epi64(a, _mm_mul_epu32(x, _mm_srli_epi64(x, 32)));
@@ -68,19 +71,33 @@ __attribute__((target("avx2"))) static uint64_t sum_of(__m256i v)
            (uint64_t)_mm256_extract_epi64(v, 2) + (uint64_t)_mm256_extract_epi64(v, 3);
 }
 
-__attribute__((target("avx2"))) static dt_digest digest_avx2(const uint8_t *memory, uint64_t bytes, const uint8_t *key)
+__attribute__((target("avx2"))) static inline dt_digest sums_avx2(const uint8_t *memory, uint64_t bytes,
+                                                                         const uint8_t *key, uint8_t *out)
 {
     __m256i first = _mm256_setzero_si256(), second = first;
 #pragma GCC unroll 4
     for (uint64_t at = 0; at < bytes; at += 32) {
         __builtin_prefetch(memory + at + AHEAD);
         __m256i m = _mm256_loadu_si256((const __m256i *)(memory + at));
+        if (out)
+            _mm256_storeu_si256((__m256i *)(out + at), m);
         __m256i x = _mm256_add_epi32(m, _mm256_loadu_si256((const __m256i *)(key + at)));
         __m256i y = _mm256_add_epi32(m, _mm256_loadu_si256((const __m256i *)(key + at + DT_KEY_EXTRA)));
         first = _mm256_add_epi64(first, _mm256_mul_epu32(x, _mm256_srli_epi64(x, 32)));
         second = _mm256_add_epi64(second, _mm256_mul_epu32(y, _mm256_srli_epi64(y, 32)));
     }
     return (dt_digest){sum_of(first), sum_of(second)};
+}
+
+__attribute__((target("avx2"))) static dt_digest digest_avx2(const uint8_t *memory, uint64_t bytes, const uint8_t *key)
+{
+    return sums_avx2(memory, bytes, key, NULL);
+}
+
+__attribute__((target("avx2"))) static dt_digest copy_avx2(const uint8_t *memory, uint64_t bytes, const uint8_t *key,
+                                                           uint8_t *out)
+{
+    return sums_avx2(memory, bytes, key, out);
 }
 
 __attribute__((target("avx2"))) static inline __m256i differing(const uint8_t *memory, const uint8_t *copy)
@@ -105,14 +122,15 @@ __attribute__((target("avx2"))) static bool same_avx2(const uint8_t *memory, con
 }
 
 dt_same dt_choose_same(bool plain) { return !plain && __builtin_cpu_supports("avx2") ? same_avx2 : same_plain; }
-dt_digester dt_choose_digester(bool plain) { return !plain && __builtin_cpu_supports("avx2") ? digest_avx2 : digest_plain; }
 #else
-static dt_digest digest_plain(const uint8_t *memory, uint64_t bytes, const uint8_t *key)
+static inline dt_digest sums_plain(const uint8_t *memory, uint64_t bytes, const uint8_t *key, uint8_t *out)
 {
     dt_digest sum = {0, 0};
     for (uint64_t at = 0; at < bytes; at += 8) {
         uint32_t m[2], k[2], moved[2];
         memcpy(m, memory + at, 8);
+        if (out)
+            memcpy(out + at, m, 8);
         memcpy(k, key + at, 8);
         memcpy(moved, key + at + DT_KEY_EXTRA, 8);
         sum.first += (uint64_t)(m[0] + k[0]) * (uint32_t)(m[1] + k[1]);
@@ -122,7 +140,24 @@ static dt_digest digest_plain(const uint8_t *memory, uint64_t bytes, const uint8
 }
 
 dt_same dt_choose_same(bool plain) { (void)plain; return same_plain; }
+#endif
+
+static dt_digest digest_plain(const uint8_t *memory, uint64_t bytes, const uint8_t *key)
+{
+    return sums_plain(memory, bytes, key, NULL);
+}
+
+static dt_digest copy_plain(const uint8_t *memory, uint64_t bytes, const uint8_t *key, uint8_t *out)
+{
+    return sums_plain(memory, bytes, key, out);
+}
+
+#if defined(__x86_64__)
+dt_digester dt_choose_digester(bool plain) { return !plain && __builtin_cpu_supports("avx2") ? digest_avx2 : digest_plain; }
+dt_copier dt_choose_copier(bool plain) { return !plain && __builtin_cpu_supports("avx2") ? copy_avx2 : copy_plain; }
+#else
 dt_digester dt_choose_digester(bool plain) { (void)plain; return digest_plain; }
+dt_copier dt_choose_copier(bool plain) { (void)plain; return copy_plain; }
 #endif
 
 bool dt_same_bytes(const uint8_t *memory, const uint8_t *copy, uint64_t bytes)

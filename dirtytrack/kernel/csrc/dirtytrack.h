@@ -325,15 +325,36 @@ typedef struct dt_moved {
     uint64_t same_pages;     /* that were left out, since the copy has them so */
 } dt_moved;
 
+/* What was sent of a memory last, beside it: as much memory again, populated where it was sent. */
+typedef struct dt_sent {
+    uint8_t *bytes;          /* of all pages, from the one in which the memory begins; zero at first */
+    uint64_t *table;         /* their digests, as in dt_moving */
+    uint8_t *packed;         /* room for what is packed: 2 + page_bytes for each page of data */
+    uint64_t packed_bytes;   /* of it, that dt_moving_take() wrote */
+} dt_sent;
+
 /* Behind how many pages of the set from the address `from` on: where the next part begins. UINT64_MAX behind the last. */
 uint64_t dt_set_step(const dt_set *set, uint64_t from, uint64_t pages);
 /* The set's pages in [from, to) that the table has otherwise: read once each into `out`, whole, told by `stretches` and
  * `digests`, noted in the table. `room` of all three is in pages. The pages are base pages, as page_bytes says.
- * On a failure the table may have pages that nobody has. */
+ * On a failure the table may have pages that nobody has. `sent` may be NULL; else the pages of data are also packed, by
+ * what differs from it, and noted in it. */
 int dt_moving_take(const dt_moving *m, const dt_set *set, uint64_t from, uint64_t to, dt_stretch *stretches,
-                   uint64_t *digests, uint8_t *out, uint64_t room, dt_moved *moved, dt_failure *why);
+                   uint64_t *digests, uint8_t *out, uint64_t room, dt_sent *sent, dt_moved *moved, dt_failure *why);
+/* A page by what differs from the one before, NULL where nobody knows that: at most 2 + page_bytes. Returns how long. */
+uint64_t dt_moving_pack(const uint8_t *page, const uint8_t *before, uint64_t page_bytes, uint8_t *out);
+/* The other way, over a page that is the one before. Returns how many bytes of `packed` it took; 0 where it is malformed. */
+uint64_t dt_moving_unpack(const uint8_t *packed, uint64_t length, uint8_t *page, uint64_t page_bytes);
+/* The pages of data of these stretches into `out`, from what was packed and what is in memory. DT_MALFORMED as below. */
+int dt_moving_open(const dt_moving *m, const dt_stretch *stretches, uint64_t n, const uint8_t *packed, uint64_t length,
+                   uint8_t *out, uint64_t nbytes, dt_failure *why);
+/* What comes into its place, by the socket: where each stretch of data lies, 0 for one of zeroes. What comes there is in no
+ * table until dt_moving_put() has looked at it. DT_TOO_SMALL, and nothing is done, where a page is not wholly the
+ * memory's, or the memory may vanish: then it must come through a buffer. DT_MALFORMED as below. */
+int dt_moving_expect(const dt_moving *m, const dt_stretch *stretches, uint64_t n, uint64_t *places, dt_failure *why);
 /* Writes what the other side took. DT_MALFORMED, and nothing is written, where the stretches are none, do not fit, or a
- * page is not what its digest says: why->start is which page, counted in the order of the stretches. */
+ * page is not what its digest says: why->start is which page, counted in the order of the stretches. `data` is NULL
+ * where it is in its place already, as dt_moving_expect() said; then what is not what its digest says stays in no table. */
 int dt_moving_put(const dt_moving *m, const dt_stretch *stretches, uint64_t n, const uint64_t *digests,
                   const uint8_t *data, uint64_t nbytes, dt_failure *why);
 /* Digests of pages as they are in memory: into the table, or compared with it where check = 1. *at: the first that differs,

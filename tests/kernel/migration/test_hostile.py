@@ -17,8 +17,8 @@ import psutil
 import pytest
 
 import dirtytrack
-from dirtytrack.errors import MigrationFailed
-from dirtytrack.migration import Arrival, Destination, Goal, Source, wire
+from dirtytrack.errors import MigrationFailed, ProtocolViolated
+from dirtytrack.migration import Arrival, Destination, Goal, Source, page_digest, wire
 from dirtytrack.migration.attempt import digest_of
 from dirtytrack.migration.joining import Address, connect
 from dirtytrack.migration.transport import Link
@@ -31,6 +31,7 @@ OPEN = {
     "seed": "00" * 32,
     "connections": 1,
     "codec": 0,
+    "delta": False,
     "verify": False,
     "timeout_ms": 5000,
     "regions": [{"name": "m", "nbytes": 64 << 10, "phase": 0}],
@@ -96,12 +97,20 @@ def raw(address: str) -> socket.socket:
     return socket.create_connection((found.host, found.port), 5)
 
 
-def joined(address: str, *, attempt: int = 1, said: dict[str, Any] | None = None) -> tuple[Link, Link, bytes]:
-    """A source that keeps to the protocol so far: its control and its pages connection."""
+def joined(
+    address: str, *, attempt: int = 1, said: dict[str, Any] | None = None, has: bytes | None = None
+) -> tuple[Link, Link, bytes]:
+    """A source that keeps to the protocol so far: its control and its pages connection. ``has``: the digests that the
+    destination is to say it has of what is not zero."""
     to = Address.of(address)
     control = connect(to, 5, None, b"", "control", ID, attempt)
     control.send(Kind.OPEN, {**OPEN, **(said or {})})
-    secret = wire.hexadecimal(wire.json_of(control.expect(Kind.OPENED)), "secret", 32)
+    frame = control.expect(Kind.HAVE, Kind.OPENED)
+    if has:
+        assert bytes(frame.body) == has
+    if frame.kind is Kind.HAVE:
+        frame = control.expect(Kind.OPENED)
+    secret = wire.hexadecimal(wire.json_of(frame), "secret", 32)
     return control, connect(to, 5, None, secret, "pages", ID, attempt), secret
 
 
@@ -199,6 +208,7 @@ PAGES_WRONG: list[tuple[str, bytes, bytes, dict[str, int]]] = [
     ("no digest", stretch(0, 1, 0), b"x" * 4096, {}),
     ("2^32 pages", stretch(0, 2**32 - 1, 0) + bytes(16), b"x" * 4096, {}),
     ("another region", stretch(0, 1, 1), b"", {"region": 1}),
+    ("what differs, all the same", stretch(0, 1, 0) + bytes(16), bytes(2), {"codec": 3}),
     ("compressed all the same", stretch(0, 1, 0) + bytes(16), b"x" * 100, {"codec": 1}),
 ]
 
@@ -217,6 +227,52 @@ def test_pages_that_cannot_be(row: tuple[str, bytes, bytes, dict[str, int]]) -> 
             assert ended(pages)
             assert ended(control)
         assert there == b"kept" * (16 << 10)
+
+
+def test_damaged_pages_that_come_into_their_place_are_in_no_table() -> None:
+    """So many at once that the socket brings them straight there."""
+    right = random.Random(1).randbytes(64 << 10)
+    digests = b"".join(page_digest(right[at : at + 4096], bytes(32)) for at in range(0, len(right), 4096))
+    wrong = bytearray(right)
+    wrong[5 * 4096 + 77] ^= 1
+    with serving() as served:
+        for attempt, (data, told) in enumerate([(wrong, b""), (right, None), (right, digests)], 1):
+            control, pages, _ = joined(served.destination.address, attempt=attempt, has=told)
+            with control, pages:
+                assert served.destination._session is not None
+                table = served.destination._session.tables[0].table
+                pages.send(Kind.PAGES, stretch(0, 16, 0) + digests, data=data)
+                if data is wrong:
+                    assert ended(pages)
+                    assert ended(control)
+                    assert table[: 5 * 16] == digests[: 5 * 16]
+                    assert table[5 * 16 :] == bytes(11 * 16)
+                else:
+                    pages.send(Kind.ROUND)
+                    control.expect(Kind.ARRIVED)
+                    assert table == digests
+                    assert served.destination._session.memory["m"][:] == right
+        assert served.arrival is None
+
+
+@pytest.mark.parametrize("count", [4, 16], ids=["by a buffer", "into its place"])
+def test_pages_that_are_still_coming_at_the_end(count: int) -> None:
+    """Nobody writes memory that the destination has promised."""
+    with serving() as served:
+        control, pages, _ = joined(served.destination.address)
+        with control, pages:
+            session = served.destination._session
+            assert session is not None
+            digest = digest_of(session.tables, b"")
+            body = stretch(0, count, 0) + bytes(16 * count)
+            head, _ = wire.frame(Kind.PAGES, body, data_bytes=4096 * count)
+            pages.sock.sendall(head + body + bytes(100))
+            while not served.destination._receiver._writing:  # type: ignore[union-attr]
+                time.sleep(0.001)
+            control.send(Kind.FINISH, {"state_nbytes": 0, "digest": digest})
+            with pytest.raises(ProtocolViolated, match="after the last"):
+                control.expect(Kind.READY)
+        assert served.arrival is None
 
 
 ORDER_WRONG: dict[str, list[tuple[Kind, Any, int]]] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,6 +81,78 @@ def test_shared_memory(cast: Cast) -> None:
 def test_compressed(cast: Cast, codec: str) -> None:
     moved = move(cast, 8 * MIB, here={"compress": codec})
     assert moved.sent_bytes < moved.rounds[0].moved_bytes // 4
+
+
+@pytest.mark.parametrize("options", [{}, {"compress": "zstd", "verify": True}], ids=["alone", "and compressed"])
+def test_what_differs(cast: Cast, options: dict[str, Any]) -> None:
+    """The program writes 8 bytes here and there, so a page that was sent before takes little."""
+    goal = Goal(max_downtime=0.001, max_time=0.4)
+    moved = move(cast, 16 * MIB, here={"delta": True, "bandwidth": 100e6, "goal": goal, **options})
+    again = [each for each in moved.rounds[1:] if each.moved_bytes > 64 << 10]
+    assert again, moved.rounds
+    assert sum(each.sent_bytes for each in again) < sum(each.moved_bytes for each in again) / 10
+
+
+def test_what_differs_from_memory_that_is_there_already() -> None:
+    """Of what an earlier attempt brought, the source has no copy: pages are whole until they were sent anew."""
+    memory, there = dirtytrack.allocate(4 * MIB, name="m"), bytearray(4 * MIB)
+    memory[:] = there[:] = os.urandom(4 * MIB)
+    there[5] ^= 1
+    for at in range(0, len(memory), 8192):
+        memory[at] ^= 1
+    stop = threading.Event()
+
+    def write() -> None:
+        for count in range(1 << 30):
+            if stop.is_set():
+                return
+            memory[count * 40960 % len(memory) + 8] ^= 1
+
+    writer = threading.Thread(target=write)
+
+    def pause() -> None:
+        stop.set()
+        writer.join()
+
+    goal = Goal(max_downtime=0.001, max_time=0.3)
+    with (
+        here_both(memory={"m": there}) as (receiving, arrivals),
+        Source(memory, pause=pause, resume=stop.clear, delta=True, bandwidth=50e6, verify=True) as source,
+    ):
+        writer.start()
+        moved = source.migrate(receiving.address, goal)
+        assert arrivals()
+    assert there == memory[:]
+    assert moved.rounds[0].sent_bytes > 1.9 * MIB  # as it differs, and nobody has both
+    assert sum(each.sent_bytes for each in moved.rounds[1:]) < sum(each.moved_bytes for each in moved.rounds[1:])
+
+
+def test_what_pause_and_state_take_is_predicted() -> None:
+    """As told; and once an attempt has measured it, as it was."""
+    memory = dirtytrack.allocate(MIB, name="m")
+    memory[:8] = b"anything"
+
+    def state() -> bytes:
+        time.sleep(0.15)
+        return b""
+
+    def refuse(_: Arrival) -> None:
+        raise ValueError("not yet")
+
+    def pause() -> None:
+        time.sleep(0.05)
+
+    options: dict[str, Any] = {"pause": pause, "resume": lambda: None, "state": state}
+    with Source(memory, stop_seconds=0.2, **options) as source, here_both() as (receiving, _):
+        moved = source.migrate(receiving.address, Goal(max_downtime=1.0))
+    assert 0.2 <= moved.stop_seconds <= moved.downtime
+    assert 0.2 <= moved.predicted_downtime < 0.4
+    with Source(memory, **options) as source:
+        with here_both(prepare=refuse) as (receiving, _), pytest.raises(PeerRefused):
+            source.migrate(receiving.address)
+        with here_both() as (receiving, _):
+            moved = source.migrate(receiving.address, Goal(max_downtime=1.0))
+        assert 0.2 <= moved.predicted_downtime < 0.6
 
 
 def test_all_memory_read_once_more(cast: Cast) -> None:
@@ -254,7 +327,8 @@ def test_functions_that_fail(which: str) -> None:
             memory[:] = bytes([count % 256]) * len(memory)
 
     writer = threading.Thread(target=write)
-    with Source(memory, bandwidth=50e6, **given) as source, here_both() as (receiving, _):  # type: ignore[arg-type]
+    rate = 10e6 if which == "slow" else 50e6  # the writer has its turn in each round, however loaded the machine is
+    with Source(memory, bandwidth=rate, **given) as source, here_both() as (receiving, _):  # type: ignore[arg-type]
         if which == "slow":
             writer.start()
         try:
