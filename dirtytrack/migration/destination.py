@@ -305,8 +305,9 @@ class Destination(Door):
             self._commit(session, frame.header.number)
         with suppress(PeerLost):
             link.send(Kind.COMMITTED, number=frame.header.number)
-        self._lingering = threading.Thread(target=self._linger, args=(link,), daemon=True)
-        self._lingering.start()
+        lingering = threading.Thread(target=self._linger, args=(link,), daemon=True)
+        lingering.start()
+        self._lingering = lingering  # which may be joined from then on, by whoever closes
         return self._run()
 
     def _linger(self, link: Link) -> None:
