@@ -26,7 +26,7 @@ from ..kernel import core, sets
 from .buffers import Described, describe
 from .coding import Decoder, Encoder
 from .costs import Costs
-from .crew import default_threads
+from .crew import Worker, default_threads
 from .jobs import Job, Save
 from .mirroring import Mirrors
 from .restoring import restore
@@ -142,7 +142,8 @@ class Checkpointer:
             self._closing.writer = self._writer
             base = self._resume(resume, described, buffers, decrypt, threads)
             self._costs, mirrors = Costs(deltas=deltas), Mirrors() if deltas else None
-            self._watching = self._closing.watching = Watching(described, base, dict(track or {}), stacklevel=3)
+            filled = self._state or ()
+            self._watching = self._closing.watching = Watching(described, base, filled, dict(track or {}), stacklevel=3)
             self._tending = self._closing.tending = Tending(
                 self._store,
                 self._writer,
@@ -292,7 +293,8 @@ class Checkpointer:
             full: all bytes, whatever was written: a generation that needs no other one's segments.
 
         Raises:
-            InvalidCheckpoint: JSON has no word for ``meta``. Nothing was collected.
+            InvalidCheckpoint: JSON has no word for ``meta``; or ``quiesce`` swallowed an error.
+            StoreBusy: called by ``quiesce``, ``encrypt``, a finaliser or a signal handler within another call.
             RegionGone: a buffer's memory went away: `remove` it, then save again.
             StoreFailed, or whatever an earlier save failed of: told once, before anything is collected; the next call
                 saves, the pages of the failed one too.
@@ -350,7 +352,7 @@ class Checkpointer:
         full = full or known is None or self._tending.full_next
         generation = next(self._numbers)
         stall = Stall(self._saver, watched)
-        tracker, epoch = self._watching.tracker, 0
+        tracker, epoch, copied = self._watching.tracker, 0, False
         try:
             began = time.perf_counter()
             with self._quiesce() if self._quiesce is not None else nullcontext():
@@ -372,6 +374,11 @@ class Checkpointer:
                     token=token,
                 )
                 stall.copy(job)
+                copied = True
+            if not copied:
+                raise InvalidCheckpoint(
+                    "quiesce= swallowed an error that ended the copy: its __exit__ returns something true. Let errors pass"
+                )
             save.stall_seconds = time.perf_counter() - began
             stall.submit(job)
         except BaseException as error:
@@ -395,6 +402,8 @@ class Checkpointer:
             UsedAfterFork.
         """
         self._require_own()
+        if isinstance(threading.current_thread(), Worker):
+            raise StoreBusy("wait() was called in a thread that works on a save, by a finaliser or encrypt")
         if not self._lock._is_owned() and self._lock.acquire(blocking=False):  # type: ignore[attr-defined]
             try:
                 self._recover()
@@ -462,9 +471,10 @@ class Checkpointer:
         """What keeps other calls away. Whether this thread is in one already is the lock's own knowledge: whatever we
         noted ourselves, an interrupt could keep us from taking back."""
         self._require_own()
-        if self._lock._is_owned():  # type: ignore[attr-defined]
+        if self._lock._is_owned() or isinstance(threading.current_thread(), Worker):  # type: ignore[attr-defined]
             raise StoreBusy(
-                f"{doing}() was called while this thread is in another call, by a signal handler or quiesce"
+                f"{doing}() was called while this thread is in another call or works on a save, by a signal handler, a "
+                "finaliser, quiesce or encrypt"
             )
         return self._lock
 

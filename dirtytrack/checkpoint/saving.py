@@ -6,6 +6,7 @@ from __future__ import annotations
 import _thread
 import atexit
 import logging
+import os
 import threading
 import time
 import weakref
@@ -17,7 +18,7 @@ from ..errors import StoreFailed
 from ..kernel import core, cutting
 from ..kernel.packing import all_zero, xxh64
 from .bell import Bell
-from .crew import Crew
+from .crew import Crew, Worker
 from .manifests import Manifest
 from .segments import Codec, FrameKind
 
@@ -135,7 +136,7 @@ class Saver:
 
     def _start(self) -> None:
         """By another thread: an interrupt in Thread.start() can leave a thread that never runs."""
-        thread = threading.Thread(target=lambda: self._run(thread), name="dirtytrack-save", daemon=True)
+        thread = Worker(target=lambda: self._run(thread), name="dirtytrack-save", daemon=True)
         self._thread = thread
         _savers.add(self)
         try:
@@ -463,3 +464,4 @@ def _finish_all() -> None:
 
 
 atexit.register(_finish_all)
+os.register_at_fork(after_in_child=_savers.clear)  # their threads are the parent's, and end nothing in a child

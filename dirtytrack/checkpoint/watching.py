@@ -16,7 +16,7 @@ from .jobs import Plan
 from .manifests import RegionEntry
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Container, Iterable, Mapping
 
     from ..region import Region
     from ..session import Session
@@ -100,7 +100,8 @@ class Watching:
 
     Args:
         described: the buffers.
-        base: what they were filled from, whose numbers they keep.
+        base: what they were filled from.
+        filled: those that were; they keep their numbers.
         options: of `dirtytrack.track`.
         stacklevel: of warnings.
 
@@ -108,7 +109,13 @@ class Watching:
     """
 
     def __init__(
-        self, described: Mapping[str, Described], base: Manifest | None, options: Mapping[str, Any], *, stacklevel: int
+        self,
+        described: Mapping[str, Described],
+        base: Manifest | None,
+        filled: Container[str],
+        options: Mapping[str, Any],
+        *,
+        stacklevel: int,
     ) -> None:
         numbers = {} if base is None else {region.name: region.number for region in base.regions}
         self._next = max(numbers.values(), default=-1) + 1
@@ -118,7 +125,7 @@ class Watching:
         found = []
         for name, told in described.items():  # a plain loop: the warning's stacklevel counts frames
             found.append(self._session._register(told.tracked, name, **self._registering, stacklevel=stacklevel + 1))
-            number = numbers.get(name)
+            number = numbers.get(name) if name in filled else None
             self._members[name] = _member(self._number() if number is None else number, told, found[-1])
         self.tracker = DirtyTracker(self._session, found, **tracking)
         self.tracker._owned = tuple(found)

@@ -89,6 +89,16 @@ def test_tied_weights_are_resumed(where: Path) -> None:
         require_equal(where, {"in": bytes(data), "out": bytes(data)})
 
 
+def test_buffers_that_became_one_are_saved_as_they_are(where: Path) -> None:
+    with Checkpointer(where, {"in": paged(9, 1), "out": paged(9, 2)}) as ckpt:
+        ckpt.save().wait()
+    data = bytearray(9 * PAGE)
+    with Checkpointer(where, {"in": data, "out": data}, resume=True) as ckpt:
+        assert bytes(data) == bytes(paged(9, 1))
+        assert ckpt.save().wait()
+        require_equal(where, {"in": bytes(data), "out": bytes(data)})
+
+
 def test_buffers_that_do_not_fit_are_left_as_they_are(where: Path) -> None:
     filled(where)
     grid, table = paged(50), paged(7)
