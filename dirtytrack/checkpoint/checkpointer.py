@@ -72,8 +72,9 @@ class Checkpointer:
             increment; a store that has none yet is begun. A number: from that generation. Nobody else may write to the
             buffers until this returns. Of the generation all buffers must be given, and no others; more can be added.
         compression: ``"zstd"`` or None; ``level`` is zstd's.
-        deltas: keep a copy of all that was saved (which takes as much memory again), and store only the bytes that
-            differ from it where that is less: for programs that write the same values again, or few bytes of a page.
+        deltas: keep a copy of all that was saved (which takes as much memory again, and that of what was reserved and
+            never written too), and store only the bytes that differ from it where that is less: for programs that write
+            the same values again, or few bytes of a page.
         staging_bytes: of the staging buffer, which is there from the beginning. Left out: an eighth of the buffers, at
             least 32 MiB, at most 256 MiB and twice the buffers. More dirty bytes than fit are copied in waves: `save`
             then waits for the store, and the program stands still for so long.
@@ -351,7 +352,7 @@ class Checkpointer:
         token, known = self._saver.expected()
         full = full or known is None or self._tending.full_next
         generation = next(self._numbers)
-        stall = Stall(self._saver, watched)
+        saver, stall = self._saver, Stall(self._saver, watched)
         tracker, epoch, copied = self._watching.tracker, 0, False
         try:
             began = time.perf_counter()
@@ -359,9 +360,11 @@ class Checkpointer:
                 epoch, self._unsure = tracker.epoch, True
                 dirty = stall.dirty = tracker.collect()
                 dirty_nbytes = sets.nbytes(dirty._set, watched.extents)
-                wanted = full
+                wanted, holes = full, None
                 full = full or self._costs.full_is_cheaper(dirty_nbytes, watched.nbytes)
                 saved = watched.whole if full else watched.with_whole(dirty, known or frozenset())
+                if not saver.mirrored:
+                    saved, holes = watched.parted(saved)
                 save = Save(generation, "full" if full else "increment", meta)
                 save.bytes_dirty = dirty_nbytes
                 job = stall.job = Job(
@@ -371,13 +374,14 @@ class Checkpointer:
                     watched=watched,
                     dirty=dirty,
                     saved=saved,
+                    holes=holes,
                     token=token,
                 )
                 stall.copy(job)
                 copied = True
             if not copied:
                 raise InvalidCheckpoint(
-                    "quiesce= swallowed an error that ended the copy: its __exit__ returns something true. Let errors pass"
+                    "quiesce= swallowed an error that ended the copy: its __exit__ returned true, which it must not"
                 )
             save.stall_seconds = time.perf_counter() - began
             stall.submit(job)

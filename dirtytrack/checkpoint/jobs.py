@@ -148,12 +148,14 @@ class Job:
         watched: Watched,
         dirty: DirtySet,
         saved: DirtySet,
+        holes: DirtySet | None = None,
         token: int,
     ) -> None:
         self.save, self.full, self.wanted_full = save, full, wanted_full
         self.plans, self.extents = watched.plans, watched.extents
         self.numbers = frozenset(plan.entry.number for plan in self.plans)
         self.dirty, self.saved, self.token = dirty, saved, token
+        self.holes = holes  # of what is saved, those that are zero and were not copied
         self.created = time.time()
         self.nbytes = 0
         self.cuts: cutting.Cuts | None = None

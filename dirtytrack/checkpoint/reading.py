@@ -217,12 +217,23 @@ class Generation:
             for part in segment.parts.values():
                 yield from part.frames
 
-    def touched(self, number: int, low: int, high: int, since: int = 0) -> bool:
-        """Whether a frame of the segments from ``since`` on may have bytes of that window of a region."""
-        return any(
-            bool(segment.parts[number].within(low, high))
-            for segment in self._segments[since:]
+    def told_nbytes(self, number: int) -> int:
+        """How many bytes of a region its frames tell that are not zeros; those that several tell, several times."""
+        return sum(
+            frame.packed_nbytes
+            for segment in self._segments
             if number in segment.parts
+            for frame in segment.parts[number].frames
+            if frame.kind != FrameKind.ZEROS
+        )
+
+    def touched(self, number: int, low: int, high: int, since: int = 0, *, but_zeros: bool = False) -> bool:
+        """Whether a frame of the segments from ``since`` on may have bytes of that window of a region; with
+        ``but_zeros``, others than zeros."""
+        return any(
+            not but_zeros or any(frame.kind != FrameKind.ZEROS for frame in frames)
+            for segment in self._segments[since:]
+            if number in segment.parts and (frames := segment.parts[number].within(low, high))
         )
 
     # ---- reading

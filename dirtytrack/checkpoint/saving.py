@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["Saver"]
 
 _log = logging.getLogger("dirtytrack")
+_HOLES_NBYTES = 64 << 30  # of zeros in a frame, which takes no room but for its runs
 
 
 class _Encoded(NamedTuple):
@@ -106,6 +107,11 @@ class Saver:
     def busy(self) -> bool:
         """Whether anything is under way."""
         return self._current is not None or bool(self._queue)
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether there is a copy of what was saved, which must see all of it."""
+        return self._mirrors is not None
 
     def expected(self) -> tuple[int, frozenset[int] | None]:
         """The token, and the numbers of the regions that the next increment can build on; None: it must be full."""
@@ -354,6 +360,14 @@ class Saver:
             for encoded in (map if few else crew.map)(encode, self._frames(job.cuts, batch)):
                 if encoded is not None:
                     parts.add(job.plans[encoded.cut.memory].entry.number, job.cuts.spans(encoded.cut), encoded)
+        if job.holes is not None:
+            cuts = cutting.cut(job.holes._set, job.extents, _HOLES_NBYTES)
+            for which in map(cuts.__getitem__, range(len(cuts))):
+                parts.add(
+                    job.plans[which.memory].entry.number,
+                    cuts.spans(which),
+                    _Encoded(which, FrameKind.ZEROS, b"", Codec.NONE, False, which.nbytes, 0),
+                )
         written = time.perf_counter()
         entries = parts.finish()
         generation = job.save.generation or 0
