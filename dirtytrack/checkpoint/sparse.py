@@ -6,10 +6,14 @@ To read it would give each page a place in the page tables, after which trackers
 
 from __future__ import annotations
 
+from array import array
 from typing import TYPE_CHECKING
 
 from ..dirtyset import DirtySet
+from ..errors import DirtyTrackError
+from ..kernel import core
 from ..kernel.abi import PageCategory
+from ..kernel.mappings import mappings
 from ..pagemap import Pagemap
 
 if TYPE_CHECKING:
@@ -17,7 +21,7 @@ if TYPE_CHECKING:
 
     from ..region import Region
 
-__all__ = ["HOLE_NBYTES", "is_sparse", "without_holes"]
+__all__ = ["HOLE_NBYTES", "but_holes", "is_sparse", "without_holes"]
 
 HOLE_NBYTES = 2 << 20  # shorter ones are copied: to look for them would take longer
 _POPULATED = PageCategory.PRESENT | PageCategory.SWAPPED
@@ -58,6 +62,40 @@ def without_holes(pages: DirtySet, regions: Iterable[Region]) -> tuple[DirtySet,
         return pages, None
     found = DirtySet.from_runs(holes)
     return pages - found, found
+
+
+def but_holes(address: int, runs: memoryview | array[int]) -> array[int]:
+    """Runs without what is zero already, because it is private anonymous memory and not populated: to write zeros there
+    would take memory for nothing.
+
+    Args:
+        address: of the memory.
+        runs: pairs of numbers, offset and length, flat.
+    """
+    found = array("Q")
+    for offset, nbytes in zip(runs[::2], runs[1::2], strict=True):
+        at, end = address + offset, address + offset + nbytes
+        for low, high in _absent(at, end) if nbytes >= HOLE_NBYTES else ():
+            if low > at:
+                found.extend((at - address, low - at))
+            at = high
+        if at < end:
+            found.extend((at - address, end - at))
+    return found
+
+
+def _absent(start: int, end: int) -> list[tuple[int, int]]:
+    page = core.PAGE_BYTES
+    found: list[tuple[int, int]] = []
+    try:
+        with Pagemap() as pagemap:
+            for each in mappings(start, end):
+                if each.kind == "anonymous" and not each.shared:
+                    low, high = -(-max(start, each.start) // page) * page, min(end, each.end) // page * page
+                    found += _holes(pagemap, low, high)
+    except (DirtyTrackError, OSError):  # a kernel that does not tell: then they are written
+        return []
+    return found
 
 
 def _holes(pagemap: Pagemap, start: int, end: int) -> Iterator[tuple[int, int]]:
