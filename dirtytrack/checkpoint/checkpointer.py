@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Checkpointer"]
 
+_MOST_META_DEPTH = 100
+
 
 class Checkpointer:
     """Saves buffers, again and again, into a store: what was written since the last save, and what that needs.
@@ -132,6 +134,7 @@ class Checkpointer:
         self._when_busy, self._quiesce, self._wanted_staging = when_busy, quiesce, staging_bytes
         self._closed, self._unsure = False, False
         self._state: State | None = None
+        self._filled: tuple[str, ...] = ()
         self._taken: Save | None = None
         self._closing = _Closing()
         try:
@@ -143,7 +146,7 @@ class Checkpointer:
             self._closing.writer = self._writer
             base = self._resume(resume, described, buffers, decrypt, threads)
             self._costs, mirrors = Costs(deltas=deltas), Mirrors() if deltas else None
-            filled = self._state or ()
+            filled = frozenset(self._filled)
             self._watching = self._closing.watching = Watching(described, base, filled, dict(track or {}), stacklevel=3)
             self._tending = self._closing.tending = Tending(
                 self._store,
@@ -210,6 +213,7 @@ class Checkpointer:
                 seen.add((each.address, each.nbytes))
                 into[name] = buffers[name]
         self._state = restore(self._store, generation=generation, into=into, decrypt=decrypt, threads=threads)
+        self._filled = tuple(self._state)
         return self._state.manifest
 
     # ---- what it is
@@ -290,7 +294,7 @@ class Checkpointer:
         they are durable.
 
         Args:
-            meta: anything that JSON has a word for, kept with it.
+            meta: anything that JSON has a word for, nested at most 100 deep, kept with it.
             full: all bytes, whatever was written: a generation that needs no other one's segments.
 
         Raises:
@@ -509,9 +513,16 @@ def _require_options(when_busy: Any, quiesce: Any, compact: Any, threads: Any, b
 
 def _as_json(meta: Any) -> Any:
     try:
-        return json.loads(json.dumps(meta, allow_nan=False))
+        kept = json.loads(json.dumps(meta, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidCheckpoint(f"meta is kept as JSON, which has no word for this: {error}") from error
+    level, depth = [kept], 0
+    while level := [each for each in level if isinstance(each, (dict, list))]:
+        depth += 1
+        if depth > _MOST_META_DEPTH:  # who restores may be deep in calls, and Python's JSON counts them
+            raise InvalidCheckpoint(f"meta is nested more than {_MOST_META_DEPTH} deep: make it flatter")
+        level = [each for part in level for each in (part.values() if isinstance(part, dict) else part)]
+    return kept
 
 
 # ---- letting go

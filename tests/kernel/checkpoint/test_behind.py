@@ -353,6 +353,54 @@ def test_each_operation_of_a_save_fails(where: Path, error: int, deltas: bool) -
     program.close()
 
 
+@pytest.mark.parametrize("operation", ["link", "sync_directory"])
+def test_failed_saves_do_not_fill_the_disk(where: Path, operation: str) -> None:
+    class Full(Hooked):
+        full = False
+
+        def operate(self, name: str, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+            if self.full and name == operation:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return call(*args, **options)
+
+    files = Full()
+    with Program(DirectoryStore(where, create=True, files=files), {"data": paged(9, 1)}) as program:
+        program.save()
+        files.full = True
+        for _ in range(5):
+            with pytest.raises(StoreFailed):
+                program.ckpt.save(full=True).wait()
+        assert len(list((where / "segments").iterdir())) == 1
+        files.full = False
+        program.save()
+        program.check()
+        assert len(list((where / "segments").iterdir())) <= 2
+
+
+def test_a_commit_that_may_have_happened_is_cleaned_up_after_the_next(where: Path) -> None:
+    class Unsure(Hooked):
+        unsure, linked = False, False
+
+        def operate(self, name: str, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+            if self.unsure and self.linked and name == "sync_directory":
+                self.linked = False
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            self.linked |= name == "link"
+            return call(*args, **options)
+
+    files = Unsure()
+    with Program(DirectoryStore(where, create=True, files=files), {"data": paged(9, 1)}) as program:
+        program.save()
+        files.unsure, files.linked = True, False
+        for _ in range(5):
+            with pytest.raises(StoreFailed):
+                program.ckpt.save(full=True).wait()
+        files.unsure = False
+        assert len(list((where / "segments").iterdir())) == 6  # who knows what the disk has
+        program.ckpt.save(full=True).wait()
+        assert len(list((where / "segments").iterdir())) == 2
+
+
 def test_a_failed_full_save_is_followed_by_a_full_one(where: Path) -> None:
     files = Failing()
     with Program(DirectoryStore(where, create=True, files=files), {"data": paged(9, 1)}) as program:

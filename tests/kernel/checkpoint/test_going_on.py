@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dirtytrack import allocate
 from dirtytrack.checkpoint import Checkpointer, DirectoryStore, Retention, restore, tending, verify
 from dirtytrack.errors import DamagedCheckpoint, InvalidCheckpoint, InvalidMemory, NoSuchGeneration, StoreFailed
 from tests.generations import Keyed
@@ -288,3 +290,17 @@ def test_close_does_not_wait_for_a_compaction(where: Path, monkeypatch: pytest.M
     assert time.monotonic() - began < 1.9
     assert not verify(where, all=True).strangers
     program.check()
+
+
+def test_what_another_process_writes_is_seen_by_comparing(where: Path) -> None:
+    """As docs/checkpoint.md says of shared memory."""
+    memory = allocate(9 * PAGE, shared=True)
+    with Checkpointer(where, {"memory": memory}, track={"backend": "compare-hashes"}) as ckpt:
+        ckpt.save().wait()
+        pid = os.fork()
+        if not pid:
+            memory[5 * PAGE] = 77
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert ckpt.save().wait()
+        require_equal(where, {"memory": bytes(memory)})

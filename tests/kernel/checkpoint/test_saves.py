@@ -256,6 +256,20 @@ def test_meta_is_kept_as_it_was(where: Path) -> None:
 # ---- buffers that come and go
 
 
+def test_meta_is_not_nested_so_deep_that_it_cannot_be_read(where: Path) -> None:
+    def nested(depth: int) -> Any:
+        return [nested(depth - 1)] if depth else 7
+
+    def deep_in_calls(calls: int) -> Any:
+        return deep_in_calls(calls - 1) if calls else restore(where).meta
+
+    with Checkpointer(where, {"data": bytearray(9)}) as ckpt:
+        with pytest.raises(InvalidCheckpoint, match="deep"):
+            ckpt.save(nested(101))
+        ckpt.save(nested(100))
+    assert deep_in_calls(500) == nested(100)
+
+
 def test_buffers_come_and_go(where: Path) -> None:
     with Program(where, {"a": paged(20)}) as program:
         ckpt, buffers = program.ckpt, program.buffers
