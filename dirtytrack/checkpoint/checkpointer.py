@@ -24,6 +24,7 @@ from ..errors import (
 )
 from ..kernel import core, sets
 from .buffers import Described, describe
+from .chains import Retention
 from .coding import Decoder, Encoder
 from .costs import Costs
 from .crew import Worker, default_threads
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from .buffers import Saveable
-    from .chains import Retention
     from .manifests import Manifest
     from .protocols import Store, Writer
     from .restoring import State
@@ -128,6 +128,7 @@ class Checkpointer:
         track: Mapping[str, Any] | None = None,
     ) -> None:
         _require_options(when_busy, quiesce, compact, threads, buffers)
+        _require_kinds(resume, staging_bytes, retain, encrypt, decrypt)
         described = {name: describe(name, buffer) for name, buffer in buffers.items()}
         encoder, decoder = Encoder(compression, level, encrypt), Decoder(decrypt)
         self._pid, self._lock = os.getpid(), threading.RLock()
@@ -146,8 +147,9 @@ class Checkpointer:
             self._closing.writer = self._writer
             base = self._resume(resume, described, buffers, decrypt, threads)
             self._costs, mirrors = Costs(deltas=deltas), Mirrors() if deltas else None
-            filled = frozenset(self._filled)
-            self._watching = self._closing.watching = Watching(described, base, filled, dict(track or {}), stacklevel=3)
+            self._watching = self._closing.watching = Watching(
+                described, base, self._filled, dict(track or {}), stacklevel=3
+            )
             self._tending = self._closing.tending = Tending(
                 self._store,
                 self._writer,
@@ -509,6 +511,18 @@ def _require_options(when_busy: Any, quiesce: Any, compact: Any, threads: Any, b
         raise InvalidCheckpoint(f"threads= is a whole number from 1 on, not {threads!r}")
     if not isinstance(buffers, Mapping) or not buffers:
         raise InvalidMemory("the buffers are a mapping from names to buffers, with one at least")
+
+
+def _require_kinds(resume: Any, staging_bytes: Any, retain: Any, encrypt: Any, decrypt: Any) -> None:
+    if type(resume) not in (bool, int):
+        raise InvalidCheckpoint(f"resume= is True, False or the number of a generation, not {resume!r}")
+    if staging_bytes is not None and type(staging_bytes) is not int:
+        raise InvalidMemory(f"staging_bytes= is a number of bytes, not {staging_bytes!r}")
+    if retain is not None and not isinstance(retain, Retention):
+        raise InvalidCheckpoint(f"retain= is a Retention, as Retention(last=10), not {retain!r}")
+    for name, function in (("encrypt", encrypt), ("decrypt", decrypt)):
+        if function is not None and not callable(function):
+            raise InvalidCheckpoint(f"{name}= is a function from bytes to bytes, not {function!r}")
 
 
 def _as_json(meta: Any) -> Any:

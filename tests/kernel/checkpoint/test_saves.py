@@ -351,6 +351,10 @@ def test_many_buffers(where: Path) -> None:
         (lambda: {"x": np.zeros(3, object)}, "Python objects"),
         (lambda: {"x": np.zeros((4, 4)).T}, "C-contiguous"),
         (lambda: {"x": np.zeros(0)}, "empty"),
+        (
+            lambda: {"x": np.zeros(3, np.dtype({"names": ["a", "b"], "formats": ["i4", "i4"], "offsets": [0, 0]}))},
+            "kept",
+        ),
         (lambda: {"x": np.ma.zeros(3)}, "masked"),
         (lambda: {"x": 3}, "buffer protocol"),
         (lambda: {"": bytearray(3)}, "name"),
@@ -374,6 +378,11 @@ def test_buffers_that_cannot_be_saved(where: Path, make: Callable[[], Any], says
         {"threads": 0},
         {"compression": "lzma"},
         {"level": 99},
+        {"resume": "1"},
+        {"resume": None},
+        {"retain": 3},
+        {"encrypt": b"key"},
+        {"decrypt": b"key"},
     ],
 )
 def test_options_that_cannot_be(where: Path, options: dict[str, Any]) -> None:
