@@ -117,7 +117,12 @@ def _dtype_of(array: Any) -> str:
             "type of fixed size"
         )
     if dtype.fields is not None:
-        descr = import_module("numpy.lib.format").dtype_to_descr(dtype)
+        try:
+            descr = import_module("numpy.lib.format").dtype_to_descr(dtype)
+        except ValueError as error:
+            raise InvalidMemory(
+                f"the type of this array cannot be kept ({error}): pass a view of it as another one, or as bytes"
+            ) from error
         return json.dumps(descr, separators=(",", ":"))
     told = str(dtype.str)
     return told if numpy.dtype(told) == dtype else str(dtype.name)  # bfloat16 of ml_dtypes calls itself V2

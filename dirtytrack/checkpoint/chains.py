@@ -147,9 +147,12 @@ def _rewritten(
     try:
         with Crew(reading_threads() if threads is None else threads) as crew:
             done = 0
-            for region, low, window in _windows(found, crew, memory_bytes):
-                _write(segments, crew, encoder, region, low, window)
-                done += len(window)
+            for region, low, nbytes, window in _windows(found, crew, memory_bytes):
+                if window is None:
+                    segments.add(region, low, nbytes, None)
+                else:
+                    _write(segments, crew, encoder, region, low, window)
+                done += nbytes
                 if progress is not None:
                     progress(done, manifest.nbytes)
         entries = segments.finish()
@@ -164,8 +167,11 @@ def _rewritten(
     return made
 
 
-def _windows(found: Generation, crew: Crew, memory_bytes: int) -> Iterator[tuple[RegionEntry, int, memoryview]]:
-    """All bytes of a generation in order, some at a time: region, offset, and the bytes, until the next are asked for.
+def _windows(
+    found: Generation, crew: Crew, memory_bytes: int
+) -> Iterator[tuple[RegionEntry, int, int, memoryview | None]]:
+    """All bytes of a generation in order, some at a time: region, offset, how many, and the bytes, until the next are
+    asked for; None where nothing but zeros was ever stored.
 
     A frame of a few scattered pages reaches over many windows: it is held until they are done, where there is room.
     """
@@ -174,10 +180,14 @@ def _windows(found: Generation, crew: Crew, memory_bytes: int) -> Iterator[tuple
     for region in found.regions:
         held = HeldFrames(memory_bytes // 4)
         for low in range(0, region.nbytes, most):
-            window = room.first(min(most, region.nbytes - low))
+            nbytes = min(most, region.nbytes - low)
+            if not found.touched(region.number, low, low + nbytes, but_zeros=True):
+                yield region, low, nbytes, None
+                continue
+            window = room.first(nbytes)
             found.read([Window(region, low, window)], crew, held)
             assert window.view is not None, "it is a bytearray"
-            yield region, low, window.view
+            yield region, low, nbytes, window.view
 
 
 def _write(

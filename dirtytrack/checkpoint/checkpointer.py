@@ -24,9 +24,10 @@ from ..errors import (
 )
 from ..kernel import core, sets
 from .buffers import Described, describe
+from .chains import Retention
 from .coding import Decoder, Encoder
 from .costs import Costs
-from .crew import default_threads
+from .crew import Worker, default_threads
 from .jobs import Job, Save
 from .mirroring import Mirrors
 from .restoring import restore
@@ -46,12 +47,13 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from .buffers import Saveable
-    from .chains import Retention
     from .manifests import Manifest
     from .protocols import Store, Writer
     from .restoring import State
 
 __all__ = ["Checkpointer"]
+
+_MOST_META_DEPTH = 100
 
 
 class Checkpointer:
@@ -72,8 +74,9 @@ class Checkpointer:
             increment; a store that has none yet is begun. A number: from that generation. Nobody else may write to the
             buffers until this returns. Of the generation all buffers must be given, and no others; more can be added.
         compression: ``"zstd"`` or None; ``level`` is zstd's.
-        deltas: keep a copy of all that was saved (which takes as much memory again), and store only the bytes that
-            differ from it where that is less: for programs that write the same values again, or few bytes of a page.
+        deltas: keep a copy of all that was saved (which takes as much memory again, and that of what was reserved and
+            never written too), and store only the bytes that differ from it where that is less: for programs that write
+            the same values again, or few bytes of a page.
         staging_bytes: of the staging buffer, which is there from the beginning. Left out: an eighth of the buffers, at
             least 32 MiB, at most 256 MiB and twice the buffers. More dirty bytes than fit are copied in waves: `save`
             then waits for the store, and the program stands still for so long.
@@ -125,12 +128,14 @@ class Checkpointer:
         track: Mapping[str, Any] | None = None,
     ) -> None:
         _require_options(when_busy, quiesce, compact, threads, buffers)
+        _require_kinds(resume, staging_bytes, retain, encrypt, decrypt)
         described = {name: describe(name, buffer) for name, buffer in buffers.items()}
         encoder, decoder = Encoder(compression, level, encrypt), Decoder(decrypt)
         self._pid, self._lock = os.getpid(), threading.RLock()
         self._when_busy, self._quiesce, self._wanted_staging = when_busy, quiesce, staging_bytes
         self._closed, self._unsure = False, False
         self._state: State | None = None
+        self._filled: tuple[str, ...] = ()
         self._taken: Save | None = None
         self._closing = _Closing()
         try:
@@ -142,7 +147,9 @@ class Checkpointer:
             self._closing.writer = self._writer
             base = self._resume(resume, described, buffers, decrypt, threads)
             self._costs, mirrors = Costs(deltas=deltas), Mirrors() if deltas else None
-            self._watching = self._closing.watching = Watching(described, base, dict(track or {}), stacklevel=3)
+            self._watching = self._closing.watching = Watching(
+                described, base, self._filled, dict(track or {}), stacklevel=3
+            )
             self._tending = self._closing.tending = Tending(
                 self._store,
                 self._writer,
@@ -208,6 +215,7 @@ class Checkpointer:
                 seen.add((each.address, each.nbytes))
                 into[name] = buffers[name]
         self._state = restore(self._store, generation=generation, into=into, decrypt=decrypt, threads=threads)
+        self._filled = tuple(self._state)
         return self._state.manifest
 
     # ---- what it is
@@ -288,11 +296,12 @@ class Checkpointer:
         they are durable.
 
         Args:
-            meta: anything that JSON has a word for, kept with it.
+            meta: anything that JSON has a word for, nested at most 100 deep, kept with it.
             full: all bytes, whatever was written: a generation that needs no other one's segments.
 
         Raises:
-            InvalidCheckpoint: JSON has no word for ``meta``. Nothing was collected.
+            InvalidCheckpoint: JSON has no word for ``meta``; or ``quiesce`` swallowed an error.
+            StoreBusy: called by ``quiesce``, ``encrypt``, a finaliser or a signal handler within another call.
             RegionGone: a buffer's memory went away: `remove` it, then save again.
             StoreFailed, or whatever an earlier save failed of: told once, before anything is collected; the next call
                 saves, the pages of the failed one too.
@@ -349,17 +358,19 @@ class Checkpointer:
         token, known = self._saver.expected()
         full = full or known is None or self._tending.full_next
         generation = next(self._numbers)
-        stall = Stall(self._saver, watched)
-        tracker, epoch = self._watching.tracker, 0
+        saver, stall = self._saver, Stall(self._saver, watched)
+        tracker, epoch, copied = self._watching.tracker, 0, False
         try:
             began = time.perf_counter()
             with self._quiesce() if self._quiesce is not None else nullcontext():
                 epoch, self._unsure = tracker.epoch, True
                 dirty = stall.dirty = tracker.collect()
                 dirty_nbytes = sets.nbytes(dirty._set, watched.extents)
-                wanted = full
+                wanted, holes = full, None
                 full = full or self._costs.full_is_cheaper(dirty_nbytes, watched.nbytes)
                 saved = watched.whole if full else watched.with_whole(dirty, known or frozenset())
+                if not saver.mirrored:
+                    saved, holes = watched.parted(saved)
                 save = Save(generation, "full" if full else "increment", meta)
                 save.bytes_dirty = dirty_nbytes
                 job = stall.job = Job(
@@ -369,9 +380,15 @@ class Checkpointer:
                     watched=watched,
                     dirty=dirty,
                     saved=saved,
+                    holes=holes,
                     token=token,
                 )
                 stall.copy(job)
+                copied = True
+            if not copied:
+                raise InvalidCheckpoint(
+                    "quiesce= swallowed an error that ended the copy: its __exit__ returned true, which it must not"
+                )
             save.stall_seconds = time.perf_counter() - began
             stall.submit(job)
         except BaseException as error:
@@ -395,6 +412,8 @@ class Checkpointer:
             UsedAfterFork.
         """
         self._require_own()
+        if isinstance(threading.current_thread(), Worker):
+            raise StoreBusy("wait() was called in a thread that works on a save, by a finaliser or encrypt")
         if not self._lock._is_owned() and self._lock.acquire(blocking=False):  # type: ignore[attr-defined]
             try:
                 self._recover()
@@ -462,9 +481,10 @@ class Checkpointer:
         """What keeps other calls away. Whether this thread is in one already is the lock's own knowledge: whatever we
         noted ourselves, an interrupt could keep us from taking back."""
         self._require_own()
-        if self._lock._is_owned():  # type: ignore[attr-defined]
+        if self._lock._is_owned() or isinstance(threading.current_thread(), Worker):  # type: ignore[attr-defined]
             raise StoreBusy(
-                f"{doing}() was called while this thread is in another call, by a signal handler or quiesce"
+                f"{doing}() was called while this thread is in another call or works on a save, by a signal handler, a "
+                "finaliser, quiesce or encrypt"
             )
         return self._lock
 
@@ -493,11 +513,30 @@ def _require_options(when_busy: Any, quiesce: Any, compact: Any, threads: Any, b
         raise InvalidMemory("the buffers are a mapping from names to buffers, with one at least")
 
 
+def _require_kinds(resume: Any, staging_bytes: Any, retain: Any, encrypt: Any, decrypt: Any) -> None:
+    if type(resume) not in (bool, int):
+        raise InvalidCheckpoint(f"resume= is True, False or the number of a generation, not {resume!r}")
+    if staging_bytes is not None and type(staging_bytes) is not int:
+        raise InvalidMemory(f"staging_bytes= is a number of bytes, not {staging_bytes!r}")
+    if retain is not None and not isinstance(retain, Retention):
+        raise InvalidCheckpoint(f"retain= is a Retention, as Retention(last=10), not {retain!r}")
+    for name, function in (("encrypt", encrypt), ("decrypt", decrypt)):
+        if function is not None and not callable(function):
+            raise InvalidCheckpoint(f"{name}= is a function from bytes to bytes, not {function!r}")
+
+
 def _as_json(meta: Any) -> Any:
     try:
-        return json.loads(json.dumps(meta, allow_nan=False))
+        kept = json.loads(json.dumps(meta, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidCheckpoint(f"meta is kept as JSON, which has no word for this: {error}") from error
+    level, depth = [kept], 0
+    while level := [each for each in level if isinstance(each, (dict, list))]:
+        depth += 1
+        if depth > _MOST_META_DEPTH:  # who restores may be deep in calls, and Python's JSON counts them
+            raise InvalidCheckpoint(f"meta is nested more than {_MOST_META_DEPTH} deep: make it flatter")
+        level = [each for part in level for each in (part.values() if isinstance(part, dict) else part)]
+    return kept
 
 
 # ---- letting go

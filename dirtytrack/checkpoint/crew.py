@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-__all__ = ["Crew", "default_threads", "let_go"]
+__all__ = ["Crew", "Worker", "default_threads", "let_go"]
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -66,6 +66,10 @@ class _Task(Generic[_T, _R]):
         return self._result
 
 
+class Worker(threading.Thread):
+    """A thread of ours: who is waited for, and so may not wait. The collector may run anybody's finalisers in it."""
+
+
 class Crew:
     """Threads, begun when there is work for them. A context manager: at its end there are none.
 
@@ -103,7 +107,7 @@ class Crew:
                 task._done.acquire()
 
     def _begin(self) -> None:
-        thread = threading.Thread(target=self._work, name="dirtytrack-frames", daemon=True)
+        thread = Worker(target=self._work, name="dirtytrack-frames", daemon=True)
         self._threads.append(thread)
         thread.start()
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 from typing import TYPE_CHECKING, Any, NewType
 
 from ..errors import PermissionDenied, StoreFailed
@@ -93,8 +94,12 @@ class Files:
         return File(os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | _COMMON, 0o600, dir_fd=directory))
 
     def open(self, directory: Directory, name: str) -> File:
-        """Open a file to be read."""
-        return File(os.open(name, os.O_RDONLY | os.O_NONBLOCK | _COMMON, dir_fd=directory))
+        """Open a file to be read; a regular one."""
+        file = File(os.open(name, os.O_RDONLY | os.O_NONBLOCK | _COMMON, dir_fd=directory))
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            os.close(file)
+            raise OSError(errno.EISDIR, "it is no regular file")
+        return file
 
     def open_lock(self, directory: Directory, name: str) -> File:
         """Open a file that is there to be locked; it is made where it is not there."""

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from ..errors import UsedAfterFork
+from ..errors import StoreBusy, UsedAfterFork
 from .bell import Bell
+from .crew import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -88,19 +90,27 @@ class Save:
 
         Raises:
             StoreFailed, or whatever else it failed of. Its pages are in the next save.
+            StoreBusy: a finaliser, or ``encrypt``, waits in the very thread that works on saves.
             UsedAfterFork: it is the parent's.
         """
-        if os.getpid() != self._pid and not self.done:
-            raise UsedAfterFork("this save is the parent's, and only the parent knows when it is over")
         end = None if timeout is None else time.monotonic() + timeout
-        if not self._bell.wait_for(lambda: self.done, timeout):
-            return False
-        if self._error is not None:
-            self._told()
-            raise self._error
-        if self.into is not None:
-            return self.into.wait(None if end is None else max(0.0, end - time.monotonic()))
-        return self._state == "committed"
+        save = self
+        while save._over(None if end is None else max(0.0, end - time.monotonic())):
+            if save._error is not None:
+                save._told()
+                raise save._error
+            if save.into is None:
+                return save._state == "committed"
+            save = save.into  # not by recursion: thousands may have been coalesced, one into the next
+        return False
+
+    def _over(self, timeout: float | None) -> bool:
+        if not self.done:
+            if os.getpid() != self._pid:
+                raise UsedAfterFork("this save is the parent's, and only the parent knows when it is over")
+            if isinstance(threading.current_thread(), Worker):
+                raise StoreBusy("a save was waited for in the thread that works on it, by a finaliser or encrypt")
+        return self._bell.wait_for(lambda: self.done, timeout)
 
     def __repr__(self) -> str:
         which = "" if self.generation is None else f" of generation {self.generation}"
@@ -138,12 +148,14 @@ class Job:
         watched: Watched,
         dirty: DirtySet,
         saved: DirtySet,
+        holes: DirtySet | None = None,
         token: int,
     ) -> None:
         self.save, self.full, self.wanted_full = save, full, wanted_full
         self.plans, self.extents = watched.plans, watched.extents
         self.numbers = frozenset(plan.entry.number for plan in self.plans)
         self.dirty, self.saved, self.token = dirty, saved, token
+        self.holes = holes  # of what is saved, those that are zero and were not copied
         self.created = time.time()
         self.nbytes = 0
         self.cuts: cutting.Cuts | None = None

@@ -17,6 +17,7 @@ from ..kernel import core
 from ..kernel.packing import Xxh64, pack, unpack
 from .crew import let_go
 from .segments import Codec, FrameKind, SegmentReader
+from .sparse import HOLE_NBYTES, but_holes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
@@ -217,12 +218,23 @@ class Generation:
             for part in segment.parts.values():
                 yield from part.frames
 
-    def touched(self, number: int, low: int, high: int, since: int = 0) -> bool:
-        """Whether a frame of the segments from ``since`` on may have bytes of that window of a region."""
-        return any(
-            bool(segment.parts[number].within(low, high))
-            for segment in self._segments[since:]
+    def told_nbytes(self, number: int) -> int:
+        """How many bytes of a region its frames tell that are not zeros; those that several tell, several times."""
+        return sum(
+            frame.packed_nbytes
+            for segment in self._segments
             if number in segment.parts
+            for frame in segment.parts[number].frames
+            if frame.kind != FrameKind.ZEROS
+        )
+
+    def touched(self, number: int, low: int, high: int, since: int = 0, *, but_zeros: bool = False) -> bool:
+        """Whether a frame of the segments from ``since`` on may have bytes of that window of a region; with
+        ``but_zeros``, others than zeros."""
+        return any(
+            not but_zeros or any(frame.kind != FrameKind.ZEROS and _reaches(frame.runs, low, high) for frame in frames)
+            for segment in self._segments[since:]
+            if number in segment.parts and (frames := segment.parts[number].within(low, high))
         )
 
     # ---- reading
@@ -299,7 +311,10 @@ class Generation:
         if not len(runs):
             return
         if frame.kind == FrameKind.ZEROS:
-            unpack(target.address, target.nbytes, runs, None, unpinned=target.view is None)
+            if end - begin >= HOLE_NBYTES:
+                runs = but_holes(target.address, runs)
+            if len(runs):
+                unpack(target.address, target.nbytes, runs, None, unpinned=target.view is None)
             return
         plain: Any = held.get(index, frame) if held is not None else None
         if plain is None:
@@ -396,6 +411,13 @@ def _pairs(runs: memoryview) -> Iterator[tuple[int, int]]:
 def _overlap(frames: Sequence[Frame]) -> bool:
     spans = sorted((offset, offset + nbytes) for frame in frames for offset, nbytes in _pairs(frame.runs))
     return any(start < end for (start, _), (_, end) in zip(spans[1:], spans, strict=False))
+
+
+def _reaches(runs: memoryview, low: int, high: int) -> bool:
+    """Whether any of the runs has bytes in [low, high)."""
+    flat = runs.cast("B").cast("Q")
+    before = bisect_left(flat[::2], high)
+    return before > 0 and flat[2 * before - 2] + flat[2 * before - 1] > low
 
 
 def _clipped(runs: memoryview, low: int, high: int) -> tuple[Any, int, int]:

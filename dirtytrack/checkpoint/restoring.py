@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["State", "restore"]
 
 _HUGE_BYTES = 2 << 20
+_SPARSE_BYTES = 1 << 30
+_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # of Python 3.11
 
 
 class State(Mapping[str, Any]):
@@ -197,7 +200,7 @@ class _Restoring:
         found = Generation(self._store, manifest, self._given, self._decoder)
         memories: dict[str, Any] = {}
         if self._given is None:
-            memories = {region.name: _memory(region) for region in found.regions}
+            memories = {region.name: _memory(region, found) for region in found.regions}
             targets = {name: target_of(memory, fresh=True) for name, memory in memories.items()}
         else:
             if problems := misfits({region.name: region for region in manifest.regions}, self._given):
@@ -223,7 +226,10 @@ class _Restoring:
             self._progress(self._done, self._total)
 
 
-def _memory(region: RegionEntry) -> Any:
+def _memory(region: RegionEntry, found: Generation) -> Any:
+    if region.nbytes >= _SPARSE_BYTES and found.told_nbytes(region.number) < region.nbytes // 4:
+        # As whoever saved it must have had it: the kernel does not promise more memory than there is.
+        return mmap.mmap(-1, region.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
     return allocate(region.nbytes, huge="transparent" if region.nbytes >= _HUGE_BYTES else None)
 
 

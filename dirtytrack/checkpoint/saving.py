@@ -6,6 +6,7 @@ from __future__ import annotations
 import _thread
 import atexit
 import logging
+import os
 import threading
 import time
 import weakref
@@ -17,7 +18,7 @@ from ..errors import StoreFailed
 from ..kernel import core, cutting
 from ..kernel.packing import all_zero, xxh64
 from .bell import Bell
-from .crew import Crew
+from .crew import Crew, Worker
 from .manifests import Manifest
 from .segments import Codec, FrameKind
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["Saver"]
 
 _log = logging.getLogger("dirtytrack")
+_HOLES_NBYTES = 64 << 30  # of zeros in a frame, which takes no room but for its runs
 
 
 class _Encoded(NamedTuple):
@@ -106,6 +108,11 @@ class Saver:
         """Whether anything is under way."""
         return self._current is not None or bool(self._queue)
 
+    @property
+    def mirrored(self) -> bool:
+        """Whether there is a copy of what was saved, which must see all of it."""
+        return self._mirrors is not None
+
     def expected(self) -> tuple[int, frozenset[int] | None]:
         """The token, and the numbers of the regions that the next increment can build on; None: it must be full."""
         with self._mutex:
@@ -135,7 +142,7 @@ class Saver:
 
     def _start(self) -> None:
         """By another thread: an interrupt in Thread.start() can leave a thread that never runs."""
-        thread = threading.Thread(target=lambda: self._run(thread), name="dirtytrack-save", daemon=True)
+        thread = Worker(target=lambda: self._run(thread), name="dirtytrack-save", daemon=True)
         self._thread = thread
         _savers.add(self)
         try:
@@ -353,6 +360,14 @@ class Saver:
             for encoded in (map if few else crew.map)(encode, self._frames(job.cuts, batch)):
                 if encoded is not None:
                     parts.add(job.plans[encoded.cut.memory].entry.number, job.cuts.spans(encoded.cut), encoded)
+        if job.holes is not None:
+            cuts = cutting.cut(job.holes._set, job.extents, _HOLES_NBYTES)
+            for which in map(cuts.__getitem__, range(len(cuts))):
+                parts.add(
+                    job.plans[which.memory].entry.number,
+                    cuts.spans(which),
+                    _Encoded(which, FrameKind.ZEROS, b"", Codec.NONE, False, which.nbytes, 0),
+                )
         written = time.perf_counter()
         entries = parts.finish()
         generation = job.save.generation or 0
@@ -463,3 +478,4 @@ def _finish_all() -> None:
 
 
 atexit.register(_finish_all)
+os.register_at_fork(after_in_child=_savers.clear)  # their threads are the parent's, and end nothing in a child

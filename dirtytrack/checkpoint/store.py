@@ -247,9 +247,11 @@ class DirectoryStore:
     @staticmethod
     def unreadable(error: OSError, where: Path) -> Exception:
         """A disk that cannot give bytes back has lost them: that is damage, and another generation may be whole."""
-        if error.errno != errno.EIO:
+        if error.errno not in (errno.EIO, errno.ELOOP, errno.EISDIR):  # or somebody put another thing there
             return failure(error, f"read {where}")
         damage = f"{where} cannot be read: {error.strerror}"
+        if error.errno == errno.ELOOP:
+            damage += " (a store's own files are never symbolic links)"
         return DamagedCheckpoint(damage, damage=(damage,), errno=error.errno)
 
     def manifest(self, generation: int | None = None, revision: int | None = None) -> Manifest:
@@ -303,7 +305,7 @@ class DirectoryStore:
             damage = f"the segment {where} is missing"
             raise DamagedCheckpoint(damage, damage=(damage,), errno=error.errno) from error
         except OSError as error:
-            raise failure(error, f"read {where}") from error
+            raise self.unreadable(error, where) from error
         try:
             return _OpenSegment(self.files, file, where)
         except OSError as error:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import DirtyTrackError
 from .chains import compacted, removable
+from .crew import Worker
 from .protocols import Kept
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ class Tending:
 
     def _begin(self, manifest: Manifest) -> None:
         self._before, self._after = manifest, None
-        self._thread = threading.Thread(target=self._run, args=(manifest,), name="dirtytrack-compact", daemon=True)
+        self._thread = Worker(target=self._run, args=(manifest,), name="dirtytrack-compact", daemon=True)
         self._thread.start()
 
     def _run(self, manifest: Manifest) -> None:

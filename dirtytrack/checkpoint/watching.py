@@ -14,9 +14,10 @@ from ..tracker import DirtyTracker
 from .buffers import describe
 from .jobs import Plan
 from .manifests import RegionEntry
+from .sparse import is_sparse, without_holes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Container, Iterable, Mapping
 
     from ..region import Region
     from ..session import Session
@@ -49,11 +50,16 @@ class Watched:
         self.nbytes = sum(member.region.nbytes for member in self.members)
         self.plans = tuple(_plan(member) for member in self.members)
         self.whole = _pages(member.region for member in self.members)
+        self.sparse = tuple(member.region for member in self.members if is_sparse(member.region))
 
     def with_whole(self, dirty: DirtySet, known: frozenset[int]) -> DirtySet:
         """The set, and all pages of the regions that are not known yet."""
         fresh = [member.region for member in self.members if member.number not in known]
         return dirty | _pages(fresh) if fresh else dirty
+
+    def parted(self, saved: DirtySet) -> tuple[DirtySet, DirtySet | None]:
+        """What is to be copied, and what is zero without looking: see `without_holes`."""
+        return without_holes(saved, self.sparse) if self.sparse else (saved, None)
 
     @property
     def holds(self) -> list[Any]:
@@ -100,7 +106,8 @@ class Watching:
 
     Args:
         described: the buffers.
-        base: what they were filled from, whose numbers they keep.
+        base: what they were filled from.
+        filled: those that were; they keep their numbers.
         options: of `dirtytrack.track`.
         stacklevel: of warnings.
 
@@ -108,7 +115,13 @@ class Watching:
     """
 
     def __init__(
-        self, described: Mapping[str, Described], base: Manifest | None, options: Mapping[str, Any], *, stacklevel: int
+        self,
+        described: Mapping[str, Described],
+        base: Manifest | None,
+        filled: Container[str],
+        options: Mapping[str, Any],
+        *,
+        stacklevel: int,
     ) -> None:
         numbers = {} if base is None else {region.name: region.number for region in base.regions}
         self._next = max(numbers.values(), default=-1) + 1
@@ -118,7 +131,7 @@ class Watching:
         found = []
         for name, told in described.items():  # a plain loop: the warning's stacklevel counts frames
             found.append(self._session._register(told.tracked, name, **self._registering, stacklevel=stacklevel + 1))
-            number = numbers.get(name)
+            number = numbers.get(name) if name in filled else None
             self._members[name] = _member(self._number() if number is None else number, told, found[-1])
         self.tracker = DirtyTracker(self._session, found, **tracking)
         self.tracker._owned = tuple(found)
@@ -141,6 +154,12 @@ class Watching:
 
     def now(self) -> Watched:
         """What is watched now. A `Memory` that was resized is another region since then, under another number."""
+        self._follow()
+        if self._now is None:
+            self._now = Watched(self._members.values())
+        return self._now
+
+    def _follow(self) -> None:
         for name, member in tuple(self._members.items()):
             if member.region.registered:
                 continue
@@ -150,9 +169,6 @@ class Watching:
                 continue  # which the tracker will say
             self._members[name] = _member(self._number(), describe(name, memory), again[0])
             self._now = None
-        if self._now is None:
-            self._now = Watched(self._members.values())
-        return self._now
 
     def add(self, told: Described, *, stacklevel: int) -> None:
         """Watch another buffer."""
@@ -181,7 +197,7 @@ class Watching:
         self._let_go(before)
 
     def _member(self, name: str) -> _Member:
-        self.now()
+        self._follow()
         member = self._members.get(name)
         if member is None:
             there = ", ".join(map(repr, list(self._members)[:8])) or "none"

@@ -271,6 +271,9 @@ class DirectoryWriter:
             self._named[Kept(manifest.generation, manifest.revision)] = frozenset(names)
             with suppress(OSError):  # else the next writer's
                 self._files.unlink(self._store.directory(MANIFESTS), temporary)
+            if self._uncertain:  # the directory is durable again, without what failed
+                with suppress(OSError):
+                    self._clean()
 
     def _doing(self, manifest: Manifest) -> str:
         return f"commit {self._store.path / MANIFESTS / manifest.name}"
@@ -294,6 +297,7 @@ class DirectoryWriter:
         # From here on it may be there, whatever is raised, and may come back after a crash though we remove it: keep
         # what it names.
         self._uncertain |= names
+        appeared = False
         try:
             try:
                 self._files.link(directory, temporary, name)
@@ -301,6 +305,7 @@ class DirectoryWriter:
                 if error.errno not in _NO_LINKS:
                     raise
                 self._files.rename(directory, temporary, name)  # nobody else may have made it: we have the lock
+            appeared = True
             self._files.sync_directory(directory)
         except FileExistsError as error:  # it was not there a moment ago
             with suppress(OSError):
@@ -315,6 +320,8 @@ class DirectoryWriter:
             for each in (name, temporary):  # ours to remove: it was not there before
                 with suppress(OSError):
                     self._files.unlink(directory, each)
+            if not appeared and error.errno in (errno.ENOSPC, errno.EDQUOT):  # a full disk had no room for its name
+                self._uncertain -= names
             raise failure(error, self._doing(manifest)) from error
         self._uncertain -= names
 

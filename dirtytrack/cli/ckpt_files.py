@@ -149,7 +149,7 @@ def _mapped(path: Path, header: bytes, nbytes: int) -> mmap.mmap:
 def _file(region: RegionEntry) -> tuple[str, bytes]:
     """The name of its file, and what that begins with."""
     header = _header(region)
-    stem = quote(region.name, safe=" ")  # no slash, nothing that is not printable
+    stem = quote(region.name, safe=" ", errors="surrogatepass")  # no slash, nothing that is not printable
     if len(stem) > 200:
         stem = f"{stem[:180]}-{region.number}"
     return stem + (".npy" if header else ".bin"), header

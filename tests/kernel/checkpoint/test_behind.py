@@ -23,8 +23,16 @@ import pytest
 
 import dirtytrack
 from dirtytrack import track
-from dirtytrack.checkpoint import Checkpointer, DirectoryStore, restore, verify
-from dirtytrack.errors import CheckpointerClosed, DirtyTrackError, InvalidMemory, StoreBusy, StoreFailed, UsedAfterFork
+from dirtytrack.checkpoint import Checkpointer, DirectoryStore, Save, restore, verify
+from dirtytrack.errors import (
+    CheckpointerClosed,
+    DirtyTrackError,
+    InvalidCheckpoint,
+    InvalidMemory,
+    StoreBusy,
+    StoreFailed,
+    UsedAfterFork,
+)
 from tests.saving import PAGE, Program, paged, require_equal
 from tests.storing import Failing, Hooked
 
@@ -110,6 +118,19 @@ def test_coalesce_takes_the_queued_one_back(where: Path) -> None:
         assert saves[-1].bytes_dirty == 4 * PAGE
         del program.truth[2 + 1], program.truth[2 + 2], program.truth[2 + 3]
         program.check()
+
+
+def test_thousands_are_coalesced(where: Path) -> None:
+    files, program = gated(where, when_busy="coalesce")
+    with program, files.shut():
+        program.buffers["data"][0] ^= 1
+        program.ckpt.save()
+        assert files.waiting.wait(20)
+        saves = [program.ckpt.save() for _ in range(2 * sys.getrecursionlimit())]
+        files.gate.set()
+        assert saves[0].wait(20)
+        assert {save.state for save in saves[:-1]} == {"coalesced"}
+    assert len(list((where / "segments").iterdir())) == 2
 
 
 def test_coalesced_saves_that_were_to_be_full_are(where: Path) -> None:
@@ -217,6 +238,56 @@ def test_saves_from_several_threads(where: Path) -> None:
         require_equal(where, {"data": bytes(data)})
 
 
+def test_a_quiesce_that_swallows_errors_loses_nothing(where: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Swallowing:
+        def __enter__(self) -> None:
+            pass
+
+        def __exit__(self, *_: object) -> bool:
+            return True
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    data = paged(9, 1)
+    with Program(where, {"data": data}, quiesce=Swallowing) as program:
+        program.save()
+        data[0] ^= 0x55
+        with monkeypatch.context() as patched:
+            patched.setattr("dirtytrack.kernel.sets.gather", interrupted)
+            with pytest.raises(InvalidCheckpoint, match="__exit__"):
+                program.ckpt.save()
+        assert program.ckpt.generation == 1
+        program.save()
+        program.check()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("doing", ["save", "wait", "close", "wait_for_it"])
+def test_who_works_on_a_save_may_not_wait_for_it(where: Path, threads: int, doing: str) -> None:
+    """A finaliser may run in any thread, at any time; here it is ``encrypt`` that runs where the collector could."""
+    told: list[BaseException] = []
+
+    known = threading.Lock()
+
+    def encrypt(data: bytes) -> bytes:
+        if not told:
+            try:
+                with known:
+                    pass
+                saves[-1].wait() if doing == "wait_for_it" else getattr(ckpt, doing)()
+            except StoreBusy as error:
+                told.append(error)
+        return data
+
+    saves: list[Save] = []
+    with Checkpointer(where, {"data": paged(900, 1)}, encrypt=encrypt, compression=None, threads=threads) as ckpt:
+        with known:
+            saves.append(ckpt.save())
+        assert saves[0].wait(20)
+    assert told
+
+
 def test_quiesce_may_not_save(where: Path) -> None:
     @contextmanager
     def quiesce() -> Iterator[None]:
@@ -280,6 +351,54 @@ def test_each_operation_of_a_save_fails(where: Path, error: int, deltas: bool) -
     program.check()
     assert verify(store, all=True).ok
     program.close()
+
+
+@pytest.mark.parametrize("operation", ["link", "sync_directory"])
+def test_failed_saves_do_not_fill_the_disk(where: Path, operation: str) -> None:
+    class Full(Hooked):
+        full = False
+
+        def operate(self, name: str, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+            if self.full and name == operation:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return call(*args, **options)
+
+    files = Full()
+    with Program(DirectoryStore(where, create=True, files=files), {"data": paged(9, 1)}) as program:
+        program.save()
+        files.full = True
+        for _ in range(5):
+            with pytest.raises(StoreFailed):
+                program.ckpt.save(full=True).wait()
+        assert len(list((where / "segments").iterdir())) == 1
+        files.full = False
+        program.save()
+        program.check()
+        assert len(list((where / "segments").iterdir())) <= 2
+
+
+def test_a_commit_that_may_have_happened_is_cleaned_up_after_the_next(where: Path) -> None:
+    class Unsure(Hooked):
+        unsure, linked = False, False
+
+        def operate(self, name: str, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+            if self.unsure and self.linked and name == "sync_directory":
+                self.linked = False
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            self.linked |= name == "link"
+            return call(*args, **options)
+
+    files = Unsure()
+    with Program(DirectoryStore(where, create=True, files=files), {"data": paged(9, 1)}) as program:
+        program.save()
+        files.unsure, files.linked = True, False
+        for _ in range(5):
+            with pytest.raises(StoreFailed):
+                program.ckpt.save(full=True).wait()
+        files.unsure = False
+        assert len(list((where / "segments").iterdir())) == 6  # who knows what the disk has
+        program.ckpt.save(full=True).wait()
+        assert len(list((where / "segments").iterdir())) == 2
 
 
 def test_a_failed_full_save_is_followed_by_a_full_one(where: Path) -> None:
@@ -537,6 +656,34 @@ def test_a_forked_child_may_not_use_it(where: Path) -> None:
         data[0] ^= 0x55
         assert ckpt.save().wait(20)  # the child took nothing with it
         require_equal(where, {"data": bytes(data)})
+
+
+def test_a_child_that_is_forked_within_a_save_can_end(where: Path) -> None:
+    files, program = gated(where)
+    with program, files.shut():
+        program.buffers["data"][0] ^= 1
+        save = program.ckpt.save()
+        assert files.waiting.wait(20)
+        pid = os.fork()
+        if not pid:
+            from dirtytrack.checkpoint.saving import _finish_all
+
+            with pytest.raises(UsedAfterFork):
+                save.wait()
+            _finish_all()  # as at the end of the interpreter
+            os._exit(7)
+        for _ in range(500):
+            found, status = os.waitpid(pid, os.WNOHANG)
+            if found:
+                break
+            time.sleep(0.01)
+        else:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            pytest.fail("the child waits for a thread that it does not have")
+        assert os.waitstatus_to_exitcode(status) == 7
+        files.gate.set()
+        assert save.wait(20)
 
 
 def test_a_child_does_not_keep_the_store(where: Path) -> None:

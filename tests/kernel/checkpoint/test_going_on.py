@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dirtytrack import allocate
 from dirtytrack.checkpoint import Checkpointer, DirectoryStore, Retention, restore, tending, verify
 from dirtytrack.errors import DamagedCheckpoint, InvalidCheckpoint, InvalidMemory, NoSuchGeneration, StoreFailed
 from tests.generations import Keyed
@@ -85,6 +87,16 @@ def test_tied_weights_are_resumed(where: Path) -> None:
     with Checkpointer(where, {"in": data, "out": data}, resume=True) as ckpt:
         assert bytes(data) == kept
         data[0] ^= 1
+        assert ckpt.save().wait()
+        require_equal(where, {"in": bytes(data), "out": bytes(data)})
+
+
+def test_buffers_that_became_one_are_saved_as_they_are(where: Path) -> None:
+    with Checkpointer(where, {"in": paged(9, 1), "out": paged(9, 2)}) as ckpt:
+        ckpt.save().wait()
+    data = bytearray(9 * PAGE)
+    with Checkpointer(where, {"in": data, "out": data}, resume=True) as ckpt:
+        assert bytes(data) == bytes(paged(9, 1))
         assert ckpt.save().wait()
         require_equal(where, {"in": bytes(data), "out": bytes(data)})
 
@@ -278,3 +290,17 @@ def test_close_does_not_wait_for_a_compaction(where: Path, monkeypatch: pytest.M
     assert time.monotonic() - began < 1.9
     assert not verify(where, all=True).strangers
     program.check()
+
+
+def test_what_another_process_writes_is_seen_by_comparing(where: Path) -> None:
+    """As docs/checkpoint.md says of shared memory."""
+    memory = allocate(9 * PAGE, shared=True)
+    with Checkpointer(where, {"memory": memory}, track={"backend": "compare-hashes"}) as ckpt:
+        ckpt.save().wait()
+        pid = os.fork()
+        if not pid:
+            memory[5 * PAGE] = 77
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert ckpt.save().wait()
+        require_equal(where, {"memory": bytes(memory)})

@@ -256,6 +256,20 @@ def test_meta_is_kept_as_it_was(where: Path) -> None:
 # ---- buffers that come and go
 
 
+def test_meta_is_not_nested_so_deep_that_it_cannot_be_read(where: Path) -> None:
+    def nested(depth: int) -> Any:
+        return [nested(depth - 1)] if depth else 7
+
+    def deep_in_calls(calls: int) -> Any:
+        return deep_in_calls(calls - 1) if calls else restore(where).meta
+
+    with Checkpointer(where, {"data": bytearray(9)}) as ckpt:
+        with pytest.raises(InvalidCheckpoint, match="deep"):
+            ckpt.save(nested(101))
+        ckpt.save(nested(100))
+    assert deep_in_calls(500) == nested(100)
+
+
 def test_buffers_come_and_go(where: Path) -> None:
     with Program(where, {"a": paged(20)}) as program:
         ckpt, buffers = program.ckpt, program.buffers
@@ -337,6 +351,10 @@ def test_many_buffers(where: Path) -> None:
         (lambda: {"x": np.zeros(3, object)}, "Python objects"),
         (lambda: {"x": np.zeros((4, 4)).T}, "C-contiguous"),
         (lambda: {"x": np.zeros(0)}, "empty"),
+        (
+            lambda: {"x": np.zeros(3, np.dtype({"names": ["a", "b"], "formats": ["i4", "i4"], "offsets": [0, 0]}))},
+            "kept",
+        ),
         (lambda: {"x": np.ma.zeros(3)}, "masked"),
         (lambda: {"x": 3}, "buffer protocol"),
         (lambda: {"": bytearray(3)}, "name"),
@@ -360,6 +378,11 @@ def test_buffers_that_cannot_be_saved(where: Path, make: Callable[[], Any], says
         {"threads": 0},
         {"compression": "lzma"},
         {"level": 99},
+        {"resume": "1"},
+        {"resume": None},
+        {"retain": 3},
+        {"encrypt": b"key"},
+        {"decrypt": b"key"},
     ],
 )
 def test_options_that_cannot_be(where: Path, options: dict[str, Any]) -> None:

@@ -283,7 +283,7 @@ def test_no_way_out_of_the_store(where: Path) -> None:
     for path in (where / "store" / "segments" / name, where / "store" / "manifests" / manifest.name):
         path.rename(secret)
         path.symlink_to(secret)
-        with DirectoryStore(where / "store") as store, pytest.raises(StoreFailed, match="never symbolic links"):
+        with DirectoryStore(where / "store") as store, pytest.raises(DamagedCheckpoint, match="never symbolic links"):
             read_back(store)
         path.unlink()
         secret.rename(path)
@@ -459,3 +459,16 @@ def test_a_segment_of_another_name_or_version(where: Path) -> None:
     forge(where / "store", manifest, members_of(manifest))
     with DirectoryStore(where / "store") as store, pytest.raises(InvalidCheckpoint, match="of version 2"):
         read_back(store)
+
+
+@pytest.mark.parametrize("put", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_manifest_at_all_is_damage_and_an_older_one_whole(where: Path, put: Callable[[Path], None]) -> None:
+    from dirtytrack.checkpoint import restore
+
+    newest = make(where / "store")
+    put(where / "store" / "manifests" / f"{newest.generation + 1:016}.0.manifest")
+    with pytest.raises(DamagedCheckpoint) as caught:
+        restore(where / "store")
+    assert caught.value.whole == newest.generation
+    assert restore(where / "store", fallback=True).generation == newest.generation
+    assert verify(where / "store", all=True).whole == newest.generation
