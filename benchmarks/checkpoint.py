@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -57,9 +58,9 @@ def timed(run: Callable[[], object]) -> int:
 
 
 def synced(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file, and wait until it and its name are durable."""
+    """Write a file, or a directory of files, and wait until all of it and its name are durable."""
     write(path)
-    for each in (path, path.parent):
+    for each in (path, *path.rglob("*"), path.parent):
         file = os.open(each, os.O_RDONLY)
         os.fsync(file)
         os.close(file)
@@ -99,25 +100,18 @@ def others(where: Path, data: Any) -> Iterator[tuple[str, Callable[[], object]]]
     yield "numpy.save", lambda: synced(where / "all.npy", lambda path: np.save(path, data))
     if find_spec("zarr"):
         zarr = import_module("zarr")
-
-        def to_zarr() -> None:
-            shutil.rmtree(where / "all.zarr", ignore_errors=True)
-            zarr.save(str(where / "all.zarr"), data)
-            os.sync()
-
-        yield "zarr.save", to_zarr
+        yield "zarr.save", lambda: synced(where / "all.zarr", lambda path: zarr.save(str(path), data))
     if find_spec("torch"):
-        torch = import_module("torch")
+        torch, saved = import_module("torch"), import_module("torch.distributed.checkpoint")
         tensor = torch.from_numpy(data)
         yield "torch.save", lambda: synced(where / "all.pt", lambda path: torch.save(tensor, path))
-        saved = import_module("torch.distributed.checkpoint")
 
-        def to_dcp() -> None:
-            shutil.rmtree(where / "all.dcp", ignore_errors=True)
-            saved.save({"data": tensor}, checkpoint_id=str(where / "all.dcp"))
-            os.sync()
+        def to_dcp(path: Path) -> None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that there is one process only
+                saved.save({"data": tensor}, checkpoint_id=str(path), no_dist=True)
 
-        yield "torch DCP", to_dcp
+        yield "torch DCP", lambda: synced(where / "all.dcp", to_dcp)
 
 
 def end_to_end(settings: Settings, bare: Bare, space: Arena, where: Path, nbytes: int) -> Iterator[Row]:
@@ -127,6 +121,8 @@ def end_to_end(settings: Settings, bare: Bare, space: Arena, where: Path, nbytes
 
         def prepare() -> None:
             ckpt.wait()
+            for old in where.glob("all.*"):
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
             bare.write(space.region.start, pages)
 
         for name, save_all in others(where, data):
