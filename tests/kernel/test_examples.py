@@ -16,7 +16,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 CONSUMERS = (["checkpoint"],)  # packages beside the core, which have front doors of their own
 BENCHMARKS = (
     *("collect", "listeners", "gather", "collect_into", "changed", "algebra", "import"),
-    *("regions", "remedies", "epoch", "gc", "checkpoint", "checkpoint_restore"),
+    *("regions", "remedies", "epoch", "gc", "checkpoint", "checkpoint_beside", "checkpoint_restore"),
 )
 
 
