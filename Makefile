@@ -141,7 +141,7 @@ c-test: $(C_TESTS:tests/c/%.c=build/c/%.ran) ## the C core with its own tests, w
 .PHONY: test-torch
 test-torch: $(VENV)/.test ## pages and tests on PyTorch, which it installs: large, so neither make test nor CI does
 	$(PIP) install "$(TORCH)"
-	$(BIN)/python -m pytest tests/unit/test_docs.py tests/kernel/test_delta_torch.py -m torch $(ARGS)
+	$(BIN)/python -m pytest tests/unit/test_docs.py tests/kernel/test_delta_torch.py tests/kernel/checkpoint -m torch $(ARGS)
 
 .PHONY: check-browser
 check-browser: ## say whether there is a browser for test-browser, and the command that installs one
@@ -185,6 +185,7 @@ pythons: $(VENV)/.built ## one wheel from the sdist, installed and tried in each
 	        $$python -m venv build/pythons/$$version && \
 	        build/pythons/$$version/bin/python -m pip -q --disable-pip-version-check install build/pythons/*.whl && \
 	        (cd build/pythons/$$version && bin/dirtytrack doctor) && \
+	        build/pythons/$$version/bin/python -m pip -q --disable-pip-version-check install numpy && \
 	        for example in examples/*.py; do build/pythons/$$version/bin/python -I -W error $$example || exit 1; done \
 	        || exit 1; \
 	        tried=$$((tried + 1)); break; \

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import threading
 import time
@@ -16,23 +15,21 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..errors import (
     CheckpointerClosed,
     DamagedCheckpoint,
-    InvalidCheckpoint,
     InvalidMemory,
     StoreBusy,
     StoreFailed,
     UsedAfterFork,
 )
-from ..kernel import core, sets
+from ..kernel import sets
 from .buffers import Described, describe
-from .chains import Retention
 from .coding import Decoder, Encoder
 from .costs import Costs
 from .crew import Worker, default_threads
 from .jobs import Job, Save
 from .mirroring import Mirrors
+from .options import as_json, frame_nbytes, require_kinds, require_options
 from .restoring import restore
 from .saving import Saver
-from .segments import FRAME_NBYTES
 from .staging import Staging, default_staging_nbytes
 from .stall import Stall
 from .store import DirectoryStore
@@ -47,13 +44,12 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from .buffers import Saveable
+    from .chains import Retention
     from .manifests import Manifest
     from .protocols import Store, Writer
     from .restoring import State
 
 __all__ = ["Checkpointer"]
-
-_MOST_META_DEPTH = 100
 
 
 class Checkpointer:
@@ -127,8 +123,8 @@ class Checkpointer:
         threads: int | None = None,
         track: Mapping[str, Any] | None = None,
     ) -> None:
-        _require_options(when_busy, quiesce, compact, threads, buffers)
-        _require_kinds(resume, staging_bytes, retain, encrypt, decrypt)
+        require_options(when_busy, quiesce, compact, threads, buffers)
+        require_kinds(resume, staging_bytes, retain, encrypt, decrypt)
         described = {name: describe(name, buffer) for name, buffer in buffers.items()}
         encoder, decoder = Encoder(compression, level, encrypt), Decoder(decrypt)
         self._pid, self._lock = os.getpid(), threading.RLock()
@@ -168,7 +164,7 @@ class Checkpointer:
                 encoder=encoder,
                 mirrors=mirrors,
                 costs=self._costs,
-                frame_nbytes=_frame_nbytes(staging),
+                frame_nbytes=frame_nbytes(staging),
                 threads=default_threads() if threads is None else threads,
                 base=base,
                 put_back=self._watching.tracker.put_back,
@@ -309,7 +305,7 @@ class Checkpointer:
 
         What raises has collected nothing for good: all pages are in the next save.
         """
-        kept = _as_json(meta)
+        kept = as_json(meta)
         with self._alone("save"):
             self._require_open()
             saver, began = self._saver, time.perf_counter()
@@ -436,7 +432,7 @@ class Checkpointer:
         saver.staging.clear()
         if self._wanted_staging is None and self._staging_nbytes() > 2 * saver.staging.nbytes:
             saver.staging = Staging(self._staging_nbytes())
-            saver.frame_nbytes = _frame_nbytes(saver.staging)
+            saver.frame_nbytes = frame_nbytes(saver.staging)
 
     # ---- the end
 
@@ -491,52 +487,6 @@ class Checkpointer:
     def _require_open(self) -> None:
         if self._closed:
             raise CheckpointerClosed("this Checkpointer is closed: make another one, with resume=True to go on")
-
-
-# ---- options
-
-
-def _frame_nbytes(staging: Staging) -> int:
-    return min(FRAME_NBYTES, staging.nbytes // 4 // core.PAGE_BYTES * core.PAGE_BYTES)
-
-
-def _require_options(when_busy: Any, quiesce: Any, compact: Any, threads: Any, buffers: Any) -> None:
-    if when_busy not in ("wait", "skip", "coalesce"):
-        raise InvalidCheckpoint(f'when_busy= is "wait", "skip" or "coalesce", not {when_busy!r}')
-    if quiesce is not None and not callable(quiesce):
-        raise InvalidCheckpoint("quiesce= is called for a context manager, as a function under @contextmanager is")
-    if compact is not None and not (type(compact) in (int, float) and compact > 0):
-        raise InvalidCheckpoint(f"compact= is a number above 0, or None, not {compact!r}")
-    if threads is not None and (type(threads) is not int or threads < 1):
-        raise InvalidCheckpoint(f"threads= is a whole number from 1 on, not {threads!r}")
-    if not isinstance(buffers, Mapping) or not buffers:
-        raise InvalidMemory("the buffers are a mapping from names to buffers, with one at least")
-
-
-def _require_kinds(resume: Any, staging_bytes: Any, retain: Any, encrypt: Any, decrypt: Any) -> None:
-    if type(resume) not in (bool, int):
-        raise InvalidCheckpoint(f"resume= is True, False or the number of a generation, not {resume!r}")
-    if staging_bytes is not None and type(staging_bytes) is not int:
-        raise InvalidMemory(f"staging_bytes= is a number of bytes, not {staging_bytes!r}")
-    if retain is not None and not isinstance(retain, Retention):
-        raise InvalidCheckpoint(f"retain= is a Retention, as Retention(last=10), not {retain!r}")
-    for name, function in (("encrypt", encrypt), ("decrypt", decrypt)):
-        if function is not None and not callable(function):
-            raise InvalidCheckpoint(f"{name}= is a function from bytes to bytes, not {function!r}")
-
-
-def _as_json(meta: Any) -> Any:
-    try:
-        kept = json.loads(json.dumps(meta, allow_nan=False))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidCheckpoint(f"meta is kept as JSON, which has no word for this: {error}") from error
-    level, depth = [kept], 0
-    while level := [each for each in level if isinstance(each, (dict, list))]:
-        depth += 1
-        if depth > _MOST_META_DEPTH:  # who restores may be deep in calls, and Python's JSON counts them
-            raise InvalidCheckpoint(f"meta is nested more than {_MOST_META_DEPTH} deep: make it flatter")
-        level = [each for part in level for each in (part.values() if isinstance(part, dict) else part)]
-    return kept
 
 
 # ---- letting go

@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import sqlite3
 from collections.abc import Callable
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -14,6 +12,7 @@ import numpy as np
 
 import dirtytrack
 from dirtytrack.delta import Delta, Mirror, apply, compose, diff
+from tests.databases import Sqlite
 from tests.oracle import PAGE
 
 ROUNDS = 40
@@ -44,43 +43,6 @@ def follow(memory: Any, load: Callable[[int], None], **options: Any) -> tuple[li
                 apply(owed.pop(), lagging)
                 assert lagging == now
     return deltas, pages
-
-
-class Sqlite:
-    """A database of sqlite's whose pages lie in memory of ours (`sqlite3_deserialize`)."""
-
-    def __init__(self, memory: dirtytrack.Memory) -> None:
-        connection = sqlite3.connect(":memory:")
-        self._library = ctypes.CDLL(self._path())
-        for name in ("sqlite3_deserialize", "sqlite3_exec", "sqlite3_open"):
-            getattr(self._library, name).restype = ctypes.c_int
-        self._database = ctypes.c_void_p()
-        self._check(self._library.sqlite3_open(b":memory:", ctypes.byref(self._database)))
-        size = ctypes.c_longlong
-        into = ctypes.c_char.from_buffer(memory)
-        flags = 0  # not resizeable, not read-only, not to be freed
-        self._check(
-            self._library.sqlite3_deserialize(
-                self._database, b"main", ctypes.byref(into), size(0), size(memory.nbytes), flags
-            )
-        )
-        connection.close()
-
-    @staticmethod
-    def _path() -> str:
-        """The library that Python's own module has loaded."""
-        paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "sqlite3" in line}
-        return next(path for path in sorted(paths, reverse=True) if ".so" in path)
-
-    @staticmethod
-    def _check(code: int) -> None:
-        assert code == 0, f"sqlite answered {code}"
-
-    def run(self, sql: str) -> None:
-        self._check(self._library.sqlite3_exec(self._database, sql.encode(), None, None, None))
-
-    def close(self) -> None:
-        self._check(self._library.sqlite3_close(self._database))
 
 
 def test_an_in_memory_sqlite_database_under_load() -> None:
