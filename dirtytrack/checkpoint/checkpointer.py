@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..errors import (
     CheckpointerClosed,
     DamagedCheckpoint,
+    InvalidCheckpoint,
     InvalidMemory,
     StoreBusy,
     StoreFailed,
