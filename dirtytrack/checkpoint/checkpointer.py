@@ -83,7 +83,8 @@ class Checkpointer:
         quiesce: called for a context manager in which nobody writes to the buffers: `save` copies within it.
         retain: after each save, remove the generations that this does not keep. They are all kept where it is left out.
         compact: once the increments since the newest full save take so many times as much of the store as that, the
-            generation is compacted: written anew as a full one, from the store, while the program goes on. None: never.
+            generation is compacted: written anew as a full one, from the store, while the program goes on. None: never;
+            after a thousand segments the next save is full, since each manifest lists them all.
             Where it cannot be (encrypted without ``decrypt``), the next save is full.
         encrypt, decrypt: functions from bytes to bytes, for each frame; called from several threads. ``decrypt`` is for
             ``resume`` and for compacting.

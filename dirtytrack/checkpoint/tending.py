@@ -82,6 +82,8 @@ class Tending:
                 self._begin(manifest)
             else:
                 self.full_next = True
+        elif self._compact is None and len(manifest.segments) > _MOST_SEGMENTS:
+            self.full_next = True
         if self._retain is not None:
             self._prune(self._retain, manifest.generation)
         return manifest

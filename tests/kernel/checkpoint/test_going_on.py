@@ -245,6 +245,17 @@ def test_what_cannot_be_compacted_is_saved_anew(where: Path, monkeypatch: pytest
         program.check()
 
 
+def test_a_chain_does_not_grow_for_ever(where: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tending, "_MOST_SEGMENTS", 5)
+    with Program(where, {"data": paged(30, 1)}, compact=None) as program:
+        kinds = []
+        for step in range(14):
+            program.buffers["data"][step * PAGE] ^= 0x55
+            kinds.append(program.save().kind)
+        assert [step for step, kind in enumerate(kinds) if kind == "full"] == [0, 6, 12]
+        program.check()
+
+
 def test_a_compaction_that_fails_is_told_and_harms_nothing(where: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tending, "_SPARE_NBYTES", 0)
 
