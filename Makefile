@@ -100,6 +100,12 @@ bench-docs: $(VENV)/.test ## measure everything, then rewrite the numbers, table
 	$(BIN)/python docs/draw_epochs.py docs/benchmarks.json docs/epochs.svg
 	$(BIN)/python docs/draw_density.py docs/benchmarks.json docs/density.svg
 
+.PHONY: bench-checkpoint
+bench-checkpoint: $(VENV)/.test ## measure saves, beside PyTorch's too if make test-torch was run, for docs/checkpoint.md
+	$(BIN)/python -m benchmarks --write docs/checkpointing.json checkpoint checkpoint_beside
+	$(BIN)/python docs/draw_tables.py docs/checkpointing.json docs/checkpoint.md
+	$(BIN)/python docs/draw_saving.py docs/checkpointing.json docs/saving.svg
+
 .PHONY: draw-observe
 draw-observe: $(VENV)/.test ## run a small program, and draw it for docs/top.md and docs/heatmap.md
 	$(BIN)/python docs/draw_observe.py docs/top.svg docs/heatmap.png

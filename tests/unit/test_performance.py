@@ -23,6 +23,16 @@ def test_each_benchmark_has_its_table() -> None:
     assert set(re.findall(r"<!-- table: (\w+) -->", PAGE)) == {row["benchmark"] for row in TOLD["rows"]}
 
 
+def test_what_saves_cost_is_what_was_measured() -> None:
+    page = (DOCS / "checkpoint.md").read_text(encoding="utf-8")
+    told = json.loads((DOCS / "checkpointing.json").read_text(encoding="utf-8"))
+    assert runpy.run_path(str(DOCS / "draw_tables.py"))["render"](page, told) == page
+    assert set(re.findall(r"<!-- table: (\w+) -->", page)) == {row["benchmark"] for row in told["rows"]}
+    assert (DOCS / "saving.svg").read_text(encoding="utf-8") == runpy.run_path(str(DOCS / "draw_saving.py"))["draw"](
+        told
+    )
+
+
 def test_no_time_stands_outside_the_tables() -> None:
     prose = re.sub(r"<!-- (?:machine|missed|table: \w+) -->.*?<!-- end -->", "", PAGE, flags=re.DOTALL)
     typed = re.findall(r"\d[\d.]* (?:ns|ms|s|million)\b|\d[\d.]* µs", prose)
