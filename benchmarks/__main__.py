@@ -52,8 +52,8 @@ BENCHMARKS: dict[str, Benchmark] = {
     "migration": migration,
 }
 
-BY_NAME = {"migration"}
-"""What runs only when it is asked for: its numbers stand on a page of their own (make bench-migration)."""
+BY_NAME = {"checkpoint", "checkpoint_beside", "migration"}
+"""What runs only when it is asked for: its numbers stand on pages of their own (make bench-checkpoint, …)."""
 
 
 def main() -> int:

@@ -341,7 +341,10 @@ def prune(
     Raises:
         StoreBusy: somebody writes to the store.
         PermissionDenied, StoreFailed: it cannot be read, or written to.
+        InvalidCheckpoint: it is no store, or that is no `Retention`.
     """
+    if not isinstance(retention, Retention):
+        raise InvalidCheckpoint(f"a retention is a Retention, as Retention(last=10), not {retention!r}")
     with open_store(store) as opened:
         if dry_run:
             return _pruned(opened.catalog(), removable(opened, retention, now=now), True)

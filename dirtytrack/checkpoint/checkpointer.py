@@ -33,7 +33,7 @@ from .restoring import restore
 from .saving import Saver
 from .staging import Staging, default_staging_nbytes
 from .stall import Stall
-from .store import DirectoryStore
+from .store import DirectoryStore, require_store
 from .tending import Tending
 from .watching import Watching
 
@@ -138,6 +138,8 @@ class Checkpointer:
         self._closing = _Closing()
         try:
             owned = isinstance(store, (str, os.PathLike))
+            if not owned:
+                require_store(store)
             self._store: Store = DirectoryStore(store, create=True) if owned else store  # type: ignore[arg-type,assignment]
             if owned:
                 self._closing.store = self._store

@@ -35,7 +35,17 @@ if TYPE_CHECKING:
 
     from .protocols import Source, Store, Writer
 
-__all__ = ["MANIFESTS", "MARKER", "READERS", "SEGMENTS", "WRITER", "DirectoryStore", "marker_of", "open_store"]
+__all__ = [
+    "MANIFESTS",
+    "MARKER",
+    "READERS",
+    "SEGMENTS",
+    "WRITER",
+    "DirectoryStore",
+    "marker_of",
+    "open_store",
+    "require_store",
+]
 
 MARKER, WRITER, READERS = "dirtytrack-store", "writer.lock", "readers.lock"
 SEGMENTS, MANIFESTS = "segments", "manifests"
@@ -46,12 +56,27 @@ _MARKER_NBYTES = 128  # more is never read
 
 @contextmanager
 def open_store(where: Store | str | os.PathLike[str], *, create: bool = False) -> Iterator[Store]:
-    """A store as it is, or the one in the directory of that path, which is closed again."""
+    """A store as it is, or the one in the directory of that path, which is closed again.
+
+    Raises:
+        InvalidCheckpoint: it is neither.
+    """
     if isinstance(where, (str, os.PathLike)):
         with DirectoryStore(where, create=create) as store:
             yield store
     else:
+        require_store(where)
         yield where
+
+
+def require_store(where: Any) -> None:
+    """Refuse what is no store.
+
+    Raises:
+        InvalidCheckpoint.
+    """
+    if not callable(getattr(where, "writer", None)):
+        raise InvalidCheckpoint(f"a store is a path or a Store, not {where!r}")
 
 
 # ---- a directory

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dirtytrack.checkpoint import DirectoryStore, verify
+from dirtytrack.checkpoint import Checkpointer, DirectoryStore, compact, generations, prune, restore, verify
 from dirtytrack.checkpoint.coding import Encoder
 from dirtytrack.checkpoint.files import Files
 from dirtytrack.checkpoint.manifests import Manifest, RegionEntry, SegmentEntry, manifest_name, segment_name
@@ -532,3 +532,16 @@ def test_a_store_that_moves(where: Path) -> None:
     with DirectoryStore(where / "moved") as store:
         assert read_back(store, 1) == CONTENTS[0]
         assert read_back(store, 2) == CONTENTS[1]
+
+
+def test_what_is_no_store_nor_retention(tmp_path: Path) -> None:
+    DirectoryStore(tmp_path / "store", create=True).close()
+    nothing: Any = None
+    for call in (restore, generations, verify, compact):
+        with pytest.raises(InvalidCheckpoint, match="a store is a path or a Store, not None"):
+            call(nothing)
+    with pytest.raises(InvalidCheckpoint, match="a store is a path"):
+        Checkpointer(nothing, {"a": bytearray(1)})
+    three: Any = 3
+    with pytest.raises(InvalidCheckpoint, match=r"as Retention\(last=10\), not 3"):
+        prune(tmp_path / "store", three)
