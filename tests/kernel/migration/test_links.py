@@ -33,6 +33,17 @@ def once(kind: int, what: str, *, nth: int = 1) -> Callable[[Seen], str]:
     return meddle
 
 
+def cut_behind(nbytes: int) -> Callable[[Seen], str]:
+    """Cut the link, once, when so many bytes of pages have passed."""
+    left = [nbytes]
+
+    def meddle(seen: Seen) -> str:
+        before, left[0] = left[0], left[0] - len(seen.frame) * (seen.kind == proxy.PAGES)
+        return "cut" if before > 0 >= left[0] else "pass"
+
+    return meddle
+
+
 def again(cast: Cast, sending: Party, receiving: Party, address: str) -> int:
     """The next attempt succeeds; how much it sent."""
     sending.tell("migrate", address)
@@ -206,7 +217,7 @@ def test_a_slow_reader_is_waited_for(cast: Cast) -> None:
 def test_an_interrupted_migration_sends_only_what_is_missing(cast: Cast) -> None:
     receiving, address = cast.destination(attempts=2)
     sending = cast.source(32 * MIB, fill=1.0, connections=1, bandwidth=150e6)
-    with Proxy(address, once(proxy.PAGES, "cut", nth=96)) as between:
+    with Proxy(address, cut_behind(24 * MIB)) as between:
         sending.tell("migrate", between.address)
         sending.hear("failed")
         receiving.hear("failed")
