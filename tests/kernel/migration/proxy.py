@@ -88,9 +88,13 @@ class Proxy:
         while not self.closed:
             try:
                 near = self._listening.accept()[0]
-                far = socket.create_connection(self._to)
             except OSError:
                 return
+            try:
+                far = socket.create_connection(self._to)
+            except OSError:  # nobody is there; perhaps there will be
+                near.close()
+                continue
             for each in (near, far):
                 each.settimeout(0.02)
             self._sockets += (near, far)
