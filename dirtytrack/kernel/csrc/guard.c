@@ -272,8 +272,16 @@ static void hold(dt_guard *g, dt_guard_answer *told)
     told->step = DT_GUARD_STOP;
     told->code = stop_all(g, g->deadline);
     told->threads = (uint32_t)g->count;
+    int registers = -1;
+    if (!told->code && g->wish->registers) {
+        told->step = DT_GUARD_REGISTERS;
+        registers = dt_save_registers(g);
+        told->code = registers < 0 ? registers : 0;
+    }
     if (!told->code) {
-        answer(g->wish->channel, told, -1);
+        answer(g->wish->channel, told, registers);
+        if (registers >= 0)
+            close(registers);
         while (poll(&gone, 1, -1) < 0 && errno == EINTR)
             ;
     }

@@ -41,6 +41,9 @@ int dt_inject(dt_guard *g, dt_thread *t, const dt_gadget *gadget, int32_t *step)
  * after a stop, it is made again. */
 void dt_mend_call(dt_guard *g, dt_thread *t);
 
+/* registers.c */
+int dt_save_registers(dt_guard *g); /* of all threads, which stand: a memory file of dt_thread_state, or -errno */
+
 /* frame.c */
 typedef struct dt_frame { uint64_t at; uint8_t *before; size_t bytes; } dt_frame;
 #if defined(__x86_64__)
