@@ -131,3 +131,56 @@ def _is_excused(image: Imaged, mapping: dict[str, Any], each: Mapped, memory: in
                 page = file.read(PAGE)
                 if at not in there and page:
                     assert os.pread(memory, len(page), at) == page, f"{at:#x} of {mapping} is not its file's"
+
+
+class Witness:
+    """Looks at a process in the moment before it goes on, by means of its own, whatever it does otherwise.
+
+    Args:
+        tracker: of the `ProcessCheckpointer` that is looked at.
+    """
+
+    def __init__(self, tracker: Any) -> None:
+        self._tracker, self._freeze = tracker, tracker.frozen
+        self.pages: dict[int, bytes] = {}
+        self.mapped: list[Mapped] = []
+        tracker.frozen = self._frozen
+
+    @contextmanager
+    def _frozen(self, **options: Any) -> Iterator[Any]:
+        with self._freeze(**options) as frozen:
+            yield frozen
+            self._look()
+
+    def _look(self) -> None:
+        pid = self._tracker.pid
+        self.mapped, self.pages = mapped(pid), {}
+        present = PageCategory.PRESENT | PageCategory.SWAPPED
+        memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY)
+        with Pagemap(pid) as pagemap:
+            for each in self.mapped:
+                found = pagemap.scan(each.start, each.end, category_anyof_mask=present, return_mask=present)
+                ranges = [part[:2] for part in found if part.categories & PageCategory.PRESENT]
+                for start, end in [each[:2]] if each.path == "[vdso]" else ranges:
+                    for at in range(start, end, PAGE):
+                        try:
+                            self.pages[at] = os.pread(memory, PAGE, at)
+                        except OSError:  # [vvar]
+                            break
+        os.close(memory)
+
+    def agrees_with(self, image: Imaged) -> int:
+        """Compare; how many pages were compared."""
+        told = [(each["start"], each["end"], each["permissions"], each["offset"]) for each in image.mappings]
+        assert told == [each[:4] for each in self.mapped]
+        zeros, compared = bytes(PAGE), 0
+        for mapping in image.mappings:
+            covered = set()
+            for start, data in image.parts(mapping):
+                for at in range(0, len(data), PAGE):
+                    assert data[at : at + PAGE] == self.pages.get(start + at, zeros), f"{start + at:#x} of {mapping}"
+                    covered.add(start + at)
+            compared += len(covered)
+            if mapping["why"] is None:
+                assert len(covered) == (mapping["end"] - mapping["start"]) // PAGE
+        return compared
