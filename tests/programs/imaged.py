@@ -51,11 +51,15 @@ class Imaged:
             yield mapping["start"] + within, self._bytes[number][offset : offset + nbytes]
 
     def read(self, address: int, nbytes: int) -> bytes:
-        mapping = self.mapping_at(address)
-        for start, data in self.parts(mapping):
-            if start <= address and address + nbytes <= start + len(data):
-                return bytes(data[address - start : address - start + nbytes])
-        raise LookupError(f"{address:#x} is not in the image: {mapping}")
+        out = b""
+        while len(out) < nbytes:
+            at = address + len(out)
+            mapping = self.mapping_at(at)
+            part = next(((start, data) for start, data in self.parts(mapping) if start <= at < start + len(data)), None)
+            if part is None:
+                raise LookupError(f"{at:#x} is not in the image: {mapping}")
+            out += part[1][at - part[0] :][: nbytes - len(out)]
+        return out
 
     def word(self, address: int) -> int:
         return int.from_bytes(self.read(address, 8), "little")
@@ -69,6 +73,12 @@ def mapped(pid: int) -> list[Mapped]:
         if start < 1 << 63:
             out.append(Mapped(start, end, permissions, int(offset, 16), device, int(inode), rest[0] if rest else ""))
     return out
+
+
+def waits_for_a_line(pid: int) -> None:
+    """Return when its first thread is in read(0, ...): one that has answered is still on its way there."""
+    while Path(f"/proc/{pid}/syscall").read_text().split()[:2] != ["0", "0x0"]:
+        time.sleep(0.0005)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import struct
 from collections.abc import Iterator
@@ -13,18 +14,35 @@ import pytest
 from dirtytrack.checkpoint import Retention, compact, generations, verify
 from dirtytrack.checkpoint.images import ProcessCheckpointer
 from dirtytrack.errors import CheckpointerClosed, InvalidCheckpoint, InvalidMemory, StoreBusy, TargetGone
-from tests.programs.imaged import PAGE, Imaged, is_true
+from tests.programs.imaged import PAGE, Imaged, is_true, waits_for_a_line
 from tests.programs.targets import is_unharmed, running
 from tests.programs.test_attach import Memory
 
 
+class Settled(Memory):
+    """As `Memory`; when it has answered, it does nothing more."""
+
+    def do(self, *words: object) -> int:
+        at = super().do(*words)
+        waits_for_a_line(self.pid)
+        return at
+
+    def ask(self, line: str) -> int:
+        at = int(self.program.ask(line), 16)
+        waits_for_a_line(self.pid)
+        return at
+
+
 @pytest.fixture
-def memory() -> Iterator[Memory]:
+def memory() -> Iterator[Settled]:
     with running("pages") as program:
-        yield Memory(program)
+        memory = Settled(program)
+        os.sched_setaffinity(program.pid, {0})  # the kernel notes in its memory which processor it is on: rseq
+        memory.ask("nothing")
+        yield memory
 
 
-def test_each_generation_is_what_the_process_was(memory: Memory, tmp_path: Path) -> None:
+def test_each_generation_is_what_the_process_was(memory: Settled, tmp_path: Path) -> None:
     store = tmp_path / "store"
     at = memory.do("map", 300)
     with ProcessCheckpointer(store, memory.pid) as ckpt:
@@ -47,7 +65,7 @@ def test_each_generation_is_what_the_process_was(memory: Memory, tmp_path: Path)
     assert verify(store, all=True).ok
 
 
-def test_mappings_that_come_go_grow_shrink_and_move(memory: Memory, tmp_path: Path) -> None:
+def test_mappings_that_come_go_grow_shrink_and_move(memory: Settled, tmp_path: Path) -> None:
     store = tmp_path / "store"
     places = [memory.do("map", 50) for _ in range(4)]
     with ProcessCheckpointer(store, memory.pid) as ckpt:
@@ -78,7 +96,7 @@ def test_mappings_that_come_go_grow_shrink_and_move(memory: Memory, tmp_path: Pa
         memory.do("unmap", places[3] + 10 * PAGE, 5)
         saved()
         for pages in (40, 100, -60, 30):
-            assert memory.program.ask(f"brk {pages}")
+            assert memory.ask(f"brk {pages}")
             saved()
         saved()
         assert kinds == ["full"] + ["increment"] * (len(kinds) - 1)
@@ -94,20 +112,20 @@ def test_mappings_that_come_go_grow_shrink_and_move(memory: Memory, tmp_path: Pa
             assert (start, data) == (where, other)
 
 
-def test_memory_that_is_not_tracked(memory: Memory, tmp_path: Path) -> None:
+def test_memory_that_is_not_tracked(memory: Settled, tmp_path: Path) -> None:
     """Files, shared memory, what another userfaultfd has, and what may not even be read."""
     store, path = tmp_path / "store", tmp_path / "file"
     path.write_bytes(bytes(40 * PAGE))
     shared = memory.do("share", 64)
-    file = int(memory.program.ask(f"file {path} 40"), 16)
+    file = memory.ask(f"file {path} 40")
     busy, hidden, locked = (memory.do("map", 16) for _ in range(3))
     assert memory.do("busy", busy, 16)
     with ProcessCheckpointer(store, memory.pid) as ckpt:
         for step in range(3):
             for place in (shared, file, busy, locked):
                 memory.do("write", place, step)
-            memory.program.ask(f"rights {locked:x} 16 0")
-            memory.program.ask(f"hide {hidden:x} 16 {int(step == 1)}")
+            memory.ask(f"rights {locked:x} 16 0")
+            memory.ask(f"hide {hidden:x} 16 {int(step == 1)}")
             image = ckpt.save()
             assert image.kind == ("increment" if step else "full")
             assert is_true(Imaged(store), memory.pid)
@@ -115,7 +133,7 @@ def test_memory_that_is_not_tracked(memory: Memory, tmp_path: Path) -> None:
             for place in (shared, file, busy, locked):
                 assert found.read(place + step * PAGE, 1) == b"\2"
             assert found.mapping_at(hidden)["why"] == ("dont dump" if step == 1 else None)
-            memory.program.ask(f"rights {locked:x} 16 3")
+            memory.ask(f"rights {locked:x} 16 3")
         memory.do("punch", shared, 2)
         memory.do("discard", file, 1)
         ckpt.save()
@@ -123,8 +141,8 @@ def test_memory_that_is_not_tracked(memory: Memory, tmp_path: Path) -> None:
         assert ckpt.save().bytes_written < 200 * PAGE
 
 
-def test_what_was_never_populated_stays_so(memory: Memory, tmp_path: Path) -> None:
-    at = int(memory.program.ask(f"reserve {1 << 18}"), 16)
+def test_what_was_never_populated_stays_so(memory: Settled, tmp_path: Path) -> None:
+    at = memory.ask(f"reserve {1 << 18}")
     memory.do("write", at, 1000)
 
     def populated() -> int:
@@ -173,7 +191,7 @@ def test_every_image_is_of_one_instant(tmp_path: Path, staging: int | None) -> N
     assert verify(store, all=True).ok
 
 
-def test_an_increment_of_many_pages_is_copied_before(memory: Memory, tmp_path: Path) -> None:
+def test_an_increment_of_many_pages_is_copied_before(memory: Settled, tmp_path: Path) -> None:
     at = memory.do("map", 4000)
     with ProcessCheckpointer(tmp_path / "store", memory.pid, precopy_bytes=1 << 20) as ckpt:
         first = ckpt.save()
@@ -190,7 +208,7 @@ def test_an_increment_of_many_pages_is_copied_before(memory: Memory, tmp_path: P
         assert is_true(Imaged(tmp_path / "store"), memory.pid)
 
 
-def test_a_random_walk(memory: Memory, tmp_path: Path) -> None:
+def test_a_random_walk(memory: Settled, tmp_path: Path) -> None:
     chance = random.Random(7)
     places: dict[int, int] = {}
     store = tmp_path / "store"
@@ -223,7 +241,7 @@ def test_a_random_walk(memory: Memory, tmp_path: Path) -> None:
     assert verify(store, all=True).ok
 
 
-def test_it_begins_anew_with_a_full_one(memory: Memory, tmp_path: Path) -> None:
+def test_it_begins_anew_with_a_full_one(memory: Settled, tmp_path: Path) -> None:
     store = tmp_path / "store"
     for count in (1, 2):
         with ProcessCheckpointer(store, memory.pid, retain=Retention(last=3)) as ckpt:
@@ -239,7 +257,7 @@ def test_it_begins_anew_with_a_full_one(memory: Memory, tmp_path: Path) -> None:
     assert memory.do("map", 1)
 
 
-def test_what_is_excluded(memory: Memory, tmp_path: Path) -> None:
+def test_what_is_excluded(memory: Settled, tmp_path: Path) -> None:
     at, other = memory.do("map", 10), memory.do("share", 10)
     with ProcessCheckpointer(tmp_path / "store", memory.pid, exclude=["[heap]", (at, at + PAGE), "/dev/zero*"]) as ckpt:
         ckpt.save()

@@ -9,6 +9,7 @@ typedef struct dt_thread {
     bool stopped;
     bool gone;
     int owed;                     /* a stop signal that is to be sent again */
+    int met;                      /* a stop that was told while another thread was waited for: its status; 0: none */
 } dt_thread;
 
 typedef struct dt_guard {
