@@ -57,8 +57,8 @@ def all_zero(data: Any) -> bool:
 
 
 class PageDigests:
-    """Hashes of pages, of 128 bits, under a random key of its own: two pages that differ have the same one for at most one
-    key in 2^64, whatever is in them. Any thread may call."""
+    """Hashes of pages, of 128 bits, under a random key of its own: two pages that differ have the same one for at most
+    one key in 2^64, whatever is in them. Any thread may call."""
 
     __slots__ = ("_key",)
 

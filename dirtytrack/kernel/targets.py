@@ -236,13 +236,13 @@ def thread_states(fd: int) -> tuple[ThreadState, ...]:
     while at < len(data):
         core.ffi.buffer(state, size)[:] = data[at : at + size]
         at += size
-        parts = []
-        for nbytes in (state.prstatus_bytes, state.fpregset_bytes, state.xstate_bytes):
-            parts.append(data[at : at + nbytes])
-            at += nbytes
-        at += -at % 8
+        middle = at + state.prstatus_bytes
+        last = middle + state.fpregset_bytes
+        end = last + state.xstate_bytes
         name = core.ffi.string(state.name).decode(errors="surrogateescape")
-        found.append(ThreadState(state.tid, name, *parts, state.signal_mask))
+        sets = data[at:middle], data[middle:last], data[last:end]
+        found.append(ThreadState(state.tid, name, sets[0], sets[1], sets[2], state.signal_mask))
+        at = end + -end % 8
     return tuple(found)
 
 

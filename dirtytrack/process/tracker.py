@@ -454,7 +454,9 @@ class ProcessTracker:
                 raise InvalidMemory(
                     "a process in another pid namespace cannot be stopped from here: have it stop its threads itself"
                 )
-        with self._frozen_by_cgroup(timeout) if by == "cgroup" else self._frozen_by_ptrace(timeout, registers) as frozen:
+        with (
+            self._frozen_by_cgroup(timeout) if by == "cgroup" else self._frozen_by_ptrace(timeout, registers) as frozen
+        ):
             yield frozen
 
     @contextmanager

@@ -18,6 +18,8 @@ from tests.programs.imaged import PAGE, Imaged, is_true, waits_for_a_line
 from tests.programs.targets import is_unharmed, running
 from tests.programs.test_attach import Memory
 
+WALK = ("map", "map", "write", "write", "unmap", "grow", "move", "again", "discard", "part")
+
 
 class Settled(Memory):
     """As `Memory`; when it has answered, it does nothing more."""
@@ -172,9 +174,8 @@ def test_every_image_is_of_one_instant(tmp_path: Path, staging: int | None) -> N
             for _ in range(6):
                 image = ckpt.save()
                 found = Imaged(store, image.generation)
-                values = [
-                    (found.word(first + pair * PAGE), found.word(second + pair * PAGE)) for pair in range(threads * pairs)
-                ]
+                places = range(0, threads * pairs * PAGE, PAGE)
+                values = [(found.word(first + at), found.word(second + at)) for at in places]
                 assert all(a in (b, b + 1) for a, b in values)
                 for thread in range(threads):
                     done, total = struct.unpack("<2Q", found.read(tallies + thread * PAGE, 16))
@@ -215,7 +216,9 @@ def test_a_random_walk(memory: Settled, tmp_path: Path) -> None:
     with ProcessCheckpointer(store, memory.pid, precopy_bytes=64 << 10, compact=0.5) as ckpt:
         for _ in range(12):
             for _ in range(chance.randrange(1, 12)):
-                what = chance.choice(("map", "map", "write", "write", "unmap", "grow", "move", "again", "discard", "part"))
+                what = chance.choice(
+                    ["map", "map", "write", "write", "unmap", "grow", "move", "again", "discard", "part"]
+                )
                 if what == "map" or not places:
                     pages = chance.randrange(1, 120)
                     places[memory.do("map", pages)] = pages
@@ -245,7 +248,7 @@ def test_it_begins_anew_with_a_full_one(memory: Settled, tmp_path: Path) -> None
     store = tmp_path / "store"
     for count in (1, 2):
         with ProcessCheckpointer(store, memory.pid, retain=Retention(last=3)) as ckpt:
-            assert ckpt.generation is None
+            assert "generation None" in repr(ckpt)
             assert ckpt.save().kind == "full"
             assert ckpt.save().kind == "increment"
             assert ckpt.generation == 2 * count
@@ -266,9 +269,10 @@ def test_what_is_excluded(memory: Settled, tmp_path: Path) -> None:
     heap = next(each for each in image.mappings if each["path"] == "[heap]")
     assert heap["saved"] is None
     assert is_true(image, memory.pid)
-    for wrong in ({"precopy_bytes": -1}, {"staging_bytes": 5}):
-        with pytest.raises(InvalidMemory):
-            ProcessCheckpointer(tmp_path / "other", memory.pid, **wrong)
+    with pytest.raises(InvalidMemory):
+        ProcessCheckpointer(tmp_path / "other", memory.pid, precopy_bytes=-1)
+    with pytest.raises(InvalidMemory):
+        ProcessCheckpointer(tmp_path / "other", memory.pid, staging_bytes=5)
     with pytest.raises(InvalidCheckpoint):
         ProcessCheckpointer(tmp_path / "other", memory.pid, compact=0)
 
@@ -292,4 +296,3 @@ def test_the_process_ends_or_replaces_itself(tmp_path: Path) -> None:
     report = verify(store, all=True)
     assert report.ok
     assert not report.strangers
-

@@ -47,8 +47,8 @@ def redis(folder: Path) -> Iterator[tuple[int, int]]:
                 break
             except OSError:
                 time.sleep(0.02)
-        words = ["redis-benchmark", "-p", str(port), "-t", "set,lpush,hset", "-n", "100000000", "-r", "20000", "-d", "400"]
-        load = subprocess.Popen([*words, "-c", "8", "-q"], stdout=subprocess.DEVNULL)
+        words = ["redis-benchmark", "-p", str(port), "-t", "set,lpush,hset", "-n", "100000000", "-r", "20000"]
+        load = subprocess.Popen([*words, "-d", "400", "-c", "8", "-q"], stdout=subprocess.DEVNULL)
         time.sleep(0.5)
         yield server.pid, port
         assert load.poll() is None
@@ -147,14 +147,9 @@ def test_registers_of_all_threads(tmp_path: Path) -> None:
 # ---- killed
 
 
-def command(*words: object, **options: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "dirtytrack", "ckpt", *map(str, words)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,  # type: ignore[call-overload]
-    )
+def command(*words: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "dirtytrack", "ckpt", *map(str, words)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize("moments", [3, pytest.param(150, marks=pytest.mark.soak)])

@@ -298,9 +298,13 @@ class ProcessCheckpointer:
 
     def _require_own(self) -> None:
         if os.getpid() != self._pid:
-            raise UsedAfterFork("this ProcessCheckpointer is the parent's: a child that was forked makes one of its own")
+            raise UsedAfterFork(
+                "this ProcessCheckpointer is the parent's: a child that was forked makes one of its own"
+            )
 
     def _require_open(self) -> None:
         self._require_own()
         if self._closed:
-            raise CheckpointerClosed("this ProcessCheckpointer is closed: make another one; it begins with a full image")
+            raise CheckpointerClosed(
+                "this ProcessCheckpointer is closed: make another one; it begins with a full image"
+            )

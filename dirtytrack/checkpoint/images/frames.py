@@ -95,9 +95,7 @@ class Frames:
         cuts = cutting.cut(pages._set, space.extents(), _HOLES_NBYTES)
         for which in map(cuts.__getitem__, range(len(cuts))):
             segment = self._segment(which.span_count)
-            segment.add(
-                space.number(which.memory), cuts.spans(which), kind=FrameKind.ZEROS, plain_nbytes=which.nbytes
-            )
+            segment.add(space.number(which.memory), cuts.spans(which), kind=FrameKind.ZEROS, plain_nbytes=which.nbytes)
 
     def _segment(self, run_count: int) -> SegmentWriter:
         if len(self._segments) > len(self._entries):
