@@ -110,8 +110,8 @@ class Populated:
         absent: Ranges = []
         rows = iter(pieces)
         piece = next(rows, None)
-        for run in pages:
-            start, stop = int(run.start), int(run.end)
+        numbers = pages.runs.cast("B").cast("Q").tolist() if pages else []
+        for start, stop in zip(numbers[::2], numbers[1::2], strict=True):
             if stop - start < _LONG_NBYTES:
                 continue
             while piece is not None and start < stop:
