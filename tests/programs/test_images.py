@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from dirtytrack import PageCategory, Pagemap
 from dirtytrack.checkpoint import Retention, compact, generations, verify
 from dirtytrack.checkpoint.images import ProcessCheckpointer
 from dirtytrack.errors import CheckpointerClosed, InvalidCheckpoint, InvalidMemory, StoreBusy, TargetGone
+from tests.kernel import pressure
 from tests.programs.imaged import PAGE, Imaged, is_true, waits_for_a_line
 from tests.programs.targets import is_unharmed, running
 from tests.programs.test_attach import Memory
@@ -258,6 +260,33 @@ def test_it_begins_anew_with_a_full_one(memory: Settled, tmp_path: Path) -> None
     with pytest.raises(CheckpointerClosed):
         ckpt.save()
     assert memory.do("map", 1)
+
+
+def test_what_is_in_swap(memory: Settled, tmp_path: Path) -> None:
+    """There a page that was armed and never populated looks like one that is out."""
+
+    def field(name: str) -> int:
+        lines = Path(f"/proc/{memory.pid}/smaps_rollup").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
+
+    store = tmp_path / "store"
+    at, wide = memory.do("map", 400), memory.ask("reserve 4000")
+    memory.do("write", wide, 70)
+    with pressure.swap(tmp_path) as path, ProcessCheckpointer(store, memory.pid, precopy_bytes=64 * PAGE) as ckpt:
+        for step in range(3):
+            memory.do("write", at, step)
+            memory.ask(f"out {at:x} 400")
+            memory.ask(f"out {wide:x} 4000")
+            assert field("Swap") > 300 * PAGE
+            ckpt.save()
+            assert field("Rss") + field("Swap") < 5000 * PAGE
+            with Pagemap(memory.pid) as pagemap:
+                present = PageCategory.PRESENT
+                found = pagemap.scan(wide, wide + 4000 * PAGE, category_mask=present, return_mask=present)
+                assert step or found.page_count <= 16  # `is_true` reads all of it
+            assert is_true(Imaged(store), memory.pid)
+            assert Imaged(store).read(wide + 70 * PAGE, 1) == b"\1"
+        pressure.swap_off(path)
 
 
 def test_what_is_excluded(memory: Settled, tmp_path: Path) -> None:
