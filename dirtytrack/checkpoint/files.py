@@ -14,6 +14,8 @@ from ..errors import PermissionDenied, StoreFailed
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ..kernel.packing import Xxh64
+
 __all__ = ["Directory", "File", "Files", "failure"]
 
 Directory = NewType("Directory", int)
@@ -116,6 +118,10 @@ class Files:
     def preadv(self, file: File, buffers: Sequence[Any], offset: int) -> int:
         """Read into these buffers, one behind the other; how many bytes, 0 at the file's end."""
         return os.preadv(file, buffers, offset)
+
+    def read_adding(self, file: File, room: Any, offset: int, checksum: Xxh64) -> int:
+        """Read until a buffer is full or the file ends, and add what came to a checksum; how many bytes."""
+        return checksum.add_read(file, room, offset)
 
     def sync(self, file: File) -> None:
         """Wait until a file's bytes are durable."""

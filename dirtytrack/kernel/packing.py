@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidMemory
@@ -41,6 +42,23 @@ class Xxh64:
         if len(pinned) % 32:
             raise InvalidMemory(f"a checksum is computed of parts of whole 32 bytes, not of {len(pinned)}")
         core.lib.dt_xxh64_add(self._parts, pinned, len(pinned))
+
+    def add_read(self, file: int, room: Any, offset: int) -> int:
+        """Read an open file into a writable contiguous buffer until that is full or the file ends.
+
+        The whole 32 bytes of what came are a part: those behind them are left for `end`.
+
+        Returns:
+            How many bytes were read.
+
+        Raises:
+            OSError: as the system's; what was added by then is of no use.
+        """
+        pinned = core.pin(room, writable=True)
+        done: int = core.lib.dt_read_adding(file, offset, pinned, len(pinned), self._parts)
+        if done < 0:
+            raise OSError(-done, os.strerror(-done))
+        return done
 
     def end(self, data: Any) -> int:
         """The last part; the checksum of all."""
