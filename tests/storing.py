@@ -50,7 +50,7 @@ __all__ = [
 PAGE = 4096
 OPENING = ("open_directory", "create", "open", "open_lock")
 READS = ("preadv", "read_adding")
-READING = (*READS, "names", "open", "nbytes", "holder")
+READING = (*READS, "names", "open", "nbytes", "holder", "begin_writing")  # what changes nothing
 OPERATIONS = tuple(
     name for name, value in vars(Files).items() if callable(value) and name[0] != "_" and name != "release"
 )

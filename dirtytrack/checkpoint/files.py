@@ -10,6 +10,7 @@ import stat
 from typing import TYPE_CHECKING, Any, NewType
 
 from ..errors import PermissionDenied, StoreFailed
+from ..kernel.packing import begin_writing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -114,6 +115,10 @@ class Files:
     def pwrite(self, file: File, data: Any, offset: int) -> int:
         """Write some of these bytes, at least one; how many."""
         return os.pwrite(file, data, offset)
+
+    def begin_writing(self, file: File, offset: int, nbytes: int) -> None:
+        """Have the disk begin with these bytes of a file; nothing is waited for."""
+        begin_writing(file, offset, nbytes)
 
     def preadv(self, file: File, buffers: Sequence[Any], offset: int) -> int:
         """Read into these buffers, one behind the other; how many bytes, 0 at the file's end."""

@@ -14,7 +14,7 @@ from .failures import raise_failure
 if TYPE_CHECKING:
     from .core import CData
 
-__all__ = ["Xxh64", "all_zero", "pack", "runs_nbytes", "unpack", "xxh64"]
+__all__ = ["Xxh64", "all_zero", "begin_writing", "pack", "runs_nbytes", "unpack", "xxh64"]
 
 _NO_RUNS = 2**64 - 1
 
@@ -64,6 +64,12 @@ class Xxh64:
         """The last part; the checksum of all."""
         pinned = core.pin(data, writable=False)
         return core.lib.dt_xxh64_end(self._parts, pinned, len(pinned))
+
+
+def begin_writing(file: int, offset: int, nbytes: int) -> None:
+    """Have the disk begin with these bytes of an open file. Nothing is waited for, and no error told: fsync does."""
+    core.load()
+    core.lib.dt_begin_writing(file, offset, nbytes)
 
 
 def all_zero(data: Any) -> bool:

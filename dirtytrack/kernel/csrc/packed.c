@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT
  * Runs of a memory, packed one behind the other and put back; what frames of a checkpoint hold. */
 #include "digest.h"
+#include <fcntl.h>
 #include <unistd.h>
 
 uint64_t dt_spans_nbytes(const dt_span *spans, uint64_t n, uint64_t memory_nbytes)
@@ -114,4 +115,9 @@ int64_t dt_read_adding(int file, uint64_t offset, uint8_t *room, uint64_t length
         added = dt_down(done, 32);
     }
     return (int64_t)done;
+}
+
+void dt_begin_writing(int file, uint64_t offset, uint64_t length)
+{
+    sync_file_range(file, (off_t)offset, (off_t)length, SYNC_FILE_RANGE_WRITE);
 }
