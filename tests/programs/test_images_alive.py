@@ -25,7 +25,7 @@ from dirtytrack.checkpoint import generations, verify
 from dirtytrack.checkpoint.images import ProcessCheckpointer
 from dirtytrack.errors import TargetGone
 from tests.programs.imaged import Imaged, Witness
-from tests.programs.targets import Program, built, is_unharmed, running
+from tests.programs.targets import Program, built, is_unharmed, protected, running, tracers
 from tests.sandbox import libc
 
 _SEIZE, _INTERRUPT, _GETREGSET, _GETSIGMASK, _DETACH, _WALL = 0x4206, 0x4207, 0x4204, 0x420A, 17, 0x40000000
@@ -175,11 +175,10 @@ def test_who_saves_is_killed_at_any_moment(moments: int, tmp_path: Path) -> None
 
 
 def is_settled(program: Program) -> None:
-    """A guardian whose tracker was killed lets go a moment later."""
-    for _ in range(200):
-        status = Path(f"/proc/{program.pid}/status").read_text()
-        if "TracerPid:\t0" in status:
-            break
+    """A guardian whose tracker was killed lets go a moment later; one that was not begun yet closes what it has."""
+    until = time.monotonic() + 20
+    while tracers(program.pid) != {"0"} or protected(program.pid):
+        assert time.monotonic() < until
         time.sleep(0.01)
     is_unharmed(program)
 

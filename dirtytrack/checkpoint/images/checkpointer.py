@@ -7,10 +7,10 @@ import logging
 import os
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-from ...errors import CheckpointerClosed, InvalidCheckpoint, InvalidMemory, UsedAfterFork
+from ...errors import CheckpointerClosed, InvalidCheckpoint, InvalidMemory, TargetGone, UsedAfterFork
 from ...kernel import core
 from ...kernel.packing import PageDigests
 from ..coding import Decoder, Encoder
@@ -28,7 +28,7 @@ from .space import Space, pages_of
 from .watched import Watched
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
     from types import TracebackType
 
     from typing_extensions import Self
@@ -226,7 +226,8 @@ class ProcessCheckpointer:
             timeout=self._timeout,
         )
         try:
-            attempt.freeze(attempt.precopy())
+            with self._told():
+                attempt.freeze(attempt.precopy())
             entries = frames.finish()
             manifest = self._manifest(attempt, generation, full, meta, entries)
             self._writer.publish(manifest)
@@ -260,6 +261,18 @@ class ProcessCheckpointer:
         except Exception as error:  # the image is safe all the same
             _log.warning("after generation %d was committed: %s", generation, error)
         return image
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """That the process has gone is told as its tracker tells it, whoever found out."""
+        try:
+            yield
+        except TargetGone as error:
+            try:
+                self._watched.require_there()
+            except TargetGone as better:
+                raise better from error
+            raise
 
     def _manifest(
         self, attempt: Attempt, generation: int, full: bool, meta: Any, entries: tuple[SegmentEntry, ...]
