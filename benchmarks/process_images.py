@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """``python -m benchmarks.process_images``: images of a redis under load, and gcore of the same process beside them.
 
-A redis is filled, and then a client sets keys at random, at a steady pace. Meanwhile it is saved at several intervals, so that
-more and more of it is dirty, with and without what is copied before it is frozen. Another client sends PING all the
-time: the longest that it waited for an answer is what users of redis saw. gcore, of gdb, writes the same process as it
-does: all of it, while it stands still. The rows go into docs/process_images.json by ``--write``, and from there into
+A redis is filled, and then a client sets keys at random, at a steady pace. Meanwhile it is saved at several intervals,
+so that more and more of it is dirty, with and without what is copied before it is frozen. Another client sends PING all
+the time: the longest that it waited for an answer is what users of redis saw. gcore, of gdb, writes the same process as
+it does: all of it, while it stands still. The rows go into docs/process_images.json by ``--write``, and from there into
 docs/process-images.md.
 """
 
