@@ -3,7 +3,7 @@
  *
  * The kernel has just flushed this processor's TLB when a collect returns, and what the program wrote has emptied the
  * caches: each page and line that is touched around the call counts, and a frame of Python touches many. cffi and a method
- * in Python are 1.3 us dearer, of 7 that a collect takes. This module lies in the same file as `_core` and is the only C
+ * in Python are 1 us dearer, of 7 that a collect takes. This module lies in the same file as `_core` and is the only C
  * here that knows Python. */
 #if defined(__has_include) && __has_include(<pyconfig.h>)
 #include <pyconfig.h>
