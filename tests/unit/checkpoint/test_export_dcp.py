@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import tracemalloc
 import warnings
@@ -183,3 +184,30 @@ def test_a_buffer_that_is_called_as_the_export_calls_itself_and_what_is_encrypte
     with pytest.raises(InvalidCheckpoint, match="decrypt"):
         export_dcp(history.store, where / "two", names=["it"])
     assert not (where / "two").exists()
+
+
+RANK = """
+import sys, warnings
+warnings.simplefilter("ignore")
+import torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+rank, ranks, where = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+dist.init_process_group("gloo", init_method=f"file://{where}/meeting", rank=rank, world_size=ranks)
+mesh = init_device_mesh("cpu", (ranks,))
+state = {"it": distribute_tensor(torch.zeros(3001, 300), mesh, [Shard(0)]), "dirtytrack": None}
+dcp.load(state, checkpoint_id=where + "/out")
+told, whole = state["dirtytrack"], state["it"].full_tensor()
+assert told["meta"] == {"step": 1} and state["it"].to_local().shape[0] < 3001
+assert whole.equal(torch.arange(3001 * 300, dtype=torch.float32).reshape(3001, 300))
+dist.destroy_process_group()
+"""
+
+
+def test_two_ranks_load_their_own_parts(where: Path, torch: Any) -> None:
+    array = np.arange(3001 * 300, dtype=np.float32).reshape(3001, 300)
+    with Checkpointer(where / "store", {"it": array}) as ckpt:
+        ckpt.save({"step": 1}).wait()
+    export_dcp(where / "store", where / "out", memory_bytes=8 << 20)
+    ranks = [subprocess.Popen([sys.executable, "-c", RANK, str(rank), "2", str(where)]) for rank in range(2)]
+    assert [rank.wait(100) for rank in ranks] == [0, 0]
