@@ -108,7 +108,7 @@ bench-checkpoint: $(VENV)/.test ## measure saves, beside PyTorch's too if make t
 
 .PHONY: bench-formats
 bench-formats: $(VENV)/.test ## measure a zarr array that follows a tracked one, for docs/formats.md
-	$(BIN)/python -m benchmarks --write docs/formats.json zarr_rows
+	$(BIN)/python -m benchmarks --seconds 0.5 --write docs/formats.json zarr_rows
 	$(BIN)/python docs/draw_tables.py docs/formats.json docs/formats.md
 
 .PHONY: draw-observe

@@ -26,7 +26,7 @@ SCATTERED = (0.0001, 0.001, 0.01)
 def zarr_rows(settings: Settings, bare: Bare) -> Iterator[Row]:
     """Rows of a zarr array on the disk of the temporary directory (TMPDIR): dirty chunks, against the whole array."""
     few = replace(settings, least_rounds=min(settings.least_rounds, FEW_ROUNDS), most_rounds=FEW_ROUNDS)
-    for nbytes in settings.sizes(256 * MIB):
+    for nbytes in settings.sizes(128 * MIB):
         with arena(bare, nbytes) as space, directory() as where:
             yield from following(few, bare, space, where)
 

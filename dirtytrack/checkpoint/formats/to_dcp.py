@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A generation as a checkpoint of `torch.distributed.checkpoint`."""
+"""A generation as a checkpoint of ``torch.distributed.checkpoint``."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def export_dcp(
     threads: int | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> Manifest:
-    """Write a generation for `torch.distributed.checkpoint.load`: a tensor for each buffer, under its name.
+    """Write a generation for ``torch.distributed.checkpoint.load``: a tensor for each buffer, under its name.
 
     Tensors have the buffers' types and shapes; buffers of which those are not known are bytes (``torch.uint8``). Beside
     them, under ``dirtytrack``, is a dict: ``meta``, which generation it is, and the buffers' own types and shapes.

@@ -78,7 +78,7 @@ def export_zarr(
             ``memory_bytes``. Each chunk is one piece of the memory.
         chunks: shapes of chunks by buffer, instead.
         shards: shapes of shards by buffer, each a multiple of the chunks'; none where left out.
-        compressors: as `zarr.create_array` takes them.
+        compressors: as ``zarr.create_array`` takes them.
         decrypt, threads: as with `restore`.
         memory_bytes: how much memory it takes, about; at least 8 MiB.
         progress: called with the bytes of buffers that are done and those that there are; what it raises ends it.

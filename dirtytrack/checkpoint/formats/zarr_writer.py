@@ -44,7 +44,7 @@ class ZarrWriter:
     known to be in the zarr array already.
 
     Args:
-        zarr_array: a `zarr.Array`, open for writing; of any store, codecs and format that zarr-python 3 has.
+        zarr_array: a ``zarr.Array``, open for writing; of any store, codecs and format that zarr-python 3 has.
         array: one of NumPy in C order, of that shape and type, all of which is tracked. It is held.
         threads: how many chunks are written at once.
 

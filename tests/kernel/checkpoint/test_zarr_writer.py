@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import math
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +22,7 @@ from hypothesis import strategies as st
 
 import dirtytrack
 from dirtytrack.checkpoint import Checkpointer, Written, ZarrWriter, export_zarr
-from dirtytrack.errors import InvalidMemory, StoreFailed
+from dirtytrack.errors import InvalidMemory, StoreBusy, StoreFailed
 
 zarr: Any = pytest.importorskip("zarr", minversion="3.1", reason="zarr 3 needs Python 3.11")
 
@@ -74,7 +77,7 @@ def test_it_follows_and_writes_no_other_chunk(data: st.DataObject) -> None:
     shape = tuple(data.draw(st.lists(st.integers(1, 60), min_size=1, max_size=3)))
     shape = (*shape[:-1], shape[-1] * data.draw(st.sampled_from((1, 40))))
     dtype = data.draw(st.sampled_from((np.uint8, np.int16, np.float64, np.complex128)))
-    chunks = tuple(data.draw(st.integers(max(1, length // 5), length)) for length in shape)
+    chunks = tuple(data.draw(st.integers(-(-length // 3), length)) for length in shape)
     shards = None
     if data.draw(st.booleans()):
         shards = tuple(chunk * data.draw(st.integers(1, 3)) for chunk in chunks)
@@ -171,6 +174,70 @@ def test_a_write_that_fails_loses_nothing() -> None:
             array[50] += 1
             assert writer.write(tracker.collect()).written == 31
             assert (target[...] == array).all()
+
+
+def test_an_interrupt_leaves_nothing_on_its_way() -> None:
+    """What was begun has ended when it comes up: it does not land on what the next call writes."""
+
+    class Slow(Counting):
+        async def set(self, key: str, value: Any) -> None:
+            await asyncio.sleep(0.02)
+            await super().set(key, value)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    memory, array = tracked((200, 512))
+    store = Slow(zarr.storage.MemoryStore())
+    target = zarr.create_array(store, shape=array.shape, dtype="f8", chunks=(1, 512))
+    before = signal.signal(signal.SIGALRM, interrupted)
+    try:
+        with dirtytrack.track(memory, exact=True) as tracker:
+            writer = ZarrWriter(target, array, threads=4)
+            array[:] = 1
+            dirty = tracker.collect()
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            with pytest.raises(KeyboardInterrupt):
+                writer.write(dirty)
+            begun = len(store.keys)
+            assert 0 < begun < 200
+            time.sleep(0.1)
+            assert len(store.keys) == begun
+            tracker.put_back(dirty)
+            assert writer.write(tracker.collect()).written == 200
+            assert (target[...] == array).all()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_signal_handler_may_not_write_within_a_write() -> None:
+    class Handler(Counting):
+        async def set(self, key: str, value: Any) -> None:
+            if key.startswith("c/"):
+                os.kill(os.getpid(), signal.SIGUSR1)
+            await asyncio.sleep(0.05)
+            await super().set(key, value)
+
+    told: list[BaseException] = []
+
+    def handle(*_: object) -> None:
+        try:
+            writer.write_all()
+        except StoreBusy as error:
+            told.append(error)
+
+    memory, array = tracked((4, 512))
+    store = Handler(zarr.storage.MemoryStore())
+    target = zarr.create_array(store, shape=array.shape, dtype="f8", chunks=(1, 512), fill_value=7)
+    writer = ZarrWriter(target, array)
+    del memory
+    before = signal.signal(signal.SIGUSR1, handle)
+    try:
+        writer.write_all()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert told and (target[...] == array).all()
 
 
 def test_a_part_of_what_is_tracked_and_several_arrays() -> None:
