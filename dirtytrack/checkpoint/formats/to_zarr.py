@@ -135,10 +135,10 @@ def _group(zarr: Any, target: Any) -> Iterator[Any]:
     """A group at the root of what is to be, of which nothing is left where anything fails."""
     if isinstance(target, (str, os.PathLike)):
         with appearing(target) as folder:
-            yield zarr.create_group(zarr.storage.LocalStore(folder))
+            yield zarr.create_group(zarr.storage.LocalStore(folder), zarr_format=3)
     else:
         with _emptied(zarr, target):
-            yield zarr.create_group(target)
+            yield zarr.create_group(target, zarr_format=3)
 
 
 @contextmanager

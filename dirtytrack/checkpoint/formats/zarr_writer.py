@@ -115,8 +115,9 @@ class ZarrWriter:
     def write(self, dirty: DirtySet) -> Written:
         """Write the chunks that have dirty bytes, as they are in memory now.
 
-        The array is read until this returns. Bytes that are written meanwhile may or may not be in it: they are dirty
-        again, and in the next set. For a copy of one instant, nobody writes until this returns.
+        The array is read until this returns, chunk by chunk: each is copied, then encoded. Bytes that are written
+        meanwhile may or may not be in it: they are dirty again, and in the next set. For a copy of one instant, nobody
+        writes until this returns.
 
         Args:
             dirty: see `touched`.
@@ -163,14 +164,14 @@ class ZarrWriter:
                     done, nbytes = done + 1, nbytes + part
         except Exception as error:
             raise StoreFailed(
-                f"zarr could not write to {self._zarr.store_path}: {error}. {done} of {len(parts)} chunks or more were "
-                "written; put the dirty set back, and all of them are in the next one",
+                f"zarr could not write to {self._zarr.store_path}: {error}. Of {len(parts)} chunks at least {done} "
+                "were written: put the dirty set back, and all of them are in the next one",
                 errno=getattr(error, "errno", None),
             ) from error
         return Written(done, number, nbytes)
 
     def _put_one(self, part: Box) -> int:
-        data = part.of(self._array)
+        data = part.of(self._array).copy()  # what a codec works on must not change beneath it, whoever writes meanwhile
         alike = self._stored is None or data.tobytes() == self._fill * data.size
         (self._zarr if alike else self._stored)[part.slices] = data
         return int(data.nbytes)

@@ -141,6 +141,44 @@ def test_chunks_that_split_the_inner_axis() -> None:
     assert target[9, 17] == 1
 
 
+def test_an_array_of_format_2() -> None:
+    memory, array = tracked((16, 512))
+    store = Counting(zarr.storage.MemoryStore())
+    target = zarr.create_array(store, shape=array.shape, dtype="f8", chunks=(2, 512), zarr_format=2)
+    with dirtytrack.track(memory, exact=True) as tracker:
+        writer = ZarrWriter(target, array)
+        array[5] = 1
+        store.taken()
+        assert writer.write(tracker.collect()).written == 1
+        assert store.taken() == ["2.0"] and (target[...] == array).all()
+
+
+def test_what_is_written_meanwhile_is_not_beneath_a_codec() -> None:
+    """A checksum is computed of bytes, and then those are written: they must be the same."""
+    memory, array = tracked((8, 1 << 19), np.uint64)
+    codecs = {"compressors": zarr.codecs.Crc32cCodec(), "fill_value": 1}
+    target = zarr.create_array(zarr.storage.MemoryStore(), shape=array.shape, dtype="u8", chunks=(1, 1 << 19), **codecs)
+    over = threading.Event()
+
+    def work() -> None:
+        while not over.is_set():
+            np.add(array, 1, out=array)  # without the global lock
+
+    with dirtytrack.track(memory) as tracker:
+        writer = ZarrWriter(target, array)
+        worker = threading.Thread(target=work)
+        worker.start()
+        try:
+            for _ in range(4):
+                writer.write(tracker.collect())
+                target[...]  # each chunk is whole
+        finally:
+            over.set()
+            worker.join()
+        writer.write(tracker.collect())
+        assert (target[...] == array).all()
+
+
 def test_of_a_shard_only_the_chunks_in_question_are_encoded_again() -> None:
     memory, array = tracked((64, 4096), np.uint8)
     array[:] = 1
@@ -166,7 +204,9 @@ def test_a_write_that_fails_loses_nothing() -> None:
             array[10:40] += 1
             store.left = left
             dirty = tracker.collect()
-            with pytest.raises(StoreFailed, match=r"no space left.*of 30 .*put the dirty set back") as caught:
+            with pytest.raises(
+                StoreFailed, match=r"no space left\. Of 30 chunks at least \d+ were written: put the dirty set back"
+            ) as caught:
                 writer.write(dirty)
             assert caught.value.errno == errno.ENOSPC
             tracker.put_back(dirty)

@@ -81,6 +81,12 @@ def test_each_generation_is_what_was_saved(where: Path, made: History) -> None:
     assert group["grid"].shape == (30, 512) and group["..%2Ftable".replace("..", "%2E.")].dtype == np.uint8
 
 
+def test_a_program_that_prefers_format_2_gets_3(where: Path, made: History) -> None:
+    with zarr.config.set({"default_zarr_format": 2, "array.write_empty_chunks": True}):
+        export_zarr(made.store, where / "out")
+    require_same(zarr.open_group(where / "out", mode="r", zarr_format=3), made.truth[5])
+
+
 def test_what_is_zero_takes_no_chunk_and_what_only_compares_equal_to_it_does(where: Path) -> None:
     zeros, minus, complex_minus = np.zeros((64, 512)), np.full((64, 512), -0.0), np.zeros((32, 512), np.complex128)
     complex_minus.imag = -0.0
