@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Frames", "Plain"]
 
-_HOLES_NBYTES = 64 << 30  # of zeros in a frame, which takes no room but for its runs
+_HOLES_NBYTES = 4 << 30  # of zeros in a frame, which takes no room but for its runs: half a million at most
 
 
 class Plain(NamedTuple):
