@@ -56,6 +56,8 @@ def interrupt() -> None:
     raise KeyboardInterrupt
 
 
+# An interrupt that meets a finaliser is ignored by Python, which says so.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("untracked", [False, True])
 def test_interrupted_at_any_point_all_is_pending_still(memory: Memory, untracked: bool) -> None:
     at = memory.do("map", 8)
