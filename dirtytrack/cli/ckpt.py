@@ -20,6 +20,7 @@ _MODULES = dict.fromkeys(("ls", "show", "verify", "diff"), "ckpt_told") | dict.f
     ("compact", "prune"), "ckpt_done"
 )
 _MODULES["restore"] = "ckpt_files"
+_MODULES["core"] = "ckpt_core"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +43,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_function(command, "--decrypt", "what undoes the encryption")
 
-    command = _action(commands, "diff", "say which bytes differ between two generations")
+    command = _action(commands, "core", "write the image of a process as an ELF core file, which gdb opens")
+    command.add_argument(
+        "--generation", metavar="N", type=_generation, help="its number; the newest where it is left out"
+    )
+    command.add_argument("-o", "--output", metavar="FILE", help="where to; not there yet (core.N)")
+    _add_function(command, "--decrypt", "what undoes the encryption")
+
+    command = _action(
+        commands, "diff", "say which bytes differ between two generations; of images, which mappings and objects"
+    )
     command.add_argument("older", metavar="A", type=_generation, help="a generation")
     command.add_argument("newer", metavar="B", type=_generation, help="another one")
     command.add_argument("--runs", action="store_true", help="where they are, in blocks of 4096 bytes")

@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: MIT
+"""Images of real programs as core files: what gdb reads in them is what the programs were, generation by generation."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from dirtytrack.checkpoint.images import compare_images, write_core
+from dirtytrack.checkpoint.manifests import Manifest
+from tests.imaged import Area, History, capture
+from tests.programs.debugging import gdb, needs_gdb, pages_of, threads_of
+from tests.programs.targets import built, running
+
+PAGE = 4096
+COUNTS = (0, 1, 5, 6)
+REGISTERS = ("r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8", "rax", "rcx", "rdx", "rsi", "rdi")
+VECTORS = ("output/x $xmm3.uint128", "output/x $mxcsr")
+pytestmark = needs_gdb
+
+
+class Counted(NamedTuple):
+    """Cores of a program that counted, and what the generations' manifests say."""
+
+    program: Path
+    history: History
+    cores: dict[int, Path]
+    manifests: dict[int, Manifest]
+
+
+def waits_for_a_line(pid: int) -> None:
+    """Its main thread is in read(2), though it answered a moment ago."""
+    while not Path(f"/proc/{pid}/syscall").read_text().startswith("0 "):
+        time.sleep(0.001)
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory: pytest.TempPathFactory) -> Counted:
+    where = tmp_path_factory.mktemp("cores")
+    history, cores, manifests, done = History(where / "store"), {}, {}, 0
+    with running("counted") as program:
+        for count in COUNTS:
+            while done < count:
+                assert program.ask() == "well"
+                done += 1
+            waits_for_a_line(program.pid)
+            manifest = capture(history, program.pid)
+            cores[count], manifests[count] = where / f"core.{manifest.generation}", manifest
+    for count, path in cores.items():
+        write_core(history.store, path, manifests[count].generation)
+    return Counted(built("counted"), history, cores, manifests)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_each_generation_has_the_values_of_its_moment(counted: Counted, count: int) -> None:
+    told = gdb(
+        counted.program,
+        counted.cores[count],
+        "output counted",
+        f"output squares[{count}]",
+        f"output squares[{count + 1}]",
+        "output point",
+        "output (char *)on_heap",
+        f"output mapped[512 * ({count} % 8)]",
+        "output motto",
+        "output counted == 1000 + (long)squares[1] * point.x",
+    )
+    assert told[0] == str(1000 + count)
+    assert told[1] == str(count * count)
+    assert told[2] == "0"
+    assert told[3] == (f"{{x = {count}, y = -7}}" if count else "{x = 7, y = -7}")
+    assert told[4].endswith(f'"on the heap: {count}"')
+    assert told[5] == str(count)
+    assert told[6] == '"never written"'
+    assert told[7] == "1"
+
+
+def test_all_threads_have_their_frames_and_locals(counted: Counted) -> None:
+    document = counted.manifests[5].threads
+    threads = threads_of(counted.program, counted.cores[5])
+    assert sorted(threads) == sorted(each["tid"] for each in document["threads"])
+    main, *others = (threads[each["tid"]] for each in document["threads"])
+    assert main[-1] == "main" and "fgets" in "".join(main)
+    for number, frames in enumerate(others, 1):
+        assert frames.count("rests") == number + 1
+        assert "thread" in frames and "read" in "".join(frames[: frames.index("rests")])
+    commands = [f"thread find {each['tid']}" for each in document["threads"][1:]]
+    found = [re.search(r"Thread (\d+) has", each) for each in gdb(counted.program, counted.cores[5], *commands)]
+    for number, each in enumerate(found, 1):
+        assert each, "gdb knows the thread"
+        commands = f"thread {each[1]}", "frame function rests", "output seen"
+        assert gdb(counted.program, counted.cores[5], *commands)[-1] == str(100 * number)
+
+
+def test_registers_are_those_of_the_threads(counted: Counted) -> None:
+    document = counted.manifests[1].threads
+    commands = [*(f"output/x ${name}" for name in (*REGISTERS, "rip", "rsp", "fs_base", "eflags")), *VECTORS]
+    for each in document["threads"]:
+        number = gdb(counted.program, counted.cores[1], f"thread find {each['tid']}")[0].split()[1]
+        words = struct.unpack("<27Q", bytes.fromhex(each["registers"]["prstatus"]))
+        xstate = bytes.fromhex(each["registers"]["xstate"])
+        told = gdb(counted.program, counted.cores[1], f"thread {number}", *commands)[1:]
+        expected = [*words[:15], words[16], words[19], words[21], words[18]]
+        assert [int(value, 16) for value in told[: len(expected)]] == [
+            value & 0xFFFFFFFF if i == len(expected) - 1 else value for i, value in enumerate(expected)
+        ]
+        assert int(told[-2], 16) == int.from_bytes(xstate[160 + 48 : 160 + 64], "little")
+        assert int(told[-1], 16) == int.from_bytes(xstate[24:28], "little")
+
+
+def test_mappings_are_listed(counted: Counted) -> None:
+    document = counted.manifests[0].threads
+    commands = "info proc mappings", "info auxv", "info files"
+    mappings, auxv, files = gdb(counted.program, counted.cores[0], *commands)
+    listed = re.findall(r"^ +0x([0-9a-f]+) +0x([0-9a-f]+) +\S+ +0x([0-9a-f]+) +(\S+)$", mappings, re.MULTILINE)
+    wanted = [each for each in document["mappings"] if each["path"].startswith("/")]
+    assert [(int(start, 16), int(end, 16), int(offset, 16), path) for start, end, offset, path in listed] == [
+        (each["start"], each["end"], each["offset"], each["path"]) for each in wanted
+    ]
+    assert {str(counted.program), "libc.so.6"} <= {listed[0][3], *(path.rpartition("/")[2] for *_, path in listed)}
+    assert re.search(r"AT_SYSINFO_EHDR", auxv) and re.search(r"AT_PAGESZ .*4096", auxv)
+    for each in document["mappings"]:
+        if each["why"] is None:
+            assert re.search(rf"0x0*{each['start']:x} - ", files), hex(each["start"])
+
+
+def test_the_bytes_are_those_of_gcore(tmp_path: Path) -> None:
+    history = History(tmp_path / "store")
+    with running("counted") as program:
+        for _ in range(9):
+            assert program.ask() == "well"
+        os.kill(program.pid, signal.SIGSTOP)  # else the kernel writes to it who runs it where (rseq)
+        capture(history, program.pid)
+        subprocess.run(
+            ["gcore", "-a", "-o", tmp_path / "gcore", str(program.pid)],
+            check=True, capture_output=True, timeout=60, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        os.kill(program.pid, signal.SIGCONT)
+        theirs = dict(pages_of(tmp_path / f"gcore.{program.pid}"))
+    write_core(history.store, tmp_path / "core")
+    ours = dict(pages_of(tmp_path / "core"))
+    document = history.store.manifest().threads
+    compared = 0
+    for mapping in document["mappings"]:
+        file = None
+        if mapping["path"].startswith("/"):
+            file = Path(mapping["path"]).read_bytes()
+        if mapping["path"] == "[vvar]":
+            continue  # the kernel's clock, which went on
+        for at in range(mapping["start"], mapping["end"], PAGE):
+            their = theirs.get(at)
+            if their is None:
+                continue
+            assert at in ours, f"{at:x} of {mapping['path']}"
+            our = ours[at]
+            if our is None and file is not None:
+                offset = mapping["offset"] + at - mapping["start"]
+                our = file[offset : offset + PAGE].ljust(PAGE, b"\0")
+            assert (our or bytes(PAGE)) == their, f"{at:x} of {mapping['path']}"
+            compared += 1
+    assert compared > 100
+
+
+def test_what_differs_by_name(counted: Counted) -> None:
+    found = compare_images(counted.history.store, counted.manifests[1].generation, counted.manifests[5].generation)
+    objects = {each.name: each for each in found.objects if each.module == str(counted.program)}
+    assert objects.keys() == {"counted", "squares", "point"}
+    (address,) = gdb(counted.program, counted.cores[5], "output/x &counted")
+    assert objects["counted"].address == int(re.findall(r"0x[0-9a-f]+", address)[-1], 16)
+    assert objects["counted"].older == (1001).to_bytes(8, "little").hex()
+    assert objects["counted"].newer == (1005).to_bytes(8, "little").hex()
+    assert objects["point"].nbytes == 8 and objects["point"].changed_nbytes == 1
+    changed = {row.name for row in found.mappings if row.changed_nbytes}
+    assert {str(counted.program), "[heap]"} <= changed
+    assert not [row for row in found.mappings if row.what in ("appeared", "vanished", "moved")]
+
+
+def test_gdb_opens_more_segments_than_the_header_can_count(tmp_path: Path) -> None:
+    history, base = History(tmp_path / "store"), 0x5555_0000_0000
+    history.save(
+        [Area(base + 2 * i * PAGE, 1, {0: i.to_bytes(4096, "little")} if i % 100 == 99 else {}) for i in range(66_000)]
+    )
+    write_core(history.store, tmp_path / "core")
+    last = base + 2 * 65_999 * PAGE
+    words = ["gdb", "-nx", "-batch", "-core", str(tmp_path / "core")]
+    for value in (f"*(long *){last:#x}", f"*(long *){last - 2 * PAGE:#x}", "$r15"):
+        words += ["-ex", f"output {value}", "-ex", "echo \\n"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+    assert done.stdout.splitlines()[-3:] == ["65999", "0", "100000"], done.stdout + done.stderr
+
+
+# ---- redis
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    socket = tmp_path / "redis.sock"
+    server = subprocess.Popen(
+        ["redis-server", "--port", "0", "--unixsocket", socket, "--save", "", "--io-threads", "2"],
+        stdout=subprocess.PIPE,
+        cwd=tmp_path,
+    )
+    assert server.stdout is not None
+    for line in server.stdout:
+        if b"Ready to accept" in line or b"ready to accept" in line:
+            break
+    yield server
+    server.terminate()
+    server.communicate(timeout=20)
+
+
+def test_redis(redis: subprocess.Popen[bytes], tmp_path: Path) -> None:
+    history = History(tmp_path / "store")
+    capture(history, redis.pid)
+    for words in (["SET", "where", "a value that nobody forgets"], ["INCRBY", "number", "41"]):
+        subprocess.run(["redis-cli", "-s", tmp_path / "redis.sock", *words], check=True, capture_output=True)
+    manifest = capture(history, redis.pid)
+    write_core(history.store, tmp_path / "core")
+    executable = manifest.threads["executable"]
+    threads = threads_of(executable, tmp_path / "core")
+    assert sorted(threads) == sorted(each["tid"] for each in manifest.threads["threads"])
+    assert len(threads) >= 4
+    main = threads[redis.pid]
+    assert main[0].endswith("epoll_wait") and main[-1] in ("main", "_start"), main
+    waiting = [frames for tid, frames in threads.items() if tid != redis.pid]
+    assert all("start_thread" in frames for frames in waiting)
+    found = compare_images(history.store, 1, 2)
+    names = {each.name for each in found.objects if each.module == executable}
+    assert "server" in names, names  # redis exports its symbols
+
+
+# ---- Python
+
+
+PROGRAM = """
+import sys, threading
+
+def outer(secret):
+    return inner(secret * 2, "thirty")
+
+def inner(number, word):
+    beside = [number, word]
+    print("up", flush=True)
+    for line in sys.stdin:
+        number += 1
+        print("well", flush=True)
+    return beside
+
+outer(21)
+"""
+
+
+def script_of_gdb() -> tuple[Path, str] | None:
+    """What CPython has for gdb, where its build put it, and where the interpreter's debugging information is."""
+    executable = Path(os.path.realpath(sys.executable))
+    script = executable.with_name(f"{executable.name}-gdb.py")
+    return (script, str(executable)) if script.exists() else None
+
+
+def test_python(tmp_path: Path) -> None:
+    script = script_of_gdb()
+    if script is None:
+        pytest.skip("CPython's commands for gdb are not beside this interpreter")
+    (tmp_path / "program.py").write_text(PROGRAM)
+    history = History(tmp_path / "store")
+    with running(sys.executable, "-u", tmp_path / "program.py") as program:
+        waits_for_a_line(program.pid)
+        capture(history, program.pid)
+        assert program.ask() == "well"
+        waits_for_a_line(program.pid)
+        capture(history, program.pid)
+    for generation, number in ((1, 42), (2, 43)):
+        path = tmp_path / f"core.{generation}"
+        write_core(history.store, path, generation)
+        frames, variables = gdb(script[1], path, f"source {script[0]}", "py-bt", "py-locals")[1:]
+        called = re.findall(r'File "(.+)", line \d+, in (\S+)', frames)
+        assert called == [(f"{tmp_path}/program.py", name) for name in ("inner", "outer", "<module>")]
+        assert "secret = 21" in variables
+        assert f"number = {number}" in variables and "word = 'thirty'" in variables
+        assert "beside = [42, 'thirty']" in variables
