@@ -53,7 +53,7 @@ def diff_images(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(_document(found, runs=args.runs), indent=2))
         return 0
-    rows = [("MAPPING", "", "ADDRESS", "SIZE", "PAGES CHANGED", "BYTES CHANGED")]
+    rows: list[tuple[str, ...]] = [("MAPPING", "", "ADDRESS", "SIZE", "PAGES CHANGED", "BYTES CHANGED")]
     rows += [_row(each) for each in found.mappings if each.what != "same"]
     print("\n".join(table(rows, "<<<>>>")))
     same = sum(each.what == "same" for each in found.mappings)

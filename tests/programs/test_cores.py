@@ -38,6 +38,12 @@ class Counted(NamedTuple):
     manifests: dict[int, Manifest]
 
 
+def told(manifest: Manifest) -> dict[str, Any]:
+    """What a manifest says of a process."""
+    assert manifest.threads is not None
+    return manifest.threads
+
+
 def waits_for_a_line(pid: int) -> None:
     """Its main thread is in read(2), though it answered a moment ago."""
     while not Path(f"/proc/{pid}/syscall").read_text().startswith("0 "):
@@ -63,7 +69,7 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> Counted:
 
 @pytest.mark.parametrize("count", COUNTS)
 def test_each_generation_has_the_values_of_its_moment(counted: Counted, count: int) -> None:
-    told = gdb(
+    values = gdb(
         counted.program,
         counted.cores[count],
         "output counted",
@@ -75,18 +81,18 @@ def test_each_generation_has_the_values_of_its_moment(counted: Counted, count: i
         "output motto",
         "output counted == 1000 + (long)squares[1] * point.x",
     )
-    assert told[0] == str(1000 + count)
-    assert told[1] == str(count * count)
-    assert told[2] == "0"
-    assert told[3] == (f"{{x = {count}, y = -7}}" if count else "{x = 7, y = -7}")
-    assert told[4].endswith(f'"on the heap: {count}"')
-    assert told[5] == str(count)
-    assert told[6] == '"never written"'
-    assert told[7] == "1"
+    assert values[0] == str(1000 + count)
+    assert values[1] == str(count * count)
+    assert values[2] == "0"
+    assert values[3] == (f"{{x = {count}, y = -7}}" if count else "{x = 7, y = -7}")
+    assert values[4].endswith(f'"on the heap: {count}"')
+    assert values[5] == str(count)
+    assert values[6] == '"never written"'
+    assert values[7] == "1"
 
 
 def test_all_threads_have_their_frames_and_locals(counted: Counted) -> None:
-    document = counted.manifests[5].threads
+    document = told(counted.manifests[5])
     threads = threads_of(counted.program, counted.cores[5])
     assert sorted(threads) == sorted(each["tid"] for each in document["threads"])
     main, *others = (threads[each["tid"]] for each in document["threads"])
@@ -98,28 +104,28 @@ def test_all_threads_have_their_frames_and_locals(counted: Counted) -> None:
     found = [re.search(r"Thread (\d+) has", each) for each in gdb(counted.program, counted.cores[5], *commands)]
     for number, each in enumerate(found, 1):
         assert each, "gdb knows the thread"
-        commands = f"thread {each[1]}", "frame function rests", "output seen"
-        assert gdb(counted.program, counted.cores[5], *commands)[-1] == str(100 * number)
+        chosen = f"thread {each[1]}", "frame function rests", "output seen"
+        assert gdb(counted.program, counted.cores[5], *chosen)[-1] == str(100 * number)
 
 
 def test_registers_are_those_of_the_threads(counted: Counted) -> None:
-    document = counted.manifests[1].threads
+    document = told(counted.manifests[1])
     commands = [*(f"output/x ${name}" for name in (*REGISTERS, "rip", "rsp", "fs_base", "eflags")), *VECTORS]
     for each in document["threads"]:
         number = gdb(counted.program, counted.cores[1], f"thread find {each['tid']}")[0].split()[1]
         words = struct.unpack("<27Q", bytes.fromhex(each["registers"]["prstatus"]))
         xstate = bytes.fromhex(each["registers"]["xstate"])
-        told = gdb(counted.program, counted.cores[1], f"thread {number}", *commands)[1:]
+        values = gdb(counted.program, counted.cores[1], f"thread {number}", *commands)[1:]
         expected = [*words[:15], words[16], words[19], words[21], words[18]]
-        assert [int(value, 16) for value in told[: len(expected)]] == [
+        assert [int(value, 16) for value in values[: len(expected)]] == [
             value & 0xFFFFFFFF if i == len(expected) - 1 else value for i, value in enumerate(expected)
         ]
-        assert int(told[-2], 16) == int.from_bytes(xstate[160 + 48 : 160 + 64], "little")
-        assert int(told[-1], 16) == int.from_bytes(xstate[24:28], "little")
+        assert int(values[-2], 16) == int.from_bytes(xstate[160 + 48 : 160 + 64], "little")
+        assert int(values[-1], 16) == int.from_bytes(xstate[24:28], "little")
 
 
 def test_mappings_are_listed(counted: Counted) -> None:
-    document = counted.manifests[0].threads
+    document = told(counted.manifests[0])
     commands = "info proc mappings", "info auxv", "info files"
     mappings, auxv, files = gdb(counted.program, counted.cores[0], *commands)
     listed = re.findall(r"^ +0x([0-9a-f]+) +0x([0-9a-f]+) +\S+ +0x([0-9a-f]+) +(\S+)$", mappings, re.MULTILINE)
@@ -149,7 +155,7 @@ def test_the_bytes_are_those_of_gcore(tmp_path: Path) -> None:
         theirs = dict(pages_of(tmp_path / f"gcore.{program.pid}"))
     write_core(history.store, tmp_path / "core")
     ours = dict(pages_of(tmp_path / "core"))
-    document = history.store.manifest().threads
+    document = told(history.store.manifest())
     compared = 0
     for mapping in document["mappings"]:
         file = None
@@ -226,9 +232,10 @@ def test_redis(redis: subprocess.Popen[bytes], tmp_path: Path) -> None:
         subprocess.run(["redis-cli", "-s", tmp_path / "redis.sock", *words], check=True, capture_output=True)
     manifest = capture(history, redis.pid)
     write_core(history.store, tmp_path / "core")
-    executable = manifest.threads["executable"]
+    document = told(manifest)
+    executable = document["executable"]
     threads = threads_of(executable, tmp_path / "core")
-    assert sorted(threads) == sorted(each["tid"] for each in manifest.threads["threads"])
+    assert sorted(threads) == sorted(each["tid"] for each in document["threads"])
     assert len(threads) >= 4
     main = threads[redis.pid]
     assert main[0].endswith("epoll_wait") and main[-1] in ("main", "_start"), main

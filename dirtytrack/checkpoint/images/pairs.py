@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from functools import partial
 from mmap import mmap
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -13,6 +14,7 @@ from ...kernel.packing import all_zero, xxh64
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from ..reading import HeldFrames
     from .image import ImageMapping
     from .memory import ImageMemory, Span
 
@@ -267,7 +269,9 @@ class Comparing:
 
     # ---- comparing
 
-    def _differing(self, parts: Sequence[_Part], held: Sequence[object]) -> Iterator[tuple[list[tuple[int, int]], int]]:
+    def _differing(
+        self, parts: Sequence[_Part], held: Sequence[HeldFrames]
+    ) -> Iterator[tuple[list[tuple[int, int]], int]]:
         """Of each part that differs: the pages, by address, as runs; and how many bytes."""
         places, used = list[tuple[_Part, memoryview, memoryview]](), 0
         views = [memoryview(room) for room in self._rooms]
@@ -281,7 +285,7 @@ class Comparing:
             found = diff(newer, older, granule=_PAGE)
             if found:
                 exact = diff(newer, older, granule=1)
-                self._take(part.start, older, newer, lambda exact=exact: _runs(exact))
+                self._take(part.start, older, newer, partial(_runs, exact))
                 yield [(part.start + start, end - start) for start, end in _runs(found)], exact.changed_nbytes
 
 

@@ -153,7 +153,7 @@ def _module(elffile: Any, memory: ImageMemory, mappings: Sequence[ImageMapping])
             end = max(end, bias + max(load.p_vaddr + load.p_memsz for load in loads))
             table = table_of(opened)
     except Exception as error:  # pyelftools raises what struct, construct and codecs raise at a file that is damaged
-        return unknown._replace(problem=f"the file cannot be read as ELF: {error or type(error).__name__}")
+        return unknown._replace(problem=f"the file cannot be read as ELF: {str(error) or type(error).__name__}")
     debug = _of_debug_file(elffile, build_id)
     return Module(path, bias, start, end, None, debug or table)
 

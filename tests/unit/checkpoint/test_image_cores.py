@@ -157,6 +157,7 @@ def test_the_notes(where: Path) -> None:
     with (where / "core").open("rb") as file:
         core = ELFFile(file)
         assert core.header.e_type == "ET_CORE" and core.header.e_machine == "EM_X86_64"
+        segment: Any
         (segment,) = core.iter_segments("PT_NOTE")
         notes = list(segment.iter_notes())
     kinds = [note.n_type for note in notes]

@@ -61,7 +61,7 @@ def truth(older: Sequence[Area], newer: Sequence[Area], file: bytes = b"") -> di
                 if not before or not after:
                     unknown += PAGE
                     continue
-                differing = sum(a != b for a, b in zip(before, after, strict=True))  # type: ignore[arg-type]
+                differing = sum(a != b for a, b in zip(before, after, strict=True))
                 nbytes += differing
                 if differing:
                     changed.add(address)

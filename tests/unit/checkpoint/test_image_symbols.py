@@ -8,6 +8,7 @@ import sys
 import sysconfig
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from elftools.elf.elffile import ELFFile
@@ -28,7 +29,7 @@ def test_a_table_has_what_pyelftools_finds_one_by_one() -> None:
         found = table_of(opened)
         ours = time.perf_counter() - began
         assert found is not None
-        section = opened.get_section_by_name(".symtab") or opened.get_section_by_name(".dynsym")
+        section: Any = opened.get_section_by_name(".symtab") or opened.get_section_by_name(".dynsym")
         began = time.perf_counter()
         wanted: dict[tuple[int, int], set[str]] = {}
         count = 0
