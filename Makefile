@@ -116,6 +116,11 @@ bench-observe: $(VENV)/.test ## measure what recording costs redis (apt-get inst
 	$(BIN)/python -m benchmarks.observe --write docs/observing.json
 	$(BIN)/python docs/draw_observing.py docs/observing.json docs/observe.md
 
+.PHONY: bench-images
+bench-images: $(VENV)/.test ## save a redis under load, and gcore beside it (make programs, gdb), for docs/process-images.md
+	$(BIN)/python -m benchmarks.process_images --write docs/process_images.json
+	$(BIN)/python docs/draw_images.py docs/process_images.json docs/process-images.md
+
 .PHONY: bench-barriers
 bench-barriers: $(VENV)/.test ## measure write barriers side by side, and libgc (apt-get install libgc-dev), for docs/gc.md
 	$(BIN)/python -m benchmarks.gc_barriers --write docs/barriers.json

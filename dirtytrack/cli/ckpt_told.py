@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import compare, generations
 from ..checkpoint import verify as verified
-from ..checkpoint.images.image import is_image
 from ..checkpoint.store import open_store
 from ..observe.units import show_bytes
 
@@ -184,7 +183,7 @@ def verify(args: argparse.Namespace) -> int:
 def diff(args: argparse.Namespace) -> int:
     """What two generations differ in."""
     with open_store(args.store) as store, store.reading():
-        images = [is_image(store.manifest(generation)) for generation in (args.older, args.newer)]
+        images = [store.manifest(generation).threads is not None for generation in (args.older, args.newer)]
     if all(images):
         from .ckpt_core import diff_images
 

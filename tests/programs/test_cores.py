@@ -38,7 +38,7 @@ class Counted(NamedTuple):
     manifests: dict[int, Manifest]
 
 
-def told(manifest: Manifest) -> dict[str, Any]:
+def process_of(manifest: Manifest) -> dict[str, Any]:
     """What a manifest says of a process."""
     assert manifest.threads is not None
     return manifest.threads
@@ -92,7 +92,7 @@ def test_each_generation_has_the_values_of_its_moment(counted: Counted, count: i
 
 
 def test_all_threads_have_their_frames_and_locals(counted: Counted) -> None:
-    document = told(counted.manifests[5])
+    document = process_of(counted.manifests[5])
     threads = threads_of(counted.program, counted.cores[5])
     assert sorted(threads) == sorted(each["tid"] for each in document["threads"])
     main, *others = (threads[each["tid"]] for each in document["threads"])
@@ -109,7 +109,7 @@ def test_all_threads_have_their_frames_and_locals(counted: Counted) -> None:
 
 
 def test_registers_are_those_of_the_threads(counted: Counted) -> None:
-    document = told(counted.manifests[1])
+    document = process_of(counted.manifests[1])
     commands = [*(f"output/x ${name}" for name in (*REGISTERS, "rip", "rsp", "fs_base", "eflags")), *VECTORS]
     for each in document["threads"]:
         number = gdb(counted.program, counted.cores[1], f"thread find {each['tid']}")[0].split()[1]
@@ -125,7 +125,7 @@ def test_registers_are_those_of_the_threads(counted: Counted) -> None:
 
 
 def test_mappings_are_listed(counted: Counted) -> None:
-    document = told(counted.manifests[0])
+    document = process_of(counted.manifests[0])
     commands = "info proc mappings", "info auxv", "info files"
     mappings, auxv, files = gdb(counted.program, counted.cores[0], *commands)
     listed = re.findall(r"^ +0x([0-9a-f]+) +0x([0-9a-f]+) +\S+ +0x([0-9a-f]+) +(\S+)$", mappings, re.MULTILINE)
@@ -155,7 +155,7 @@ def test_the_bytes_are_those_of_gcore(tmp_path: Path) -> None:
         theirs = dict(pages_of(tmp_path / f"gcore.{program.pid}"))
     write_core(history.store, tmp_path / "core")
     ours = dict(pages_of(tmp_path / "core"))
-    document = told(history.store.manifest())
+    document = process_of(history.store.manifest())
     compared = 0
     for mapping in document["mappings"]:
         file = None
@@ -232,7 +232,7 @@ def test_redis(redis: subprocess.Popen[bytes], tmp_path: Path) -> None:
         subprocess.run(["redis-cli", "-s", tmp_path / "redis.sock", *words], check=True, capture_output=True)
     manifest = capture(history, redis.pid)
     write_core(history.store, tmp_path / "core")
-    document = told(manifest)
+    document = process_of(manifest)
     executable = document["executable"]
     threads = threads_of(executable, tmp_path / "core")
     assert sorted(threads) == sorted(each["tid"] for each in document["threads"])

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: MIT
+"""One save of a process, from the first look at its pages to its manifest."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from .describing import Program, described
+from .mapped import Kind, pieces_of
+from .space import joined, pages_of, subtracted
+
+if TYPE_CHECKING:
+    from ...dirtyset import DirtySet
+    from ...kernel.targets import Row
+    from .copying import Compared, Copying
+    from .frames import Frames
+    from .mapped import Piece
+    from .space import Ranges, Space
+    from .watched import Watched
+
+__all__ = ["Attempt"]
+
+_MOST_ROUNDS = 8
+_SHRINKS = 0.8
+"""A round that leaves more than so much of what the one before it copied was the last: the program writes too fast."""
+_TRACKED = (Kind.ANONYMOUS, Kind.FILE, Kind.MEMORY)
+"""Of files that last, a page that comes into the page table without being written is to be saved too."""
+
+
+class Attempt:
+    """A save under way.
+
+    Args:
+        watched: the process.
+        space: what was saved where.
+        owed: pages that are to be saved whatever the tracker says.
+        copying, compared, frames: of this save alone.
+        generation: its number.
+        precopy_nbytes: more than that is copied while the process runs, before it is frozen.
+        timeout: in which it must stand still.
+    """
+
+    def __init__(
+        self,
+        watched: Watched,
+        space: Space,
+        owed: DirtySet,
+        copying: Copying,
+        compared: Compared,
+        frames: Frames,
+        generation: int,
+        *,
+        precopy_nbytes: int,
+        timeout: float,
+    ) -> None:
+        self._watched, self._copying, self._compared, self._frames = watched, copying, compared, frames
+        self._generation, self._precopy_nbytes, self._timeout = generation, precopy_nbytes, timeout
+        self.space = space
+        self.collected = owed
+        """All that was ever dirty in it: what a failure gives back."""
+        self.epoch = watched.epoch
+        """Of the tracker, as of what was collected."""
+        self.unreadable: Ranges = []
+        """What is to be tried again next time."""
+        self.bytes_precopied = self.bytes_frozen = self.rounds = 0
+        self.frozen_seconds = 0.0
+        self.described: dict[str, Any] = {}
+        self._seen: dict[Row, Piece] = {}
+
+    def _collect(self) -> DirtySet:
+        dirty = self._watched.collect()
+        self.collected = self.collected | dirty
+        self.epoch = self._watched.epoch
+        return dirty
+
+    # ---- while it runs
+
+    def precopy(self) -> DirtySet:
+        """Copy what is dirty, again and again, while that makes it less.
+
+        Returns:
+            What is still to be copied.
+        """
+        self._look()
+        pending, last = self.collected | self._collect(), 0
+        while self.rounds < _MOST_ROUNDS:
+            pieces = self._pieces()
+            tracked = self._tracked(pieces)
+            ranges = [(int(start), int(end)) for start, end in tracked]
+            space, fresh, _ = self.space.moved_to(joined([*ranges, *self.space.live]), self._generation)
+            wanted = (pending | fresh) & tracked
+            there = self._with_content(wanted, pieces)
+            nbytes = there.page_span_bytes
+            if nbytes <= self._precopy_nbytes or (last and nbytes > _SHRINKS * last):
+                break
+            self.space, last = space, nbytes
+            self.rounds += 1
+            self.bytes_precopied += self._copying.copy(there, space)
+            self._copying.flush()
+            self._frames.add_zeros(wanted - there, space)
+            self._frames.end_step()
+            missed = pages_of(self._copying.take_unreadable())
+            pending = (pending - wanted) | missed | self._collect()
+        return pending
+
+    # ---- while it stands still
+
+    def freeze(self, pending: DirtySet) -> None:
+        """Have it stand still, and copy what is left; then let it go on, and write that.
+
+        Raises:
+            TargetBusy, TargetGone, PermissionDenied.
+        """
+        watched, program, known = self._watched, Program.of(self._watched.pid), self._compared.pages()
+        if self.rounds:
+            self._look()
+        self._pieces()  # most of them are the same a moment later
+        with watched.tracker.frozen(timeout=self._timeout, registers=True) as frozen:
+            frozen_at = time.time()
+            dirty = pending | self._collect()
+            pieces = self._pieces()
+            tracked = self._tracked(pieces)
+            contents = watched.populated.all_of(list(filter(_is_looked_at, pieces)))
+            saved = _saved_ranges(pieces, contents)
+            self.space, fresh, lost = self.space.moved_to(saved, self._generation)
+            saved_pages = pages_of(saved)
+            wanted = (dirty | fresh | (known & tracked)) & saved_pages
+            exact = self._with_content(wanted & tracked, pieces, contents)
+            others = self._others(pieces, contents, tracked)
+            self.bytes_frozen = self._copying.copy(exact, self.space)
+            self.bytes_frozen += self._copying.copy(others, self.space, compared=True)
+        self.frozen_seconds = frozen.seconds
+        self._copying.flush()
+        vanished = (known - tracked) & saved_pages
+        self._frames.add_zeros((wanted | lost | vanished) - exact - others, self.space)
+        self.unreadable = self._copying.take_unreadable()
+        shown = [(piece, self._shown(piece, contents)) for piece in pieces]
+        self.described = described(program, frozen_at, frozen.threads, shown, self.space)
+
+    # ---- which pages
+
+    def _look(self) -> None:
+        self._watched.marks.look()
+        self._seen.clear()
+
+    def _pieces(self) -> list[Piece]:
+        rows = self._watched.rows()
+        if not self._watched.marks.knows(rows):
+            self._look()
+        new = [row for row in rows if row not in self._seen]
+        self._seen.update(zip(new, pieces_of(new, self._watched.marks, self._watched.chosen), strict=True))
+        return [self._seen[row] for row in rows]
+
+    def _tracked(self, pieces: list[Piece]) -> DirtySet:
+        """What is saved and whose writes are all known."""
+        kept = joined((p.row.start, p.row.end) for p in pieces if p.why is None and p.kind in _TRACKED)
+        return pages_of(kept) & pages_of(self._watched.tracked())
+
+    def _with_content(
+        self, pages: DirtySet, pieces: list[Piece], contents: dict[int, Ranges] | None = None
+    ) -> DirtySet:
+        """Those that are not known to be zeros, or a file's."""
+        files = [p for p in pieces if p.why is None and p.kind is Kind.FILE]
+        all_files = pages_of(joined((p.row.start, p.row.end) for p in files))
+        found = self._watched.populated.parted(pages - all_files, pieces)
+        if within := pages & all_files:
+            known = self._watched.populated.all_of(files) if contents is None else contents
+            found = found | (within & pages_of(joined(run for p in files for run in known[p.row.start])))
+        return found
+
+    def _others(self, pieces: list[Piece], contents: dict[int, Ranges], tracked: DirtySet) -> DirtySet:
+        """The pages with content that nobody tracks."""
+        found = [run for piece in pieces for run in contents.get(piece.row.start, ())]
+        alone = [(p.row.start, p.row.end) for p in pieces if p.why is None and p.row.start not in contents]
+        for start, end in pages_of(joined(alone)) - tracked:
+            found += self._watched.populated.anonymous(int(start), int(end))
+        return pages_of(joined(found)) - tracked
+
+    def _shown(self, piece: Piece, contents: dict[int, Ranges]) -> Ranges:
+        """The parts of a mapping that a reader finds in the image."""
+        row = piece.row
+        if piece.why is not None:
+            return []
+        there = [(row.start, row.end)]
+        if piece.kind in (Kind.FILE, Kind.SHARED_FILE) or not contents.get(row.start, True):
+            there = contents.get(row.start, [])
+        return subtracted(there, self.unreadable) if self.unreadable else there
+
+
+def _is_looked_at(piece: Piece) -> bool:
+    """Whether which of its pages are saved must be known at each save: what is not all its own, or may be nothing."""
+    row = piece.row
+    return piece.why is None and (piece.kind is not Kind.ANONYMOUS or not (row.readable or row.writable))
+
+
+def _saved_ranges(pieces: list[Piece], contents: dict[int, Ranges]) -> Ranges:
+    """The mappings that anything of is saved, as a whole."""
+    return joined((p.row.start, p.row.end) for p in pieces if p.why is None and contents.get(p.row.start, True))
