@@ -1,32 +1,24 @@
 # SPDX-License-Identifier: MIT
-"""Images of processes for tests: of processes that never were, and of real ones, taken by ptrace alone.
-
-Neither shares code with what saves them: it is what they are compared with.
-"""
+"""Images of processes that never were, in stores, with what each of them is."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import struct
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from dirtytrack.checkpoint.coding import Encoder
 from dirtytrack.checkpoint.manifests import Manifest
 from dirtytrack.checkpoint.store import DirectoryStore
 from tests.storing import save
 
-__all__ = ["PAGE", "Area", "History", "Stopped", "capture", "stopped", "thread"]
+__all__ = ["PAGE", "Area", "History", "scattered", "thread"]
 
 PAGE = 4096
-
-
-# ---- processes that never were
 
 
 @dataclass
@@ -49,6 +41,15 @@ class Area:
 
     def copy(self) -> Area:
         return replace(self, data=dict(self.data))
+
+    @staticmethod
+    def of_file(path: Path, start: int, pages: int, data: Mapping[int, bytes] = {}, **options: Any) -> Area:
+        """A mapping of a file that is there, and was not written for a long time."""
+        os.utime(path, (1, 1))
+        about = path.stat()
+        device = f"{os.major(about.st_dev):02x}:{os.minor(about.st_dev):02x}"
+        options = {"path": str(path), "device": device, "inode": about.st_ino, "why": "file", **options}
+        return Area(start, pages, dict(data), **options)
 
 
 def thread(tid: int, *, rip: int = 0x1000, mask: int = 0) -> dict[str, Any]:
@@ -88,7 +89,7 @@ class History:
             for page, data in area.data.items():
                 assert len(data) % PAGE == 0
                 contents[f"{area.start + page * PAGE:x}"] = data
-        document = self._document(areas, threads or [thread(100)], contents) | changed
+        document = self.document(areas, threads or [thread(100)], contents) | changed
         with self.store.writer() as writer:
             manifest = save(
                 writer, self.store, contents or {"none": bytes(PAGE)}, self._before, self._last,
@@ -98,7 +99,7 @@ class History:
         self.areas[manifest.generation] = [area.copy() for area in areas]
         return manifest
 
-    def _document(self, areas: Sequence[Area], threads: Sequence[Any], contents: Mapping[str, bytes]) -> dict[str, Any]:
+    def document(self, areas: Sequence[Area], threads: Sequence[Any], contents: Mapping[str, bytes]) -> dict[str, Any]:
         numbers = self._numbers(contents)
         return {
             "pid": 100,
@@ -143,118 +144,11 @@ class History:
         return numbers
 
 
-# ---- real ones
-
-_GETREGSET, _GETSIGMASK, _SEIZE, _INTERRUPT, _DETACH = 0x4204, 0x420A, 0x4206, 0x4207, 17
-_SETS = {"prstatus": 1, "fpregset": 2, "xstate": 0x202}
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.ptrace.restype = ctypes.c_long
-_libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
-
-
-class _Vector(ctypes.Structure):
-    _fields_ = (("base", ctypes.c_void_p), ("nbytes", ctypes.c_size_t))
-
-
-class Stopped(NamedTuple):
-    """A process that stands still; its threads, the main one first."""
-
-    pid: int
-    tids: tuple[int, ...]
-
-    def registers(self, tid: int, name: str) -> bytes:
-        room = ctypes.create_string_buffer(1 << 14)
-        vector = _Vector(ctypes.addressof(room), len(room))
-        _ptrace(_GETREGSET, tid, _SETS[name], ctypes.addressof(vector))
-        return room.raw[: vector.nbytes]
-
-    def signal_mask(self, tid: int) -> int:
-        room = ctypes.create_string_buffer(8)
-        _ptrace(_GETSIGMASK, tid, 8, ctypes.addressof(room))
-        return int.from_bytes(room.raw, "little")
-
-
-def _ptrace(request: int, tid: int, address: int = 0, data: int = 0) -> None:
-    if _libc.ptrace(request, tid, address, data) < 0:
-        raise OSError(ctypes.get_errno(), "ptrace")
-
-
-@contextmanager
-def stopped(pid: int) -> Iterator[Stopped]:
-    """All threads of a process stand still."""
-    tids = sorted((int(path.name) for path in Path(f"/proc/{pid}/task").iterdir()), key=lambda tid: (tid != pid, tid))
-    for tid in tids:
-        _ptrace(_SEIZE, tid)
-        _ptrace(_INTERRUPT, tid)
-        os.waitpid(tid, 0x40000000)  # __WALL
-    try:
-        yield Stopped(pid, tuple(tids))
-    finally:
-        for tid in tids:
-            _ptrace(_DETACH, tid)
-
-
-def _rows(pid: int) -> Iterator[Area]:
-    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-        where, permissions, offset, device, inode, *path = line.split(maxsplit=5)
-        start, end = (int(part, 16) for part in where.split("-"))
-        name = path[0] if path else ""
-        yield Area(start, (end - start) // PAGE, {}, permissions, name, int(offset, 16), device, int(inode))
-
-
-def capture(history: History, pid: int) -> Manifest:
-    """An image of a process: all that can be read but the pages that private mappings of files did not change."""
-    areas: list[Area] = []
-    with (
-        stopped(pid) as still,
-        open(f"/proc/{pid}/mem", "rb", buffering=0) as memory,
-        open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap,
-    ):
-        frozen_at = time.time()
-        for area in _rows(pid):
-            if area.start >= 1 << 47:
-                continue
-            areas.append(area)
-            entries = struct.unpack(
-                f"<{area.pages}Q", os.pread(pagemap.fileno(), 8 * area.pages, area.start // PAGE * 8)
-            )
-            own = [bool(entry >> 62) and not entry >> 61 & 1 for entry in entries]
-            if area.path.startswith("/") and area.permissions[3] == "p":
-                area.why = "file"
-            else:
-                own = [True] * area.pages
-            if not area.permissions.startswith("r") and not any(own):
-                continue
-            _save_runs(area, own, memory.fileno())
-        threads = [
-            {
-                "tid": tid,
-                "name": Path(f"/proc/{pid}/task/{tid}/comm").read_text().rstrip("\n"),
-                "registers": {name: still.registers(tid, name).hex() for name in _SETS},
-                "signal_mask": still.signal_mask(tid).to_bytes(8, "little").hex(),
-            }
-            for tid in still.tids
-        ]
-        return history.save(
-            areas,
-            threads,
-            pid=pid,
-            comm=Path(f"/proc/{pid}/comm").read_text().rstrip("\n"),
-            executable=str(Path(f"/proc/{pid}/exe").readlink()),
-            arguments=Path(f"/proc/{pid}/cmdline").read_bytes().decode().rstrip("\0").split("\0"),
-            auxv=Path(f"/proc/{pid}/auxv").read_bytes().hex(),
-            frozen_at=frozen_at,
-        )
-
-
-def _save_runs(area: Area, own: Sequence[bool], memory: int) -> None:
-    page = 0
-    while page < area.pages:
-        first = page
-        while page < area.pages and own[page] == own[first]:
-            page += 1
-        if own[first]:
-            try:
-                area.data[first] = os.pread(memory, (page - first) * PAGE, area.start + first * PAGE)
-            except OSError:
-                area.why = "unreadable"
+def scattered(history: History, path: Path, start: int, count: int) -> None:
+    """An image of one mapping of a file, of which every second page was changed: the i-th has the number i % 100."""
+    path.write_bytes(bytes(PAGE))
+    area = Area.of_file(path, start, 2 * count)
+    hundred = b"".join(i.to_bytes(PAGE, "little") for i in range(100))
+    (mapping,) = history.document([area], [thread(100)], {})["mappings"]
+    mapping["saved"] = [[0, i % 100 * PAGE, PAGE, 2 * i * PAGE] for i in range(count)]
+    history.save([replace(area, pages=100, data={0: hundred})], mappings=[mapping])

@@ -13,7 +13,7 @@ from shutil import which
 
 import pytest
 
-__all__ = ["GDB", "gdb", "needs_gdb", "pages_of", "threads_of"]
+__all__ = ["GDB", "gdb", "needs_gdb", "numbers_of", "pages_of", "threads_of"]
 
 PAGE = 4096
 GDB = which("gdb")
@@ -39,6 +39,12 @@ def gdb(program: str | Path, core: Path, *commands: str) -> list[str]:
 def _environment() -> dict[str, str]:
     """gdb has a Python of its own, which is not to be led to ours."""
     return {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")} | {"LC_ALL": "C.UTF-8"}
+
+
+def numbers_of(program: str | Path, core: Path) -> dict[int, int]:
+    """By thread, the number that gdb gives it."""
+    (told,) = gdb(program, core, "info threads")
+    return {int(tid): int(number) for number, tid in re.findall(r"^\W*(\d+) .*?LWP (\d+)", told, re.MULTILINE)}
 
 
 def threads_of(program: str | Path, core: Path) -> dict[int, list[str]]:

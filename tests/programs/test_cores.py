@@ -9,23 +9,25 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
-from dirtytrack.checkpoint.images import compare_images, write_core
+from dirtytrack.checkpoint import DirectoryStore
+from dirtytrack.checkpoint.images import ProcessCheckpointer, compare_images, write_core
 from dirtytrack.checkpoint.manifests import Manifest
-from tests.imaged import Area, History, capture
-from tests.programs.debugging import gdb, needs_gdb, pages_of, threads_of
+from tests.imaged import History, scattered
+from tests.programs.debugging import gdb, needs_gdb, numbers_of, pages_of, threads_of
+from tests.programs.imaged import waits_for_a_line
 from tests.programs.targets import built, running
 
 PAGE = 4096
 COUNTS = (0, 1, 5, 6)
 REGISTERS = ("r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8", "rax", "rcx", "rdx", "rsi", "rdi")
-VECTORS = ("output/x $xmm3.uint128", "output/x $mxcsr")
+REGISTERS += ("rip", "rsp", "fs_base", "eflags")
 pytestmark = needs_gdb
 
 
@@ -33,7 +35,7 @@ class Counted(NamedTuple):
     """Cores of a program that counted, and what the generations' manifests say."""
 
     program: Path
-    history: History
+    store: Path
     cores: dict[int, Path]
     manifests: dict[int, Manifest]
 
@@ -44,27 +46,20 @@ def process_of(manifest: Manifest) -> dict[str, Any]:
     return manifest.threads
 
 
-def waits_for_a_line(pid: int) -> None:
-    """Its main thread is in read(2), though it answered a moment ago."""
-    while not Path(f"/proc/{pid}/syscall").read_text().startswith("0 "):
-        time.sleep(0.001)
-
-
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory: pytest.TempPathFactory) -> Counted:
     where = tmp_path_factory.mktemp("cores")
-    history, cores, manifests, done = History(where / "store"), {}, {}, 0
-    with running("counted") as program:
+    cores, manifests, done = dict[int, Path](), dict[int, Manifest](), 0
+    with running("counted") as program, ProcessCheckpointer(where / "store", program.pid) as ckpt:
         for count in COUNTS:
             while done < count:
                 assert program.ask() == "well"
                 done += 1
             waits_for_a_line(program.pid)
-            manifest = capture(history, program.pid)
-            cores[count], manifests[count] = where / f"core.{manifest.generation}", manifest
-    for count, path in cores.items():
-        write_core(history.store, path, manifests[count].generation)
-    return Counted(built("counted"), history, cores, manifests)
+            generation = ckpt.save().generation
+            cores[count] = Path(write_core(ckpt.store, where / f"core.{generation}", generation).path)
+            manifests[count] = ckpt.store.manifest(generation)
+    return Counted(built("counted"), where / "store", cores, manifests)
 
 
 @pytest.mark.parametrize("count", COUNTS)
@@ -92,36 +87,34 @@ def test_each_generation_has_the_values_of_its_moment(counted: Counted, count: i
 
 
 def test_all_threads_have_their_frames_and_locals(counted: Counted) -> None:
-    document = process_of(counted.manifests[5])
-    threads = threads_of(counted.program, counted.cores[5])
-    assert sorted(threads) == sorted(each["tid"] for each in document["threads"])
-    main, *others = (threads[each["tid"]] for each in document["threads"])
+    document, core = process_of(counted.manifests[5]), counted.cores[5]
+    frames = threads_of(counted.program, core)
+    assert sorted(frames) == sorted(each["tid"] for each in document["threads"])
+    main, *others = (frames[each["tid"]] for each in document["threads"])
     assert main[-1] == "main" and "fgets" in "".join(main)
-    for number, frames in enumerate(others, 1):
-        assert frames.count("rests") == number + 1
-        assert "thread" in frames and "read" in "".join(frames[: frames.index("rests")])
-    commands = [f"thread find {each['tid']}" for each in document["threads"][1:]]
-    found = [re.search(r"Thread (\d+) has", each) for each in gdb(counted.program, counted.cores[5], *commands)]
-    for number, each in enumerate(found, 1):
-        assert each, "gdb knows the thread"
-        chosen = f"thread {each[1]}", "frame function rests", "output seen"
-        assert gdb(counted.program, counted.cores[5], *chosen)[-1] == str(100 * number)
+    for number, names in enumerate(others, 1):
+        assert names.count("rests") == number + 1
+        assert "thread" in names and "read" in "".join(names[: names.index("rests")])
+    numbers = numbers_of(counted.program, core)
+    commands = [
+        (f"thread {numbers[each['tid']]}", "frame function rests", "output seen") for each in document["threads"][1:]
+    ]
+    assert gdb(counted.program, core, *chain(*commands))[2::3] == ["100", "200", "300"]
 
 
 def test_registers_are_those_of_the_threads(counted: Counted) -> None:
-    document = process_of(counted.manifests[1])
-    commands = [*(f"output/x ${name}" for name in (*REGISTERS, "rip", "rsp", "fs_base", "eflags")), *VECTORS]
+    document, core = process_of(counted.manifests[1]), counted.cores[1]
+    numbers = numbers_of(counted.program, core)
+    asked = [f"output/x ${name}" for name in REGISTERS] + ["output/x $xmm3.uint128", "output/x $mxcsr"]
+    commands = chain(*((f"thread {numbers[each['tid']]}", *asked) for each in document["threads"]))
+    values = iter(gdb(counted.program, core, *commands))
     for each in document["threads"]:
-        number = gdb(counted.program, counted.cores[1], f"thread find {each['tid']}")[0].split()[1]
         words = struct.unpack("<27Q", bytes.fromhex(each["registers"]["prstatus"]))
         xstate = bytes.fromhex(each["registers"]["xstate"])
-        values = gdb(counted.program, counted.cores[1], f"thread {number}", *commands)[1:]
-        expected = [*words[:15], words[16], words[19], words[21], words[18]]
-        assert [int(value, 16) for value in values[: len(expected)]] == [
-            value & 0xFFFFFFFF if i == len(expected) - 1 else value for i, value in enumerate(expected)
-        ]
-        assert int(values[-2], 16) == int.from_bytes(xstate[160 + 48 : 160 + 64], "little")
-        assert int(values[-1], 16) == int.from_bytes(xstate[24:28], "little")
+        assert "Switching to thread" in next(values)
+        told = [int(next(values), 16) for _ in asked]
+        assert told[:-2] == [*words[:15], words[16], words[19], words[21], words[18]]
+        assert told[-2:] == [int.from_bytes(xstate[start:end], "little") for start, end in ((208, 224), (24, 28))]
 
 
 def test_mappings_are_listed(counted: Counted) -> None:
@@ -141,21 +134,22 @@ def test_mappings_are_listed(counted: Counted) -> None:
 
 
 def test_the_bytes_are_those_of_gcore(tmp_path: Path) -> None:
-    history = History(tmp_path / "store")
     with running("counted") as program:
         for _ in range(9):
             assert program.ask() == "well"
         os.kill(program.pid, signal.SIGSTOP)  # else the kernel writes to it who runs it where (rseq)
-        capture(history, program.pid)
+        with ProcessCheckpointer(tmp_path / "store", program.pid) as ckpt:
+            ckpt.save()
         subprocess.run(
             ["gcore", "-a", "-o", tmp_path / "gcore", str(program.pid)],
             check=True, capture_output=True, timeout=60, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         os.kill(program.pid, signal.SIGCONT)
         theirs = dict(pages_of(tmp_path / f"gcore.{program.pid}"))
-    write_core(history.store, tmp_path / "core")
+    write_core(tmp_path / "store", tmp_path / "core")
     ours = dict(pages_of(tmp_path / "core"))
-    document = process_of(history.store.manifest())
+    with DirectoryStore(tmp_path / "store") as store:
+        document = process_of(store.manifest())
     compared = 0
     for mapping in document["mappings"]:
         file = None
@@ -178,7 +172,7 @@ def test_the_bytes_are_those_of_gcore(tmp_path: Path) -> None:
 
 
 def test_what_differs_by_name(counted: Counted) -> None:
-    found = compare_images(counted.history.store, counted.manifests[1].generation, counted.manifests[5].generation)
+    found = compare_images(counted.store, counted.manifests[1].generation, counted.manifests[5].generation)
     objects = {each.name: each for each in found.objects if each.module == str(counted.program)}
     assert objects.keys() == {"counted", "squares", "point"}
     (address,) = gdb(counted.program, counted.cores[5], "output/x &counted")
@@ -192,17 +186,15 @@ def test_what_differs_by_name(counted: Counted) -> None:
 
 
 def test_gdb_opens_more_segments_than_the_header_can_count(tmp_path: Path) -> None:
-    history, base = History(tmp_path / "store"), 0x5555_0000_0000
-    history.save(
-        [Area(base + 2 * i * PAGE, 1, {0: i.to_bytes(4096, "little")} if i % 100 == 99 else {}) for i in range(66_000)]
-    )
+    history, base, count = History(tmp_path / "store"), 0x5555_0000_0000, 33_000
+    scattered(history, tmp_path / "file", base, count)
     write_core(history.store, tmp_path / "core")
-    last = base + 2 * 65_999 * PAGE
+    last = base + 2 * (count - 1) * PAGE
     words = ["gdb", "-nx", "-batch", "-core", str(tmp_path / "core")]
     for value in (f"*(long *){last:#x}", f"*(long *){last - 2 * PAGE:#x}", "$r15"):
         words += ["-ex", f"output {value}", "-ex", "echo \\n"]
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
-    assert done.stdout.splitlines()[-3:] == ["65999", "0", "100000"], done.stdout + done.stderr
+    assert done.stdout.splitlines()[-3:] == ["99", "98", "100000"], done.stdout + done.stderr
 
 
 # ---- redis
@@ -226,13 +218,13 @@ def redis(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_redis(redis: subprocess.Popen[bytes], tmp_path: Path) -> None:
-    history = History(tmp_path / "store")
-    capture(history, redis.pid)
-    for words in (["SET", "where", "a value that nobody forgets"], ["INCRBY", "number", "41"]):
-        subprocess.run(["redis-cli", "-s", tmp_path / "redis.sock", *words], check=True, capture_output=True)
-    manifest = capture(history, redis.pid)
-    write_core(history.store, tmp_path / "core")
-    document = process_of(manifest)
+    with ProcessCheckpointer(tmp_path / "store", redis.pid) as ckpt:
+        ckpt.save()
+        for words in (["SET", "where", "a value that nobody forgets"], ["INCRBY", "number", "41"]):
+            subprocess.run(["redis-cli", "-s", tmp_path / "redis.sock", *words], check=True, capture_output=True)
+        ckpt.save()
+        document = process_of(ckpt.store.manifest())
+    write_core(tmp_path / "store", tmp_path / "core")
     executable = document["executable"]
     threads = threads_of(executable, tmp_path / "core")
     assert sorted(threads) == sorted(each["tid"] for each in document["threads"])
@@ -241,7 +233,7 @@ def test_redis(redis: subprocess.Popen[bytes], tmp_path: Path) -> None:
     assert main[0].endswith("epoll_wait") and main[-1] in ("main", "_start"), main
     waiting = [frames for tid, frames in threads.items() if tid != redis.pid]
     assert all("start_thread" in frames for frames in waiting)
-    found = compare_images(history.store, 1, 2)
+    found = compare_images(tmp_path / "store", 1, 2)
     names = {each.name for each in found.objects if each.module == executable}
     assert "server" in names, names  # redis exports its symbols
 
@@ -279,16 +271,18 @@ def test_python(tmp_path: Path) -> None:
     if script is None:
         pytest.skip("CPython's commands for gdb are not beside this interpreter")
     (tmp_path / "program.py").write_text(PROGRAM)
-    history = History(tmp_path / "store")
-    with running(sys.executable, "-u", tmp_path / "program.py") as program:
+    with (
+        running(sys.executable, "-u", tmp_path / "program.py") as program,
+        ProcessCheckpointer(tmp_path / "store", program.pid) as ckpt,
+    ):
         waits_for_a_line(program.pid)
-        capture(history, program.pid)
+        ckpt.save()
         assert program.ask() == "well"
         waits_for_a_line(program.pid)
-        capture(history, program.pid)
+        ckpt.save()
     for generation, number in ((1, 42), (2, 43)):
         path = tmp_path / f"core.{generation}"
-        write_core(history.store, path, generation)
+        write_core(tmp_path / "store", path, generation)
         frames, variables = gdb(script[1], path, f"source {script[0]}", "py-bt", "py-locals")[1:]
         called = re.findall(r'File "(.+)", line \d+, in (\S+)', frames)
         assert called == [(f"{tmp_path}/program.py", name) for name in ("inner", "outer", "<module>")]

@@ -169,7 +169,7 @@ def test_every_image_is_of_one_instant(tmp_path: Path, staging: int | None) -> N
         first, second, tallies, told = (int(word, 16) for word in program.answer().split())
         known = set[int]()
         with ProcessCheckpointer(store, program.pid, staging_bytes=staging, precopy_bytes=256 << 10) as ckpt:
-            for _ in range(12):
+            for _ in range(6):
                 image = ckpt.save()
                 found = Imaged(store, image.generation)
                 values = [

@@ -66,7 +66,7 @@ def test_redis_under_load(tmp_path: Path) -> None:
     store = tmp_path / "store"
     with redis(tmp_path) as (pid, _), ProcessCheckpointer(store, pid, precopy_bytes=4 << 20) as ckpt:
         witness, compared = Witness(ckpt._watched.tracker), 0
-        for _ in range(5):
+        for _ in range(4):
             image = ckpt.save()
             compared += witness.agrees_with(Imaged(store, image.generation))
             time.sleep(0.1)
@@ -81,7 +81,7 @@ def test_a_program_that_never_waits(name: str, tmp_path: Path) -> None:
     with running(name, 2) as program:
         with ProcessCheckpointer(store, program.pid, precopy_bytes=256 << 10, compact=0.5) as ckpt:
             witness = Witness(ckpt._watched.tracker)
-            for _ in range(15):
+            for _ in range(6):
                 image = ckpt.save()
                 assert witness.agrees_with(Imaged(store, image.generation))
         if name == "consistent":
@@ -157,7 +157,7 @@ def command(*words: object, **options: object) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize("moments", [6, pytest.param(150, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("moments", [3, pytest.param(150, marks=pytest.mark.soak)])
 def test_who_saves_is_killed_at_any_moment(moments: int, tmp_path: Path) -> None:
     chance, store = random.Random(5), tmp_path / "store"
     with running("consistent", 2) as program:
@@ -189,7 +189,7 @@ def is_settled(program: Program) -> None:
     is_unharmed(program)
 
 
-@pytest.mark.parametrize("moments", [8, pytest.param(200, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("moments", [4, pytest.param(200, marks=pytest.mark.soak)])
 def test_the_process_is_killed_at_any_moment(moments: int, tmp_path: Path) -> None:
     chance, store = random.Random(6), tmp_path / "store"
     for _ in range(moments):

@@ -90,9 +90,6 @@ def test_each_pair_of_generations_against_every_page(where: Path, seed: int) -> 
     draw = random.Random(seed)
     path = where / "file"
     path.write_bytes(pages(40, 99))
-    os.utime(path, (1, 1))
-    about = path.stat()
-    device = f"{os.major(about.st_dev):02x}:{os.minor(about.st_dev):02x}"
 
     def layout(last: Sequence[Area]) -> list[Area]:
         areas, at = list[Area](), BASE
@@ -106,8 +103,7 @@ def test_each_pair_of_generations_against_every_page(where: Path, seed: int) -> 
             else:
                 area = Area(at, draw.randrange(1, 30), why=draw.choice((None, None, None, "excluded")))
                 if draw.random() < 0.3:
-                    area.path, area.device, area.inode, area.why = str(path), device, about.st_ino, "file"
-                    area.offset = (at - BASE) % (10 * PAGE)
+                    area = Area.of_file(path, at, area.pages, offset=(at - BASE) % (10 * PAGE))
                 if draw.random() < 0.7:
                     first = draw.randrange(area.pages)
                     area.data[first] = pages(draw.randrange(1, area.pages - first + 1), number)
@@ -188,10 +184,7 @@ def test_what_becomes_of_mappings(where: Path) -> None:
 def test_what_a_file_has_is_compared_as_long_as_it_is_that_file(where: Path) -> None:
     path = where / "file"
     path.write_bytes(pages(4, 1))
-    os.utime(path, (1, 1))
-    about = path.stat()
-    device = f"{os.major(about.st_dev):02x}:{os.minor(about.st_dev):02x}"
-    area = Area(BASE, 4, path=str(path), device=device, inode=about.st_ino, why="file")
+    area = Area.of_file(path, BASE, 4)
     history = History(where / "store")
     history.save([area])
     own = bytearray(pages(4, 1)[PAGE : 2 * PAGE])
@@ -271,14 +264,13 @@ def loaded(
     path: Path, segments: Sequence[tuple[int, int, int, str]], bias: int, changed: Mapping[int, bytes]
 ) -> list[Area]:
     """As the kernel maps it, the last segment written to: which has .data and .bss."""
-    about, file = path.stat(), path.read_bytes()
-    device = f"{os.major(about.st_dev):02x}:{os.minor(about.st_dev):02x}"
+    file = path.read_bytes()
     areas = []
     for offset, address, nbytes, flags in segments:
         start, end = address // PAGE * PAGE, -(-(address + nbytes) // PAGE) * PAGE
         permissions = "".join(each if each in flags else "-" for each in "rwx") + "p"
-        area = Area(start + bias, (end - start) // PAGE, permissions=permissions, path=str(path), device=device)
-        area.offset, area.inode, area.why = offset // PAGE * PAGE, about.st_ino, "file"
+        area = Area.of_file(path, start + bias, (end - start) // PAGE, permissions=permissions)
+        area.offset = offset // PAGE * PAGE
         if "w" in flags:
             data = bytearray(file[area.offset : area.offset + end - start].ljust(end - start, b"\0"))
             for at, value in changed.items():
@@ -335,14 +327,9 @@ def test_a_file_of_another_build(where: Path) -> None:
 def test_a_file_that_is_no_elf(where: Path, content: bytes) -> None:
     path = where / "program"
     path.write_bytes(content)
-    os.utime(path, (1, 1))
-    about = path.stat()
-    device = f"{os.major(about.st_dev):02x}:{os.minor(about.st_dev):02x}"
     history = History(where / "store")
     for seed in range(2):
-        area = Area(BASE, 1, {0: pages(1, seed)}, permissions="rwxp", path=str(path), device=device)
-        area.inode = about.st_ino
-        history.save([area])
+        history.save([Area.of_file(path, BASE, 1, {0: pages(1, seed)}, permissions="rwxp")])
     found = compare_images(history.store, 1, 2)
     assert not found.objects and "cannot be read as ELF" in found.notes[0]
 
