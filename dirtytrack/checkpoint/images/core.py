@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ...delta import diff
 from ...delta.encoded import most_nbytes
 from ...errors import DirtyTrackError, InvalidCheckpoint, KernelRefused, PermissionDenied, UnsupportedKernel
+from ...kernel.packing import all_zero
 from ..coding import Decoder
 from ..crew import Crew
 from ..reading import Generation, letting_go, reading_threads
@@ -23,7 +24,7 @@ from .image import image_of
 from .memory import HOLE_NBYTES, LEAST_MEMORY, ImageMemory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from ..protocols import Store
     from .image import ProcessImage
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["Core", "Missing", "write_core"]
 
 _PAGE = elf.PAGE_BYTES
+_FEW_NBYTES = 16 * _PAGE  # to begin a comparison in C takes as long as to ask of so many pages
 _ADVICE = {
     errno.ENOSPC: "free some space, or write it elsewhere",
     errno.EDQUOT: "free some of the quota, or write it elsewhere",
@@ -209,17 +211,23 @@ class _Writing:
                 self._progress(done, total)
 
     def _put_but_zeros(self, data: memoryview, at: int) -> None:
+        start = end = 0
+        for page in self._pages(data):
+            if page != end:
+                self._put(data[start:end], at + start)
+                start = page
+            end = page + _PAGE
+        self._put(data[start:end], at + start)
+
+    def _pages(self, data: memoryview) -> Iterable[int]:
+        """Where pages begin that are not zero."""
+        if len(data) <= _FEW_NBYTES:
+            return (page for page in range(0, len(data), _PAGE) if not all_zero(data[page : page + _PAGE]))
         if len(data) > len(self._zeros):
             self._zeros, self._found = mmap(-1, len(data)), mmap(-1, most_nbytes(len(data)))
-        start = end = 0
         with memoryview(self._zeros)[: len(data)].toreadonly() as zeros:
-            pages = [(offset, len(page)) for offset, page in diff(data, zeros, granule=_PAGE, out=self._found)]
-        for offset, nbytes in pages:
-            if offset != end:
-                self._put(data[start:end], at + start)
-                start = offset
-            end = offset + nbytes
-        self._put(data[start:end], at + start)
+            found = diff(data, zeros, granule=_PAGE, out=self._found)
+            return [page for offset, run in found for page in range(offset, offset + len(run), _PAGE)]
 
     def _put(self, data: bytes | memoryview, at: int) -> None:
         rest = memoryview(data)

@@ -27,6 +27,7 @@ __all__ = ["HOLE_NBYTES", "LEAST_MEMORY", "ImageMemory", "Source", "Span"]
 
 HOLE_NBYTES = 1 << 20  # zeros that are fewer are kept in one piece with what is around them
 LEAST_MEMORY = 8 * FRAME_NBYTES
+_NEAR_NBYTES = 32 << 10
 _PAGE = 4096
 
 Source = Literal["bytes", "zeros", "file", "unknown"]
@@ -143,15 +144,35 @@ class ImageMemory:
     def fill(self, parts: Sequence[tuple[Span, memoryview]], held: HeldFrames | None = None) -> None:
         """Put the bytes of spans into buffers of as many bytes; raises as `read`."""
         windows: list[Window] = []
-        for span, view in parts:
-            if span.region is not None:
-                windows.append(Window(span.region, span.offset, target_of(view)))
-            elif span.source == "file":
+        copies: list[tuple[memoryview, memoryview]] = []
+        apart = 0
+        for group in _grouped(parts):
+            span, view = group[0]
+            if span.source == "file":
                 _read_file(span, view)
-            else:
+            elif span.region is None:
                 view[:] = bytes(len(view))
+            elif len(group) == 1:
+                windows.append(Window(span.region, span.offset, target_of(view)))
+            else:
+                whole = memoryview(bytearray(_end(group[-1][0]) - span.offset))
+                windows.append(Window(span.region, span.offset, target_of(whole)))
+                copies += ((each, whole[one.offset - span.offset :][: len(each)]) for one, each in group)
+                apart += len(whole)
+                if apart >= self.room_nbytes:
+                    self._fill(windows, copies, held)
+                    apart = 0
+        self._fill(windows, copies, held)
+
+    def _fill(
+        self, windows: list[Window], copies: list[tuple[memoryview, memoryview]], held: HeldFrames | None
+    ) -> None:
         if windows:
             self.generation.read(windows, self._crew, held)
+        for view, data in copies:
+            view[:] = data
+        windows.clear()
+        copies.clear()
 
     def held(self) -> HeldFrames:
         """For `fill` of what comes in order."""
@@ -167,6 +188,27 @@ class ImageMemory:
         data = bytearray(nbytes)
         self.fill([(span.part(address, address + nbytes), memoryview(data))])
         return bytes(data)
+
+
+def _grouped(parts: Sequence[tuple[Span, memoryview]]) -> Iterator[list[tuple[Span, memoryview]]]:
+    """Short parts that are near to one another in a region together: one read gets them, which decodes a frame once."""
+    group: list[tuple[Span, memoryview]] = []
+    for part in parts:
+        span = part[0]
+        if group:
+            first, last = group[0][0], group[-1][0]
+            near = span.region is last.region is not None and 0 <= span.offset - _end(last) <= _NEAR_NBYTES
+            if not near or _end(span) - first.offset > FRAME_NBYTES:
+                yield group
+                group = []
+        group.append(part)
+    if group:
+        yield group
+
+
+def _end(span: Span) -> int:
+    """Where it ends in its region."""
+    return span.offset + span.end - span.start
 
 
 def _look_at(mapping: ImageMapping, frozen_at: float) -> Literal["still", "written", "gone"]:

@@ -22,6 +22,7 @@ __all__ = ["Compared", "Comparing", "Pair", "pairs"]
 
 _PAGE = 4096
 _LOOKED_NBYTES = 16 * _PAGE
+_FEW_NBYTES = 16 * _PAGE  # to begin a comparison in C takes as long as one of so many pages
 _CUT_NBYTES = 1 << 20  # what may have changed is found in pieces of this
 
 
@@ -282,6 +283,8 @@ class Comparing:
         self._both[0].fill([(part.older, view) for part, view, _ in places], held[0])
         self._both[1].fill([(part.newer, view) for part, _, view in places], held[1])
         for part, older, newer in places:
+            if len(newer) <= _FEW_NBYTES and bytes(older) == bytes(newer):
+                continue
             found = diff(newer, older, granule=_PAGE)
             if found:
                 exact = diff(newer, older, granule=1)
