@@ -26,8 +26,8 @@ from tests.programs.targets import built, running
 
 PAGE = 4096
 COUNTS = (0, 1, 5, 6)
-REGISTERS = ("r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8", "rax", "rcx", "rdx", "rsi", "rdi")
-REGISTERS += ("rip", "rsp", "fs_base", "eflags")
+GENERAL = ("r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8", "rax", "rcx", "rdx", "rsi", "rdi")
+REGISTERS = (*GENERAL, "rip", "rsp", "fs_base", "eflags")
 pytestmark = needs_gdb
 
 
