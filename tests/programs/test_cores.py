@@ -259,17 +259,17 @@ outer(21)
 """
 
 
-def script_of_gdb() -> tuple[Path, str] | None:
-    """What CPython has for gdb, where its build put it, and where the interpreter's debugging information is."""
-    executable = Path(os.path.realpath(sys.executable))
+def commands_for_gdb(executable: Path) -> Path | None:
+    """CPython's commands for gdb, where pyenv and Debian put them."""
     script = executable.with_name(f"{executable.name}-gdb.py")
-    return (script, str(executable)) if script.exists() else None
+    return next(filter(Path.exists, (script, Path(f"/usr/share/gdb/auto-load{script}"))), None)
 
 
 def test_python(tmp_path: Path) -> None:
-    script = script_of_gdb()
+    executable = Path(sys.executable).resolve()
+    script = commands_for_gdb(executable)
     if script is None:
-        pytest.skip("CPython's commands for gdb are not beside this interpreter")
+        pytest.skip("CPython's commands for gdb, of this version, are not here: on Debian, python3-dbg has them")
     (tmp_path / "program.py").write_text(PROGRAM)
     with (
         running(sys.executable, "-u", tmp_path / "program.py") as program,
@@ -283,7 +283,7 @@ def test_python(tmp_path: Path) -> None:
     for generation, number in ((1, 42), (2, 43)):
         path = tmp_path / f"core.{generation}"
         write_core(tmp_path / "store", path, generation)
-        frames, variables = gdb(script[1], path, f"source {script[0]}", "py-bt", "py-locals")[1:]
+        frames, variables = gdb(executable, path, f"source {script}", "py-bt", "py-locals")[1:]
         called = re.findall(r'File "(.+)", line \d+, in (\S+)', frames)
         assert called == [(f"{tmp_path}/program.py", name) for name in ("inner", "outer", "<module>")]
         assert "secret = 21" in variables

@@ -21,7 +21,7 @@ from ..reading import Generation, letting_go, reading_threads
 from ..store import open_store
 from . import elf
 from .image import image_of
-from .memory import HOLE_NBYTES, LEAST_MEMORY, ImageMemory
+from .memory import HOLE_NBYTES, ImageMemory, require_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -106,8 +106,7 @@ def write_core(
 
     Thread safety: may be called from any thread, beside whoever saves to the store.
     """
-    if type(memory_bytes) is not int or memory_bytes < LEAST_MEMORY:
-        raise InvalidCheckpoint(f"memory_bytes= is a number from {LEAST_MEMORY} on, not {memory_bytes!r}")
+    require_options(memory_bytes, threads)
     decoder, target = Decoder(decrypt), Path(path)
     with letting_go(), open_store(store) as opened, opened.reading():
         manifest = opened.manifest(generation)

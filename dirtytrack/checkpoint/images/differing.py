@@ -8,13 +8,13 @@ from collections import Counter
 from itertools import takewhile
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from ...errors import InvalidCheckpoint, UnsupportedKernel
+from ...errors import UnsupportedKernel
 from ..coding import Decoder
 from ..crew import Crew
 from ..reading import Generation, letting_go, reading_threads
 from ..store import open_store
 from .image import image_of
-from .memory import LEAST_MEMORY, ImageMemory
+from .memory import ImageMemory, require_options
 from .pairs import Compared, Comparing, Pair, pairs
 from .symbols import Symbol, modules
 
@@ -144,8 +144,7 @@ def compare_images(
         InvalidCheckpoint: one is no image of a process.
         PermissionDenied, StoreFailed, UnsupportedKernel: as `restore` raises them.
     """
-    if type(memory_bytes) is not int or memory_bytes < LEAST_MEMORY:
-        raise InvalidCheckpoint(f"memory_bytes= is a number from {LEAST_MEMORY} on, not {memory_bytes!r}")
+    require_options(memory_bytes, threads)
     decoder = Decoder(decrypt)
     with letting_go(), open_store(store) as opened, opened.reading():
         both = [(image_of(manifest), manifest) for manifest in map(opened.manifest, (older, newer))]

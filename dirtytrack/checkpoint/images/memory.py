@@ -9,9 +9,9 @@ import stat
 from bisect import bisect_right
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from ...errors import KernelRefused, PermissionDenied
+from ...errors import InvalidCheckpoint, KernelRefused, PermissionDenied
 from ..reading import HeldFrames, Window, target_of
 from ..segments import FRAME_NBYTES, FrameKind
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from ..reading import Generation
     from .image import ImageMapping, Piece, ProcessImage
 
-__all__ = ["HOLE_NBYTES", "LEAST_MEMORY", "ImageMemory", "Source", "Span"]
+__all__ = ["HOLE_NBYTES", "ImageMemory", "Source", "Span", "require_options"]
 
 HOLE_NBYTES = 1 << 20  # zeros that are fewer are kept in one piece with what is around them
-LEAST_MEMORY = 8 * FRAME_NBYTES
+_LEAST_MEMORY = 8 * FRAME_NBYTES
 _NEAR_NBYTES = 32 << 10
 _PAGE = 4096
 
@@ -233,6 +233,18 @@ def _read_file(span: Span, view: memoryview) -> None:
         kind = PermissionDenied if isinstance(error, PermissionError) else KernelRefused
         raise kind(f"{span.mapping.path} cannot be read: {error.strerror}", errno=error.errno) from error
     view[done:] = bytes(len(view) - done)  # as the rest of a file's last page is
+
+
+def require_options(memory_bytes: Any, threads: Any) -> None:
+    """Refuse what makes no sense.
+
+    Raises:
+        InvalidCheckpoint.
+    """
+    if type(memory_bytes) is not int or memory_bytes < _LEAST_MEMORY:
+        raise InvalidCheckpoint(f"memory_bytes= is a number from {_LEAST_MEMORY} on, not {memory_bytes!r}")
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise InvalidCheckpoint(f"threads= is a whole number from 1 on, not {threads!r}")
 
 
 def _rest(mapping: ImageMapping, start: int, end: int) -> Span:

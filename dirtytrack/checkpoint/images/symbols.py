@@ -129,7 +129,7 @@ def _elffile() -> Any:
         from elftools.elf import elffile
     except ImportError as error:
         raise UnsupportedKernel(
-            "objects are looked up by the package pyelftools, which is not installed: pip install dirtytrack[images]",
+            "objects are looked up by the package pyelftools, which is not installed: pip install dirtytrack[symbols]",
             feature="pyelftools",
         ) from error
     return elffile
@@ -143,6 +143,8 @@ def _module(elffile: Any, memory: ImageMemory, mappings: Sequence[ImageMapping])
     try:
         with open(path, "rb") as file:
             opened = elffile.ELFFile(file)
+            if opened.elfclass != 64 or not opened.little_endian:
+                return unknown._replace(problem="it is no ELF file of 64 bits")
             loads = [segment.header for segment in opened.iter_segments("PT_LOAD")]
             bias = _bias(loads, mappings)
             if bias is None:
@@ -193,7 +195,7 @@ def _same_build(memory: ImageMemory, bias: int, build_id: str | None, loads: Seq
 def table_of(opened: Any) -> SymbolTable | None:
     """Of .symtab, or of .dynsym where it was stripped; None where it has neither.
 
-    The entries are unpacked here: pyelftools makes an object of each, at some 10 µs. See tests/unit/checkpoint/
+    The entries are unpacked here: pyelftools makes an object of each, at tens of microseconds. See tests/unit/checkpoint/
     test_image_symbols.py, which compares both.
     """
     for name in (".symtab", ".dynsym"):

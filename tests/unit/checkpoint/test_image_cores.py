@@ -230,6 +230,7 @@ def test_what_is_refused(where: Path) -> None:
     (where / "images").rename(where / "store")
     refused(where, NoSuchGeneration, "has no generation 7", where / "core", 7)
     refused(where, InvalidCheckpoint, "memory_bytes=", memory_bytes=1)
+    refused(where, InvalidCheckpoint, "threads=", threads=0)
     refused(where, KernelRefused, "No such file", where / "nowhere" / "core")
     (where / "there").write_bytes(b"mine")
     refused(where, InvalidCheckpoint, "there already, and nothing is overwritten", where / "there")

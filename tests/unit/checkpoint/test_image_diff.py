@@ -8,6 +8,7 @@ import os
 import random
 import re
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -232,6 +233,8 @@ def test_what_is_refused(where: Path) -> None:
         compare_images(history.store, 1, 9)
     with pytest.raises(InvalidCheckpoint, match="no image of a process"):
         compare_images(history.store, 1, 2)
+    with pytest.raises(InvalidCheckpoint, match="threads="):
+        compare_images(history.store, 1, 1, threads=0)
     with pytest.raises(InvalidCheckpoint, match="memory_bytes="):
         compare_images(history.store, 1, 1, memory_bytes=5)
 
@@ -321,6 +324,19 @@ def test_a_file_of_another_build(where: Path) -> None:
     found = compare_images(history.store, 1, 2)
     assert not found.objects and "its build ID differs" in found.notes[0]
     assert [each.name for each in compare_images(history.store, 2, 1).objects] == ["counter"]
+
+
+def test_without_pyelftools_the_mappings_are_compared_all_the_same(
+    where: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, objects, segments = compiled(where)
+    history = History(where / "store")
+    for value in (b"\6", b"\7"):
+        history.save(loaded(path, segments, BASE, {objects["counter"][0]: value}))
+    monkeypatch.setitem(sys.modules, "elftools.elf", None)
+    found = compare_images(history.store, 1, 2)
+    assert found.changed_nbytes == 1 and not found.objects
+    assert "dirtytrack[symbols]" in found.notes[0]
 
 
 @pytest.mark.parametrize("content", [b"", b"\x7fELF", b"\x7fELF\2\1\1" + bytes(9) + b"\xff" * 200, os.urandom(5000)])
