@@ -209,10 +209,11 @@ def main() -> int:
         finally:
             redis.close()
     for row in rows:
+        frozen, dirty, written = (n / (1 << 20) for n in (row.frozen_bytes, row.dirty_bytes, row.written_bytes))
         print(
             f"{row.way:<18} {'precopied' if row.precopy else '':<9} frozen {row.frozen_ms:8.1f} ms (at most "
-            f"{row.longest_frozen_ms:.1f}) for {row.frozen_bytes / (1 << 20):7.1f} of {row.dirty_bytes / (1 << 20):7.1f} "
-            f"MiB, ping {row.ping_ms:.1f} ms, {row.written_bytes / (1 << 20):.1f} MiB written in {row.seconds:.2f} s"
+            f"{row.longest_frozen_ms:.1f}) for {frozen:7.1f} of {dirty:7.1f} MiB, ping {row.ping_ms:.1f} ms, "
+            f"{written:.1f} MiB written in {row.seconds:.2f} s"
         )
     if options.write:
         document = {**where, "rows": [asdict(row) for row in rows]}

@@ -12,6 +12,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import DamagedCheckpoint, InvalidCheckpoint
+from .programs import require_program
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -314,8 +315,8 @@ def _validate(manifest: Manifest) -> None:
     _require(not page & (page - 1), "page_bytes is no power of two")
     _validate_regions(manifest.regions, generation)
     _validate_segments(manifest.segments, generation)
-    threads: Any = manifest.threads
-    _require(threads is None or isinstance(threads, dict), "threads is no object")
+    if manifest.threads is not None:
+        require_program(manifest.threads, page, manifest.regions)
 
 
 def _validate_regions(regions: tuple[RegionEntry, ...], generation: int) -> None:

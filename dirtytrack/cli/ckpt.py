@@ -84,7 +84,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_save(commands: Any) -> None:
     says = "save a running process, which need not know of it: consistent, and from the second time on what it wrote"
-    command: argparse.ArgumentParser = commands.add_parser("save", help=says, description=says[0].upper() + says[1:] + ".")
+    command: argparse.ArgumentParser = commands.add_parser(
+        "save", help=says, description=says[0].upper() + says[1:] + "."
+    )
     command.add_argument("pid", metavar="PID", type=_pid, help="a running process")
     command.add_argument("store", metavar="STORE", help="the folder of checkpoints; made where there is none")
     command.add_argument("--json", action="store_true", help="a line for machines for each generation")
@@ -101,7 +103,10 @@ def _add_save(commands: Any) -> None:
     command.add_argument("--compression", choices=("zstd", "none"), default="zstd", help="(zstd)")
     command.add_argument("--level", type=int, default=1, help="of zstd (1)")
     command.add_argument(
-        "--staging", type=quantities.nbytes, metavar="SIZE", help="of the buffer that is copied to while it stands still"
+        "--staging",
+        type=quantities.nbytes,
+        metavar="SIZE",
+        help="of the buffer that is copied to while it stands still",
     )
     command.add_argument(
         "--precopy", type=quantities.nbytes, default=16 << 20, metavar="SIZE", help="more is copied before that (16MiB)"

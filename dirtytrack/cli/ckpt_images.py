@@ -36,8 +36,9 @@ def save(args: argparse.Namespace) -> int:
                     _tell(image, args.json)
                 if args.every is None or saved == args.count:
                     return 0
-                due = max(due + args.every, time.monotonic())
-                time.sleep(due - time.monotonic())
+                now = time.monotonic()
+                due = max(due + args.every, now)
+                time.sleep(due - now)
         except TargetGone as error:
             if args.every is None or not saved:
                 raise

@@ -236,13 +236,13 @@ def thread_states(fd: int) -> tuple[ThreadState, ...]:
     while at < len(data):
         core.ffi.buffer(state, size)[:] = data[at : at + size]
         at += size
-        parts = []
-        for nbytes in (state.prstatus_bytes, state.fpregset_bytes, state.xstate_bytes):
-            parts.append(data[at : at + nbytes])
-            at += nbytes
-        at += -at % 8
+        middle = at + state.prstatus_bytes
+        last = middle + state.fpregset_bytes
+        end = last + state.xstate_bytes
         name = core.ffi.string(state.name).decode(errors="surrogateescape")
-        found.append(ThreadState(state.tid, name, *parts, state.signal_mask))
+        sets = data[at:middle], data[middle:last], data[last:end]
+        found.append(ThreadState(state.tid, name, sets[0], sets[1], sets[2], state.signal_mask))
+        at = end + -end % 8
     return tuple(found)
 
 
@@ -310,9 +310,9 @@ def layout(session: CData, pid: int, expected: int = 64) -> list[Row]:
         room = count + 16
 
 
-def mappings_of(pid: int, maps: int) -> list[Row]:
-    """All mappings of a process, by its open /proc/PID/maps."""
-    room = 64
+def mappings_of(pid: int, maps: int, expected: int = 48) -> list[Row]:
+    """All mappings of a process, by its open /proc/PID/maps; about as many as expected are told soonest."""
+    room = expected + 16
     while True:
         out = core.ffi.new("dt_mapping[]", room)
         count = core.lib.dt_mappings_of(pid, maps, out, room)

@@ -85,10 +85,9 @@ def waits_for_a_line(pid: int) -> None:
 def stopped(pid: int) -> Iterator[None]:
     """By SIGSTOP, as a shell does it."""
     os.kill(pid, signal.SIGSTOP)
-    while any(
-        (task / "stat").read_text().rsplit(")", 1)[1].split()[0] not in "tT" for task in Path(f"/proc/{pid}/task").iterdir()
-    ):
-        time.sleep(0.001)
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        while (task / "stat").read_text().rsplit(")", 1)[1].split()[0] not in "tT":
+            time.sleep(0.001)
     try:
         yield
     finally:

@@ -2,7 +2,7 @@
  * Does to its memory what its standard input says, and answers each line with an address in hex:
  *   map PAGES | write ADDRESS PAGE | unmap ADDRESS PAGES | grow ADDRESS FROM TO | move ADDRESS PAGES | again ADDRESS PAGES
  *   discard ADDRESS PAGE | share PAGES | file PATH PAGES | vfork MILLISECONDS | exec | guard ADDRESS PAGE | busy ADDRESS PAGES
- *   hide ADDRESS PAGES (1: MADV_DONTDUMP, 0: MADV_DODUMP) | rights ADDRESS PAGES RIGHTS | brk PAGES | reserve PAGES
+ *   out ADDRESS PAGES (into swap) | hide ADDRESS PAGES (1: MADV_DONTDUMP, 0: MADV_DODUMP) | rights ADDRESS PAGES RIGHTS | brk PAGES | reserve PAGES
  *   over ADDRESS PAGES OTHER (in decimal): the shared memory of one place is mapped at the other too */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -88,6 +88,8 @@ int main(int count, char **arguments)
                 madvise(at + b * PAGE, PAGE, MADV_DONTNEED);
             else if (!strcmp(word, "punch"))
                 madvise(at + b * PAGE, PAGE, MADV_REMOVE);
+            else if (!strcmp(word, "out"))
+                madvise(at, b * PAGE, 21 /* MADV_PAGEOUT */);
             else if (!strcmp(word, "hide"))
                 madvise(at, b * PAGE, c ? MADV_DONTDUMP : MADV_DODUMP);
             else if (!strcmp(word, "rights"))

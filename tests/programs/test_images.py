@@ -11,12 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from dirtytrack import PageCategory, Pagemap
 from dirtytrack.checkpoint import Retention, compact, generations, verify
 from dirtytrack.checkpoint.images import ProcessCheckpointer
 from dirtytrack.errors import CheckpointerClosed, InvalidCheckpoint, InvalidMemory, StoreBusy, TargetGone
+from tests.kernel import pressure
 from tests.programs.imaged import PAGE, Imaged, is_true, waits_for_a_line
 from tests.programs.targets import is_unharmed, running
 from tests.programs.test_attach import Memory
+
+WALK = ("map", "map", "write", "write", "unmap", "grow", "move", "again", "discard", "part")
 
 
 class Settled(Memory):
@@ -172,9 +176,8 @@ def test_every_image_is_of_one_instant(tmp_path: Path, staging: int | None) -> N
             for _ in range(6):
                 image = ckpt.save()
                 found = Imaged(store, image.generation)
-                values = [
-                    (found.word(first + pair * PAGE), found.word(second + pair * PAGE)) for pair in range(threads * pairs)
-                ]
+                places = range(0, threads * pairs * PAGE, PAGE)
+                values = [(found.word(first + at), found.word(second + at)) for at in places]
                 assert all(a in (b, b + 1) for a, b in values)
                 for thread in range(threads):
                     done, total = struct.unpack("<2Q", found.read(tallies + thread * PAGE, 16))
@@ -215,7 +218,9 @@ def test_a_random_walk(memory: Settled, tmp_path: Path) -> None:
     with ProcessCheckpointer(store, memory.pid, precopy_bytes=64 << 10, compact=0.5) as ckpt:
         for _ in range(12):
             for _ in range(chance.randrange(1, 12)):
-                what = chance.choice(("map", "map", "write", "write", "unmap", "grow", "move", "again", "discard", "part"))
+                what = chance.choice(
+                    ["map", "map", "write", "write", "unmap", "grow", "move", "again", "discard", "part"]
+                )
                 if what == "map" or not places:
                     pages = chance.randrange(1, 120)
                     places[memory.do("map", pages)] = pages
@@ -245,7 +250,7 @@ def test_it_begins_anew_with_a_full_one(memory: Settled, tmp_path: Path) -> None
     store = tmp_path / "store"
     for count in (1, 2):
         with ProcessCheckpointer(store, memory.pid, retain=Retention(last=3)) as ckpt:
-            assert ckpt.generation is None
+            assert "generation None" in repr(ckpt)
             assert ckpt.save().kind == "full"
             assert ckpt.save().kind == "increment"
             assert ckpt.generation == 2 * count
@@ -257,6 +262,33 @@ def test_it_begins_anew_with_a_full_one(memory: Settled, tmp_path: Path) -> None
     assert memory.do("map", 1)
 
 
+def test_what_is_in_swap(memory: Settled, tmp_path: Path) -> None:
+    """There a page that was armed and never populated looks like one that is out."""
+
+    def field(name: str) -> int:
+        lines = Path(f"/proc/{memory.pid}/smaps_rollup").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
+
+    store = tmp_path / "store"
+    at, wide = memory.do("map", 400), memory.ask("reserve 4000")
+    memory.do("write", wide, 70)
+    with pressure.swap(tmp_path) as path, ProcessCheckpointer(store, memory.pid, precopy_bytes=64 * PAGE) as ckpt:
+        for step in range(3):
+            memory.do("write", at, step)
+            memory.ask(f"out {at:x} 400")
+            memory.ask(f"out {wide:x} 4000")
+            assert field("Swap") > 300 * PAGE
+            ckpt.save()
+            assert field("Rss") + field("Swap") < 5000 * PAGE
+            with Pagemap(memory.pid) as pagemap:
+                present = PageCategory.PRESENT
+                found = pagemap.scan(wide, wide + 4000 * PAGE, category_mask=present, return_mask=present)
+                assert step or found.page_count <= 16  # `is_true` reads all of it
+            assert is_true(Imaged(store), memory.pid)
+            assert Imaged(store).read(wide + 70 * PAGE, 1) == b"\1"
+        pressure.swap_off(path)
+
+
 def test_what_is_excluded(memory: Settled, tmp_path: Path) -> None:
     at, other = memory.do("map", 10), memory.do("share", 10)
     with ProcessCheckpointer(tmp_path / "store", memory.pid, exclude=["[heap]", (at, at + PAGE), "/dev/zero*"]) as ckpt:
@@ -266,9 +298,10 @@ def test_what_is_excluded(memory: Settled, tmp_path: Path) -> None:
     heap = next(each for each in image.mappings if each["path"] == "[heap]")
     assert heap["saved"] is None
     assert is_true(image, memory.pid)
-    for wrong in ({"precopy_bytes": -1}, {"staging_bytes": 5}):
-        with pytest.raises(InvalidMemory):
-            ProcessCheckpointer(tmp_path / "other", memory.pid, **wrong)
+    with pytest.raises(InvalidMemory):
+        ProcessCheckpointer(tmp_path / "other", memory.pid, precopy_bytes=-1)
+    with pytest.raises(InvalidMemory):
+        ProcessCheckpointer(tmp_path / "other", memory.pid, staging_bytes=5)
     with pytest.raises(InvalidCheckpoint):
         ProcessCheckpointer(tmp_path / "other", memory.pid, compact=0)
 
@@ -292,4 +325,3 @@ def test_the_process_ends_or_replaces_itself(tmp_path: Path) -> None:
     report = verify(store, all=True)
     assert report.ok
     assert not report.strangers
-

@@ -25,7 +25,7 @@ from dirtytrack.checkpoint import generations, verify
 from dirtytrack.checkpoint.images import ProcessCheckpointer
 from dirtytrack.errors import TargetGone
 from tests.programs.imaged import Imaged, Witness
-from tests.programs.targets import Program, built, is_unharmed, running
+from tests.programs.targets import Program, built, is_unharmed, protected, running, tracers
 from tests.sandbox import libc
 
 _SEIZE, _INTERRUPT, _GETREGSET, _GETSIGMASK, _DETACH, _WALL = 0x4206, 0x4207, 0x4204, 0x420A, 17, 0x40000000
@@ -47,8 +47,8 @@ def redis(folder: Path) -> Iterator[tuple[int, int]]:
                 break
             except OSError:
                 time.sleep(0.02)
-        words = ["redis-benchmark", "-p", str(port), "-t", "set,lpush,hset", "-n", "100000000", "-r", "20000", "-d", "400"]
-        load = subprocess.Popen([*words, "-c", "8", "-q"], stdout=subprocess.DEVNULL)
+        words = ["redis-benchmark", "-p", str(port), "-t", "set,lpush,hset", "-n", "100000000", "-r", "20000"]
+        load = subprocess.Popen([*words, "-d", "400", "-c", "8", "-q"], stdout=subprocess.DEVNULL)
         time.sleep(0.5)
         yield server.pid, port
         assert load.poll() is None
@@ -147,14 +147,9 @@ def test_registers_of_all_threads(tmp_path: Path) -> None:
 # ---- killed
 
 
-def command(*words: object, **options: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "dirtytrack", "ckpt", *map(str, words)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,  # type: ignore[call-overload]
-    )
+def command(*words: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "dirtytrack", "ckpt", *map(str, words)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize("moments", [3, pytest.param(150, marks=pytest.mark.soak)])
@@ -180,11 +175,10 @@ def test_who_saves_is_killed_at_any_moment(moments: int, tmp_path: Path) -> None
 
 
 def is_settled(program: Program) -> None:
-    """A guardian whose tracker was killed lets go a moment later."""
-    for _ in range(200):
-        status = Path(f"/proc/{program.pid}/status").read_text()
-        if "TracerPid:\t0" in status:
-            break
+    """A guardian whose tracker was killed lets go a moment later; one that was not begun yet closes what it has."""
+    until = time.monotonic() + 20
+    while tracers(program.pid) != {"0"} or protected(program.pid):
+        assert time.monotonic() < until
         time.sleep(0.01)
     is_unharmed(program)
 

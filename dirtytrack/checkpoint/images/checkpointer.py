@@ -7,17 +7,17 @@ import logging
 import os
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-from ...errors import CheckpointerClosed, InvalidCheckpoint, InvalidMemory, UsedAfterFork
+from ...errors import CheckpointerClosed, InvalidCheckpoint, InvalidMemory, TargetGone, UsedAfterFork
 from ...kernel import core
 from ...kernel.packing import PageDigests
 from ..coding import Decoder, Encoder
 from ..crew import Crew, default_threads
 from ..manifests import Manifest
 from ..options import as_json, frame_nbytes, require_kinds
-from ..staging import Staging, default_staging_nbytes
+from ..staging import Staging
 from ..store import DirectoryStore, require_store
 from ..tending import Tending
 from .attempt import Attempt
@@ -28,7 +28,7 @@ from .space import Space, pages_of
 from .watched import Watched
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
     from types import TracebackType
 
     from typing_extensions import Self
@@ -42,6 +42,7 @@ __all__ = ["ProcessCheckpointer"]
 
 _log = logging.getLogger("dirtytrack")
 _MOST_STRETCHES = 16384
+_LEAST_STAGING, _MOST_STAGING = 64 << 20, 512 << 20
 
 
 class ProcessCheckpointer:
@@ -62,8 +63,8 @@ class ProcessCheckpointer:
             MADV_DONTDUMP is left out by itself.
         compression: ``"zstd"`` or None; ``level`` is zstd's.
         staging_bytes: of the buffer that pages are copied to while the process stands still. More than fits makes it
-            stand still until the rest was compressed and written. Left out: an eighth of its private memory, at least
-            32 MiB, at most 256 MiB.
+            stand still until the rest was compressed and written. Left out: a quarter of its private memory, at least
+            64 MiB, at most 512 MiB.
         precopy_bytes: where more than so much is dirty, it is copied while the process runs, in up to 8 rounds.
         timeout: seconds within which the process must stand still.
         retain: after each save, remove the generations that this does not keep.
@@ -113,6 +114,8 @@ class ProcessCheckpointer:
         self._precopy_nbytes, self._timeout = precopy_bytes, timeout
         self._pid, self._lock, self._closed = os.getpid(), threading.RLock(), False
         with ExitStack() as opened:
+            self._watched = Watched(pid, exclude, timeout=timeout, seccomp=seccomp)
+            opened.callback(self._watched.close)
             if isinstance(store, (str, os.PathLike)):
                 self._store: Store = DirectoryStore(store, create=True)
                 opened.callback(self._store.close)
@@ -120,8 +123,6 @@ class ProcessCheckpointer:
                 require_store(store)
                 self._store = store
             self._writer: Writer = opened.enter_context(self._store.writer())
-            self._watched = Watched(pid, exclude, timeout=timeout, seccomp=seccomp)
-            opened.callback(self._watched.close)
             self._staging = Staging(self._staging_nbytes() if staging_bytes is None else staging_bytes)
             self._tending = Tending(
                 self._store,
@@ -140,7 +141,8 @@ class ProcessCheckpointer:
         self._base: Manifest | None = None
 
     def _staging_nbytes(self) -> int:
-        return default_staging_nbytes(sum(end - start for start, end in self._watched.tracked()))
+        nbytes = sum(end - start for start, end in self._watched.tracked())
+        return max(_LEAST_STAGING, min(nbytes // 4, _MOST_STAGING))
 
     # ---- what it is
 
@@ -224,7 +226,8 @@ class ProcessCheckpointer:
             timeout=self._timeout,
         )
         try:
-            attempt.freeze(attempt.precopy())
+            with self._told():
+                attempt.freeze(attempt.precopy())
             entries = frames.finish()
             manifest = self._manifest(attempt, generation, full, meta, entries)
             self._writer.publish(manifest)
@@ -258,6 +261,18 @@ class ProcessCheckpointer:
         except Exception as error:  # the image is safe all the same
             _log.warning("after generation %d was committed: %s", generation, error)
         return image
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """That the process has gone is told as its tracker tells it, whoever found out."""
+        try:
+            yield
+        except TargetGone as error:
+            try:
+                self._watched.require_there()
+            except TargetGone as better:
+                raise better from error
+            raise
 
     def _manifest(
         self, attempt: Attempt, generation: int, full: bool, meta: Any, entries: tuple[SegmentEntry, ...]
@@ -298,9 +313,13 @@ class ProcessCheckpointer:
 
     def _require_own(self) -> None:
         if os.getpid() != self._pid:
-            raise UsedAfterFork("this ProcessCheckpointer is the parent's: a child that was forked makes one of its own")
+            raise UsedAfterFork(
+                "this ProcessCheckpointer is the parent's: a child that was forked makes one of its own"
+            )
 
     def _require_open(self) -> None:
         self._require_own()
         if self._closed:
-            raise CheckpointerClosed("this ProcessCheckpointer is closed: make another one; it begins with a full image")
+            raise CheckpointerClosed(
+                "this ProcessCheckpointer is closed: make another one; it begins with a full image"
+            )

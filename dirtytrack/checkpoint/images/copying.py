@@ -83,9 +83,7 @@ class Compared:
                 at += 1
         if len(parts) == at:
             return bytes(runs), data
-        packed = b"".join(
-            number.to_bytes(8, "little") for low, high in kept for number in (low, high - low)
-        )
+        packed = b"".join(number.to_bytes(8, "little") for low, high in kept for number in (low, high - low))
         return packed, b"".join(parts)
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -46,7 +45,7 @@ class Program(NamedTuple):
         except (FileNotFoundError, ProcessLookupError) as error:
             raise TargetGone(f"process {pid} ended", errno=error.errno, pid=pid) from error
         try:
-            executable = os.readlink(folder / "exe")
+            executable = str((folder / "exe").readlink())
         except OSError:  # one that has ended, which the next look says; or it is hidden from us
             executable = ""
         words = arguments.removesuffix(b"\0").split(b"\0") if arguments else []

@@ -60,6 +60,7 @@ class Frames:
         self._writer, self._generation, self._encoder, self._crew = writer, generation, encoder, crew
         self._segments: list[SegmentWriter] = []
         self._entries: list[SegmentEntry] = []
+        self._within = False
 
     @property
     def nbytes(self) -> int:
@@ -95,26 +96,21 @@ class Frames:
         cuts = cutting.cut(pages._set, space.extents(), _HOLES_NBYTES)
         for which in map(cuts.__getitem__, range(len(cuts))):
             segment = self._segment(which.span_count)
-            segment.add(
-                space.number(which.memory), cuts.spans(which), kind=FrameKind.ZEROS, plain_nbytes=which.nbytes
-            )
+            segment.add(space.number(which.memory), cuts.spans(which), kind=FrameKind.ZEROS, plain_nbytes=which.nbytes)
 
     def _segment(self, run_count: int) -> SegmentWriter:
-        if len(self._segments) > len(self._entries):
-            if self._segments[-1].has_room(run_count):
-                return self._segments[-1]
-            self.end_step()
-        self._segments.append(self._writer.create_segment(self._generation))
+        if not (self._within and self._segments[-1].has_room(run_count)):
+            self._segments.append(self._writer.create_segment(self._generation))
+            self._within = True
         return self._segments[-1]
 
     def end_step(self) -> None:
-        """What comes now may be told again. All before it is durable."""
-        if len(self._segments) > len(self._entries):
-            self._entries.append(self._segments[-1].finish())
+        """What comes now may be told again."""
+        self._within = False
 
     def finish(self) -> tuple[SegmentEntry, ...]:
-        """Make all of it durable."""
-        self.end_step()
+        """Make all of it durable: at the end, so that no step of a process that runs takes longer for that."""
+        self._entries = [segment.finish() for segment in self._segments]
         return tuple(self._entries)
 
     def abandon(self) -> None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Which pages of another process have anything in them, without touching any.
 
-A page that was armed and never populated looks like one in swap (docs/kernel-notes.md), and so does one that the kernel is
-moving. Its entry in the page map tells them apart, to whom the kernel shows it: CAP_SYS_ADMIN. Everybody else takes what
-looks like swap for populated, and reads it.
+A page that was armed and never populated looks like one in swap (docs/kernel-notes.md), and so does one that the kernel
+is moving. Its entry in the page map tells them apart, to whom the kernel shows it: CAP_SYS_ADMIN. Everybody else takes
+what looks like swap for populated, and reads it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import errno
 import os
 from array import array
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import TargetGone
@@ -84,7 +86,7 @@ class Populated:
         return self._private(start, end, PageCategory.PFNZERO)
 
     def all_of(self, pieces: Sequence[Piece]) -> dict[int, Ranges]:
-        """As `of`, of many mappings, by where they begin: neighbours that are private and files' are looked at at once."""
+        """As `of`, of many mappings, by where they begin: private neighbours of files are looked at as one."""
         out: dict[int, Ranges] = {}
         at = 0
         while at < len(pieces):
@@ -103,13 +105,13 @@ class Populated:
         return out
 
     def parted(self, pages: DirtySet, pieces: Iterable[Piece]) -> DirtySet:
-        """Those of the pages, all of them in private anonymous memory or of the kind `Kind.MEMORY`, that have anything in
-        them. Short runs are taken as they are: to look would take longer than to read them."""
+        """Those of the pages, none of them of files that last, that have anything in them. Short runs are taken as they
+        are: to look would take longer than to read them."""
         absent: Ranges = []
         rows = iter(pieces)
         piece = next(rows, None)
-        for run in pages:
-            start, stop = int(run.start), int(run.end)
+        numbers = pages.runs.cast("B").cast("Q").tolist() if pages else []
+        for start, stop in zip(numbers[::2], numbers[1::2], strict=True):
             if stop - start < _LONG_NBYTES:
                 continue
             while piece is not None and start < stop:
@@ -178,15 +180,13 @@ class Populated:
 
     def _file_of(self, row: Row) -> int:
         """A descriptor of a mapping's file, which its name need not lead to; -1 where none is to be had."""
-        paths = [f"/proc/{self._pid}/map_files/{row.start:x}-{row.end:x}"]
-        try:
-            folder = f"/proc/{self._pid}/fd"
-            paths += [f"{folder}/{name}" for name in os.listdir(folder)]
-        except OSError:
-            pass
+        process = Path(f"/proc/{self._pid}")
+        paths = [process / "map_files" / f"{row.start:x}-{row.end:x}"]
+        with suppress(OSError):
+            paths += (process / "fd").iterdir()
         for path in paths:
             try:
-                about = os.stat(path)
+                about = path.stat()
                 if about.st_ino != row.inode or (os.major(about.st_dev), os.minor(about.st_dev)) != row.device:
                     continue
                 return os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -43,7 +43,7 @@ class Watched:
     ) -> None:
         if exclude is not None and not isinstance(exclude, (str, tuple)):
             exclude = list(exclude)
-        self.pid, self.chosen = pid, Filter(None, exclude)
+        self.pid, self.chosen, self._count = pid, Filter(None, exclude), 48
         with ExitStack() as opened:
             self.tracker = opened.enter_context(attach(pid, exclude=exclude, timeout=timeout, seccomp=seccomp))
             self.memory = self._open("mem")
@@ -84,7 +84,9 @@ class Watched:
 
     def rows(self) -> list[Row]:
         """All mappings, as they are now."""
-        return targets.mappings_of(self.pid, self._maps)
+        rows = targets.mappings_of(self.pid, self._maps, self._count)
+        self._count = len(rows)
+        return rows
 
     def require_there(self) -> None:
         """Raise `TargetGone` where it has ended or replaced itself."""
