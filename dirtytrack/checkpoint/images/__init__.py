@@ -11,17 +11,17 @@ A debugger opens them as core files (`write_core`), and `compare_images` tells w
 
 from .checkpointer import ProcessCheckpointer
 from .core import Core, Missing, write_core
-from .differing import ImageComparison, MappingDifference, ObjectDifference, Place, compare_images
+from .differing import ImageComparison, MappedRange, MappingDifference, ObjectDifference, compare_images
 from .results import Image
 
 __all__ = [
     "Core",
     "Image",
     "ImageComparison",
+    "MappedRange",
     "MappingDifference",
     "Missing",
     "ObjectDifference",
-    "Place",
     "ProcessCheckpointer",
     "compare_images",
     "write_core",

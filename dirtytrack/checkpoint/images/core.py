@@ -34,6 +34,8 @@ __all__ = ["Core", "Missing", "write_core"]
 
 _PAGE = elf.PAGE_BYTES
 _FEW_NBYTES = 16 * _PAGE  # to begin a comparison in C takes as long as to ask of so many pages
+_THERE = "{} is there already, and nothing is overwritten: write it elsewhere"
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _ADVICE = {
     errno.ENOSPC: "free some space, or write it elsewhere",
     errno.EDQUOT: "free some of the quota, or write it elsewhere",
@@ -140,7 +142,7 @@ def _appearing(path: Path) -> Iterator[int]:
     beside = path.parent / f".{path.name}.{os.getpid()}.new"
     try:
         if os.path.lexists(path):
-            raise InvalidCheckpoint(f"{path} is there already, and nothing is overwritten: write it elsewhere")
+            raise InvalidCheckpoint(_THERE.format(path))
         with suppress(FileNotFoundError):
             beside.unlink()  # of another process, whose number this one has
         file = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -148,7 +150,9 @@ def _appearing(path: Path) -> Iterator[int]:
             yield file
         finally:
             os.close(file)
-        beside.rename(path)
+        _give_name(beside, path)
+    except FileExistsError as error:
+        raise InvalidCheckpoint(_THERE.format(path), errno=error.errno) from error
     except OSError as error:
         if isinstance(error, DirtyTrackError):
             raise
@@ -161,6 +165,15 @@ def _appearing(path: Path) -> Iterator[int]:
     finally:
         with suppress(OSError):
             beside.unlink()
+
+
+def _give_name(beside: Path, path: Path) -> None:
+    try:
+        path.hardlink_to(beside)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        beside.rename(path)
 
 
 # ---- writing

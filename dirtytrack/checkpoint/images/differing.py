@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from .image import ImageMapping
     from .symbols import Module
 
-__all__ = ["ImageComparison", "MappingDifference", "ObjectDifference", "Place", "compare_images"]
+__all__ = ["ImageComparison", "MappedRange", "MappingDifference", "ObjectDifference", "compare_images"]
 
 _SHOWN_NBYTES = 16
 
 
-class Place(NamedTuple):
+class MappedRange(NamedTuple):
     """Where a mapping is, and how it may be used."""
 
     start: int
@@ -56,8 +56,8 @@ class MappingDifference(NamedTuple):
 
     name: str
     what: Literal["same", "changed", "moved", "appeared", "vanished", "grown", "shrunk"]
-    older: Place | None
-    newer: Place | None
+    older: MappedRange | None
+    newer: MappedRange | None
     changed_pages: int = 0
     changed_nbytes: int = 0
     unknown_nbytes: int = 0
@@ -183,11 +183,11 @@ def _compared(
     )
 
 
-_NOWHERE = Place(0, 0, "")
+_NOWHERE = MappedRange(0, 0, "")
 
 
-def _place(mapping: ImageMapping | None, start: int, nbytes: int) -> Place | None:
-    return None if mapping is None else Place(start, start + nbytes, mapping.permissions)
+def _place(mapping: ImageMapping | None, start: int, nbytes: int) -> MappedRange | None:
+    return None if mapping is None else MappedRange(start, start + nbytes, mapping.permissions)
 
 
 def _row(pair: Pair, comparing: Comparing) -> MappingDifference:

@@ -3,19 +3,19 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...errors import InvalidCheckpoint
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ..manifests import Manifest
 
 __all__ = ["ImageMapping", "ImageThread", "Piece", "ProcessImage", "image_of", "is_image"]
 
-_MOST_ADDRESS = 1 << 64
-_PERMISSIONS = re.compile("[r-][w-][x-][ps]")
+_REGISTERS = ("prstatus", "fpregset", "xstate")
 
 
 class Piece(NamedTuple):
@@ -112,7 +112,7 @@ def is_image(manifest: Manifest) -> bool:
 
 
 def image_of(manifest: Manifest) -> ProcessImage:
-    """What a manifest tells of a process; all of it is checked.
+    """What a manifest tells of a process.
 
     Raises:
         InvalidCheckpoint: it is no image, or what it tells makes no sense.
@@ -123,135 +123,66 @@ def image_of(manifest: Manifest) -> ProcessImage:
             f"{which} is no image of a process, but a checkpoint of buffers: dirtytrack ckpt restore writes those "
             "into files"
         )
-    try:
-        return _image(manifest)
-    except InvalidCheckpoint as error:
-        raise InvalidCheckpoint(f"the image in {which} cannot be: {error}") from error
-
-
-# ---- what makes sense
-
-
-def _get(members: Any, name: str, kind: type | tuple[type, ...], what: str) -> Any:
-    if not isinstance(members, dict) or name not in members:
-        raise InvalidCheckpoint(f"{what} has no {name!r}")
-    value = members[name]
-    if not isinstance(value, kind) or (isinstance(value, bool)):
-        raise InvalidCheckpoint(f"{name!r} of {what} is no {_WORDS[kind]}")
-    return value
-
-
-_WORDS: dict[Any, str] = {
-    str: "string",
-    list: "list",
-    dict: "object",
-    int: "whole number",
-    (int, float): "number",
-    (list, type(None)): "list or null",
-    (str, type(None)): "string or null",
-}
-
-
-def _number(members: Any, name: str, least: int, most: int, what: str) -> int:
-    value: int = _get(members, name, int, what)
-    if not least <= value <= most:
-        raise InvalidCheckpoint(f"{name!r} of {what} is not from {least} to {most}")
-    return value
-
-
-def _hex(members: Any, name: str, what: str) -> bytes:
-    try:
-        return bytes.fromhex(_get(members, name, str, what))
-    except ValueError as error:
-        raise InvalidCheckpoint(f"{name!r} of {what} is not in hexadecimal digits") from error
-
-
-def _image(manifest: Manifest) -> ProcessImage:
-    members, it = manifest.threads, "it"
-    threads = tuple(_thread(each) for each in _get(members, "threads", list, it))
-    if not threads or len({thread.tid for thread in threads}) != len(threads):
-        raise InvalidCheckpoint("it has no thread, or one twice")
-    nbytes = {region.number: region.nbytes for region in manifest.regions}
-    mappings: list[ImageMapping] = []
-    for each in _get(members, "mappings", list, it):
-        mappings.append(_mapping(each, nbytes, manifest.page_bytes))
-        if len(mappings) > 1 and mappings[-1].start < mappings[-2].end:
-            raise InvalidCheckpoint("its mappings are not in order, or overlap")
-    arguments = _get(members, "arguments", list, it)
-    if not all(isinstance(word, str) for word in arguments):
-        raise InvalidCheckpoint("'arguments' of it are no strings")
+    told = manifest.threads
+    assert told is not None
+    threads = tuple(map(_thread, told["threads"]))
+    mappings = tuple(map(_mapping, told["mappings"]))
+    if problem := _problem(threads, mappings, manifest.page_bytes):
+        raise InvalidCheckpoint(f"the image in {which} cannot be: {problem}")
     return ProcessImage(
         generation=manifest.generation,
-        pid=_number(members, "pid", 1, 2**31 - 1, it),
-        comm=_get(members, "comm", str, it),
-        executable=_get(members, "executable", str, it),
-        arguments=tuple(arguments),
-        machine=_get(members, "machine", str, it),
-        page_bytes=_number(members, "page_bytes", manifest.page_bytes, manifest.page_bytes, it),
-        auxv=_hex(members, "auxv", it),
-        frozen_at=float(_get(members, "frozen_at", (int, float), it)),
+        pid=told["pid"],
+        comm=told["comm"],
+        executable=told["executable"],
+        arguments=tuple(told["arguments"]),
+        machine=told["machine"],
+        page_bytes=manifest.page_bytes,
+        auxv=bytes.fromhex(told["auxv"]),
+        frozen_at=told["frozen_at"],
         threads=threads,
-        mappings=tuple(mappings),
+        mappings=mappings,
     )
 
 
-def _thread(members: Any) -> ImageThread:
-    tid = _number(members, "tid", 1, 2**31 - 1, "a thread")
-    what = f"thread {tid}"
-    registers = _get(members, "registers", dict, what)
-
-    def optional(name: str) -> bytes | None:
-        return None if registers.get(name) is None else _hex(registers, name, what)
-
+def _thread(told: dict[str, Any]) -> ImageThread:
+    registers = {name: bytes.fromhex(digits) for name, digits in told["registers"].items() if name in _REGISTERS}
     return ImageThread(
-        tid=tid,
-        name=_get(members, "name", str, what),
-        prstatus=_hex(registers, "prstatus", what),
-        fpregset=optional("fpregset"),
-        xstate=optional("xstate"),
-        signal_mask=int.from_bytes(_hex(members, "signal_mask", what)[:8], "little"),
+        tid=told["tid"],
+        name=told["name"],
+        prstatus=registers["prstatus"],
+        fpregset=registers.get("fpregset"),
+        xstate=registers.get("xstate"),
+        signal_mask=int.from_bytes(bytes.fromhex(told["signal_mask"])[:8], "little"),
     )
 
 
-def _mapping(members: Any, region_nbytes: dict[int, int], page: int) -> ImageMapping:
-    start = _number(members, "start", 0, _MOST_ADDRESS - page, "a mapping")
-    what = f"the mapping at {start:#x}"
-    end = _number(members, "end", start + 1, _MOST_ADDRESS, what)
-    if start % page or end % page:
-        raise InvalidCheckpoint(f"{what} does not consist of pages")
-    permissions = _get(members, "permissions", str, what)
-    if not _PERMISSIONS.fullmatch(permissions):
-        raise InvalidCheckpoint(f"'permissions' of {what} are none")
-    path = _get(members, "path", str, what)
-    if "\0" in path:
-        raise InvalidCheckpoint(f"'path' of {what} is none")
+def _mapping(told: dict[str, Any]) -> ImageMapping:
+    start = told["start"]
     return ImageMapping(
         start=start,
-        end=end,
-        permissions=permissions,
-        offset=_number(members, "offset", 0, _MOST_ADDRESS - 1, what),
-        device=_get(members, "device", str, what),
-        inode=_number(members, "inode", 0, _MOST_ADDRESS - 1, what),
-        path=path,
-        pieces=_pieces(_get(members, "saved", (list, type(None)), what) or [], start, end, region_nbytes, what, page),
-        why=_get(members, "why", (str, type(None)), what),
+        end=told["end"],
+        permissions=told["permissions"],
+        offset=told["offset"],
+        device=told["device"],
+        inode=told["inode"],
+        path=told["path"],
+        pieces=tuple(
+            Piece(start + within, start + within + nbytes, region, offset)
+            for region, offset, nbytes, within in told["saved"] or ()
+        ),
+        why=told["why"],
     )
 
 
-def _pieces(
-    saved: list[Any], start: int, end: int, region_nbytes: dict[int, int], what: str, page: int
-) -> tuple[Piece, ...]:
-    found: list[Piece] = []
-    for each in saved:
-        if not (isinstance(each, list) and len(each) == 4 and all(type(number) is int for number in each)):
-            raise InvalidCheckpoint(f"'saved' of {what} has what are no four numbers")
-        region, offset, nbytes, at = each
-        if region not in region_nbytes or not 0 <= offset <= region_nbytes[region] - nbytes:
-            raise InvalidCheckpoint(f"'saved' of {what} has what no region has")
-        if not (0 <= at <= end - start - nbytes and nbytes > 0) or at % page or nbytes % page:
-            raise InvalidCheckpoint(f"'saved' of {what} has what is not in it")
-        found.append(Piece(start + at, start + at + nbytes, region, offset))
-    found.sort()
-    if any(piece.start < before.end for piece, before in zip(found[1:], found, strict=False)):
-        raise InvalidCheckpoint(f"'saved' of {what} has bytes twice")
-    return tuple(found)
+def _problem(threads: Sequence[ImageThread], mappings: Sequence[ImageMapping], page_bytes: int) -> str | None:
+    """What makes no sense beside what a manifest refuses by itself."""
+    if len({thread.tid for thread in threads}) != len(threads):
+        return "a thread is there twice"
+    for mapping in mappings:
+        if mapping.offset % page_bytes or any(
+            piece.start % page_bytes or piece.end % page_bytes for piece in mapping.pieces
+        ):
+            return f"a part of the mapping at {mapping.start:#x} does not consist of pages"
+        if "\0" in mapping.path:
+            return f"the mapping at {mapping.start:#x} has a path that no file has"
+    return None

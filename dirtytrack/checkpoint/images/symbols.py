@@ -195,8 +195,8 @@ def _same_build(memory: ImageMemory, bias: int, build_id: str | None, loads: Seq
 def table_of(opened: Any) -> SymbolTable | None:
     """Of .symtab, or of .dynsym where it was stripped; None where it has neither.
 
-    The entries are unpacked here: pyelftools makes an object of each, at tens of microseconds. See tests/unit/checkpoint/
-    test_image_symbols.py, which compares both.
+    The entries are unpacked here: pyelftools makes an object of each, which takes a hundred times as long;
+    tests/unit/checkpoint/test_image_symbols.py compares both.
     """
     for name in (".symtab", ".dynsym"):
         section = opened.get_section_by_name(name)
