@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from dirtytrack.checkpoint import DirectoryStore
-from dirtytrack.checkpoint.images import ProcessCheckpointer, compare_images, write_core
+from dirtytrack.checkpoint.images import MappingDifference, ProcessCheckpointer, compare_images, write_core
 from dirtytrack.checkpoint.manifests import Manifest
 from tests.imaged import History, scattered
 from tests.programs.debugging import gdb, needs_gdb, numbers_of, pages_of, threads_of
@@ -183,6 +183,35 @@ def test_what_differs_by_name(counted: Counted) -> None:
     changed = {row.name for row in found.mappings if row.changed_nbytes}
     assert {str(counted.program), "[heap]"} <= changed
     assert not [row for row in found.mappings if row.what in ("appeared", "vanished", "moved")]
+
+
+def test_what_becomes_of_mappings(tmp_path: Path) -> None:
+    with running("pages") as program, ProcessCheckpointer(tmp_path / "store", program.pid) as ckpt:
+        moving = int(program.ask("map 40"), 16)
+        for page in range(40):
+            for _ in range(page + 1):
+                program.ask(f"write {moving:x} {page}")
+        going, staying = int(program.ask("map 9"), 16), int(program.ask("map 5"), 16)
+        for page in range(9):
+            program.ask(f"write {going:x} {page}")
+        ckpt.save()
+        moved = int(program.ask(f"move {moving:x} 40"), 16)
+        program.ask(f"write {moved:x} 33")
+        program.ask(f"write {staying:x} 2")
+        program.ask(f"unmap {going:x} 9")
+        come = int(program.ask("map 300"), 16)
+        ckpt.save()
+    found = compare_images(tmp_path / "store", 1, 2).mappings
+
+    def at(address: int, side: str) -> MappingDifference:
+        places = ((row, getattr(row, side)) for row in found)
+        return next(row for row, place in places if place and place.start <= address < place.end)
+
+    assert at(moved, "newer").what == "moved" and at(moving, "older") is at(moved, "newer")
+    assert at(moved, "newer").runs == ((moved + 33 * PAGE, PAGE),) and at(moved, "newer").changed_nbytes == 1
+    assert at(going, "older").what in ("vanished", "shrunk") and at(come, "newer").what in ("appeared", "grown")
+    row = at(staying, "newer")
+    assert row.what == "changed" and (staying + 2 * PAGE, PAGE) in row.runs
 
 
 def test_gdb_opens_more_segments_than_the_header_can_count(tmp_path: Path) -> None:

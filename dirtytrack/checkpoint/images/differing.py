@@ -127,8 +127,8 @@ def compare_images(
 ) -> ImageComparison:
     """Find what differs between two images of a process. What they have in common need not be read.
 
-    Mappings are told apart by address and by what they map; memory without a name that is elsewhere, of the same
-    permissions, is taken for the same where pages at its beginning are.
+    Mappings are told apart by address and by what they map; memory of no file that is elsewhere, with the same
+    permissions, is taken for the same where half of the pages at its beginning are.
 
     Args:
         store: it, or its path.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter, defaultdict
 from functools import partial
 from mmap import mmap
@@ -55,20 +56,22 @@ def pairs(before: ImageMemory, after: ImageMemory) -> list[Pair]:
                 found.append(Pair("same", other, mapping, start, end - start))
                 common[0][other.start].append((start, end))
                 common[1][mapping.start].append((start, end))
-    vanished = [mapping for mapping in older if mapping.start not in common[0]]
-    appeared = [mapping for mapping in newer if mapping.start not in common[1]]
-    moved = _moved(before, vanished, after, appeared)
-    for one, other in moved:
-        nbytes = min(one.end - one.start, other.end - other.start)
-        found.append(Pair("moved", one, other, other.start, nbytes, other.start - one.start))
-        common[0][one.start].append((one.start, one.start + nbytes))
-        common[1][other.start].append((other.start, other.start + nbytes))
-    for mapping in older:
-        what: Literal["shrunk", "vanished"] = "shrunk" if mapping.start in common[0] else "vanished"
-        found += (Pair(what, mapping, None, start, n) for start, n in _but(mapping, common[0].get(mapping.start, ())))
-    for mapping in newer:
-        kind: Literal["grown", "appeared"] = "grown" if mapping.start in common[1] else "appeared"
-        found += (Pair(kind, None, mapping, start, n) for start, n in _but(mapping, common[1].get(mapping.start, ())))
+    gone = [left for mapping in older for left in _left(mapping, common[0][mapping.start])]
+    come = [left for mapping in newer for left in _left(mapping, common[1][mapping.start])]
+    moved: dict[int, int] = {}  # by where it was, or is: how many bytes
+    for one, other in _moved(before, gone, after, come):
+        nbytes = moved[one.start] = moved[other.start] = min(one.nbytes, other.nbytes)
+        found.append(Pair("moved", one.mapping, other.mapping, other.start, nbytes, other.start - one.start))
+    for left in gone:
+        at = moved.get(left.start, 0)
+        if at < left.nbytes:
+            what: Literal["shrunk", "vanished"] = "shrunk" if left.part or at else "vanished"
+            found.append(Pair(what, left.mapping, None, left.start + at, left.nbytes - at))
+    for left in come:
+        at = moved.get(left.start, 0)
+        if at < left.nbytes:
+            kind: Literal["grown", "appeared"] = "grown" if left.part or at else "appeared"
+            found.append(Pair(kind, None, left.mapping, left.start + at, left.nbytes - at))
     return found
 
 
@@ -88,70 +91,81 @@ def _alike(one: ImageMapping, other: ImageMapping, shift: int) -> bool:
     return same and one.offset - one.start == other.offset - other.start + shift
 
 
-def _but(mapping: ImageMapping, taken: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """The parts of a mapping that were not taken: start and length."""
+class _Left(NamedTuple):
+    """A mapping that the other image does not have there, or the part of one that it does not have."""
+
+    mapping: ImageMapping
+    start: int
+    nbytes: int
+    part: bool
+
+
+def _left(mapping: ImageMapping, common: Sequence[tuple[int, int]]) -> Iterator[_Left]:
+    """What of a mapping is not common, of which start and end are given, in order."""
     at = mapping.start
-    for start, end in sorted(taken):
+    for start, end in (*common, (mapping.end, mapping.end)):
         if start > at:
-            yield at, start - at
+            yield _Left(mapping, at, start - at, bool(common))
         at = end
-    if at < mapping.end:
-        yield at, mapping.end - at
 
 
 # ---- what was moved
 
 
 def _moved(
-    before: ImageMemory, vanished: Sequence[ImageMapping], after: ImageMemory, appeared: Sequence[ImageMapping]
-) -> list[tuple[ImageMapping, ImageMapping]]:
-    """Mappings that are elsewhere now: of files by what they map, others by pages at their beginning."""
-    files: dict[tuple[object, ...], list[ImageMapping]] = defaultdict(list)
-    for mapping in appeared:
-        if mapping.is_file:
-            files[_file_key(mapping)].append(mapping)
-    found = [
-        (mapping, files[_file_key(mapping)].pop(0))
-        for mapping in vanished
-        if mapping.is_file and files[_file_key(mapping)]
-    ]
+    before: ImageMemory, gone: Sequence[_Left], after: ImageMemory, come: Sequence[_Left]
+) -> list[tuple[_Left, _Left]]:
+    """What is elsewhere now: of files by what is mapped, other memory by pages at its beginning."""
+    files: dict[tuple[object, ...], list[_Left]] = defaultdict(list)
+    for left in come:
+        if left.mapping.is_file:
+            files[_file_key(left)].append(left)
+    found = [(left, files[_file_key(left)].pop(0)) for left in gone if left.mapping.is_file and files[_file_key(left)]]
     places: dict[tuple[object, ...], list[int]] = defaultdict(list)
-    left = [mapping for mapping in appeared if not mapping.is_file]
-    for number, page, digest in _first_pages(after, left):
-        places[left[number].permissions, page, digest].append(number)
-    candidates = [mapping for mapping in vanished if not mapping.is_file] if places else []
+    nameless = [left for left in come if not left.mapping.is_file]
+    for number, page, digest in _first_pages(after, nameless):
+        places[nameless[number].mapping.permissions, page, digest].append(number)
+    candidates = [left for left in gone if not left.mapping.is_file] if places else []
     alike: dict[int, Counter[int]] = defaultdict(Counter)
+    looked = Counter[int]()
     for number, page, digest in _first_pages(before, candidates):
-        alike[number].update(places.get((candidates[number].permissions, page, digest), ()))
+        looked[number] += 1
+        alike[number].update(places.get((candidates[number].mapping.permissions, page, digest), ()))
     taken = set[int]()
     for number, counted in sorted(alike.items()):
-        for other, _ in counted.most_common():
-            if other not in taken:
+        for other, count in counted.most_common():
+            if other not in taken and 2 * count >= looked[number]:
                 taken.add(other)
-                found.append((candidates[number], left[other]))
+                found.append((candidates[number], nameless[other]))
                 break
     return found
 
 
-def _file_key(mapping: ImageMapping) -> tuple[object, ...]:
-    nbytes = mapping.end - mapping.start
-    return mapping.path, mapping.inode, mapping.device, mapping.offset, nbytes, mapping.permissions
+def _file_key(left: _Left) -> tuple[object, ...]:
+    mapping = left.mapping
+    offset = mapping.offset + left.start - mapping.start
+    return mapping.path, mapping.inode, mapping.device, offset, left.nbytes, mapping.permissions
 
 
-def _first_pages(memory: ImageMemory, mappings: Sequence[ImageMapping]) -> Iterator[tuple[int, int, int]]:
-    """Number of the mapping, number of the page in it, and a checksum: of pages at the beginning that are not zero."""
-    numbers = {mapping.start: number for number, mapping in enumerate(mappings)}
-    wanted = (
-        span.part(span.start, min(span.end, span.mapping.start + _LOOKED_NBYTES))
-        for span in memory.spans
-        if span.source == "bytes" and span.mapping.start in numbers and span.start < span.mapping.start + _LOOKED_NBYTES
-    )
-    for span, data in memory.read(wanted):
+def _first_pages(memory: ImageMemory, lefts: Sequence[_Left]) -> Iterator[tuple[int, int, int]]:
+    """Number of what is left, number of the page in it, and a checksum: of pages at the beginning that are not zero."""
+    starts = [left.start for left in lefts]
+
+    def wanted() -> Iterator[Span]:
+        for left in lefts:
+            end = left.start + min(left.nbytes, _LOOKED_NBYTES)
+            for span in memory.spans_from(left.start):
+                if span.start >= end:
+                    break
+                if span.source == "bytes":
+                    yield span.part(max(span.start, left.start), min(span.end, end))
+
+    for span, data in memory.read(wanted()):
+        number = bisect_right(starts, span.start) - 1
         for at in range(0, len(data), _PAGE):
             page = data[at : at + _PAGE]
             if not all_zero(page):
-                number = (span.start + at - span.mapping.start) // _PAGE
-                yield numbers[span.mapping.start], number, xxh64(page)
+                yield number, (span.start + at - starts[number]) // _PAGE, xxh64(page)
 
 
 # ---- what differs
