@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """``python -m benchmarks.process_images``: images of a redis under load, and gcore of the same process beside them.
 
-A redis is filled, and then written by clients at a steady pace. Meanwhile it is saved at several intervals, so that
-more and more of it is dirty, with and without what is copied before it is frozen. Another client sends PING all the
-time: the longest that it waited for an answer is what users of redis saw. gcore, of gdb, writes the same process as it
-does: all of it, while it stands still. The rows go into docs/process_images.json by ``--write``, and from there into
+A redis is filled, and then a client sets keys at random, at a steady pace. Meanwhile it is saved at several intervals,
+so that more and more of it is dirty, with and without what is copied before it is frozen. Another client sends PING all
+the time: the longest that it waited for an answer is what users of redis saw. gcore, of gdb, writes the same process as
+it does: all of it, while it stands still. The rows go into docs/process_images.json by ``--write``, and from there into
 docs/process-images.md.
 """
 
@@ -83,13 +83,29 @@ class Pings:
         self._connection.close()
 
 
-class Load:
-    """redis-benchmark, which sets keys at random until it is closed."""
+SETS = r"""
+import os, random, socket, sys, time
+port, keys, rate, nbytes = map(int, sys.argv[1:])
+connection = socket.create_connection(("127.0.0.1", port))
+batch, due = max(1, rate // 100), time.monotonic()
+while True:
+    value = os.urandom(nbytes // 2) + bytes(nbytes - nbytes // 2)
+    names = (b"key:%012d" % random.randrange(keys) for _ in range(batch))
+    connection.sendall(b"".join(b"*3\r\n$3\r\nSET\r\n$16\r\n%b\r\n$%d\r\n%b\r\n" % (k, nbytes, value) for k in names))
+    left = 5 * batch
+    while left:
+        left -= len(connection.recv(min(left, 65536)))
+    due = max(due + batch / rate, time.monotonic() - 0.1)
+    time.sleep(max(0.0, due - time.monotonic()))
+"""
 
-    def __init__(self, port: int, keys: int) -> None:
-        words = ["redis-benchmark", "-p", str(port), "-t", "set", "-n", "1000000000", "-r", str(keys), "-q"]
-        words += ["-d", str(VALUE_BYTES), "-c", "4"]
-        self._process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
+
+class Load:
+    """A client that sets keys at random, so many a second where redis can, until it is closed."""
+
+    def __init__(self, port: int, keys: int, rate: int) -> None:
+        words = [sys.executable, "-c", SETS, *map(str, (port, keys, rate, VALUE_BYTES))]
+        self._process = subprocess.Popen(words)
 
     def close(self) -> None:
         self._process.terminate()
@@ -119,7 +135,7 @@ def resident(pid: int) -> int:
 
 def images(redis: Redis, pings: Pings, store: Path, way: str, seconds: float, precopy: bool, rounds: int) -> list[Row]:
     pid = redis.process.pid
-    most = 16 << 20 if precopy else 1 << 40
+    most = 4 << 20 if precopy else 1 << 40
     with ProcessCheckpointer(store, pid, precopy_bytes=most, retain=Retention(last=2), compact=None) as ckpt:
         pings.longest()
         found, waits = [ckpt.save()], [pings.longest()]
@@ -183,6 +199,7 @@ def main() -> int:
     )
     parser.add_argument("--mib", type=int, default=1024, help="that redis has (1024)")
     parser.add_argument("--rounds", type=int, default=7, help="of each way (7)")
+    parser.add_argument("--rate", type=int, default=10_000, help="keys that are set each second (10000)")
     parser.add_argument("--short", action="store_true", help="only see whether it runs: 64 MiB, one round")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write it to a file as JSON, beside what is printed")
     options = parser.parse_args()
@@ -196,7 +213,7 @@ def main() -> int:
         redis, rows = Redis(Path(folder)), list[Row]()
         try:
             fill(redis.port, keys)
-            pings, load = Pings(redis.port), Load(redis.port, keys)
+            pings, load = Pings(redis.port), Load(redis.port, keys, options.rate)
             try:
                 time.sleep(1)
                 for number, (way, seconds, precopy) in enumerate(WAYS[: 1 if options.short else None]):

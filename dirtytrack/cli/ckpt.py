@@ -109,7 +109,7 @@ def _add_save(commands: Any) -> None:
         help="of the buffer that is copied to while it stands still",
     )
     command.add_argument(
-        "--precopy", type=quantities.nbytes, default=16 << 20, metavar="SIZE", help="more is copied before that (16MiB)"
+        "--precopy", type=quantities.nbytes, default=4 << 20, metavar="SIZE", help="more is copied before that (4MiB)"
     )
     command.add_argument(
         "--timeout", type=quantities.seconds, default=2.0, metavar="TIME", help="within which it must stand still (2s)"

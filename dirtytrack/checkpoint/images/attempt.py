@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from ...dirtyset import DirtySet
     from ...kernel.targets import Row
     from .copying import Compared, Copying
-    from .frames import Frames
     from .mapped import Piece
     from .space import Ranges, Space
     from .watched import Watched
@@ -23,7 +22,8 @@ __all__ = ["Attempt"]
 
 _MOST_ROUNDS = 8
 _SHRINKS = 0.8
-"""A round that leaves more than so much of what the one before it copied was the last: the program writes too fast."""
+"""A round that leaves more than so much of what the one before it copied was the last: the program writes as fast as it
+is copied."""
 _TRACKED = (Kind.ANONYMOUS, Kind.FILE, Kind.MEMORY)
 """Of files that last, a page that comes into the page table without being written is to be saved too."""
 
@@ -35,7 +35,7 @@ class Attempt:
         watched: the process.
         space: what was saved where.
         owed: pages that are to be saved whatever the tracker says.
-        copying, compared, frames: of this save alone.
+        copying, compared: of this save alone.
         generation: its number.
         precopy_nbytes: more than that is copied while the process runs, before it is frozen.
         timeout: in which it must stand still.
@@ -48,13 +48,12 @@ class Attempt:
         owed: DirtySet,
         copying: Copying,
         compared: Compared,
-        frames: Frames,
         generation: int,
         *,
         precopy_nbytes: int,
         timeout: float,
     ) -> None:
-        self._watched, self._copying, self._compared, self._frames = watched, copying, compared, frames
+        self._watched, self._copying, self._compared = watched, copying, compared
         self._generation, self._precopy_nbytes, self._timeout = generation, precopy_nbytes, timeout
         self.space = space
         self.collected = owed
@@ -92,16 +91,19 @@ class Attempt:
             wanted = (pending | fresh) & tracked
             there = self._with_content(wanted, pieces)
             nbytes = there.page_span_bytes
-            if nbytes <= self._precopy_nbytes or (last and nbytes > _SHRINKS * last):
+            if 2 * nbytes > self._copying.room:  # and as much again when it stands still
+                self._copying.flush()
+            if nbytes <= self._precopy_nbytes or nbytes > _SHRINKS * last > 0:
                 break
             self.space, last = space, nbytes
             self.rounds += 1
             self.bytes_precopied += self._copying.copy(there, space)
-            self._copying.flush()
-            self._frames.add_zeros(wanted - there, space)
-            self._frames.end_step()
+            self._copying.add_zeros(wanted - there, space)
+            self._copying.end_step()
             missed = pages_of(self._copying.take_unreadable())
             pending = (pending - wanted) | missed | self._collect()
+        else:
+            self._copying.flush()
         return pending
 
     # ---- while it stands still
@@ -131,9 +133,9 @@ class Attempt:
             self.bytes_frozen = self._copying.copy(exact, self.space)
             self.bytes_frozen += self._copying.copy(others, self.space, compared=True)
         self.frozen_seconds = frozen.seconds
-        self._copying.flush()
         vanished = (known - tracked) & saved_pages
-        self._frames.add_zeros((wanted | lost | vanished) - exact - others, self.space)
+        self._copying.add_zeros((wanted | lost | vanished) - exact - others, self.space)
+        self._copying.flush()
         self.unreadable = self._copying.take_unreadable()
         shown = [(piece, self._shown(piece, contents)) for piece in pieces]
         self.described = described(program, frozen_at, frozen.threads, shown, self.space)

@@ -29,6 +29,13 @@ _LOOK_EACH = 64
 """After so many pages that cannot be read, whether the process is still there is asked."""
 
 
+class _Zeros(NamedTuple):
+    """Pages that are zero."""
+
+    space: Space
+    pages: DirtySet
+
+
 class _Wave(NamedTuple):
     """Frames whose bytes are staged, one behind the other."""
 
@@ -90,6 +97,8 @@ class Compared:
 class Copying:
     """Copies pages into the staging buffer. Where it is full, what it has is written first, however long that takes.
 
+    What is copied again counts as it was then: `end_step` comes between.
+
     Args:
         pid: the process.
         memory: its /proc/PID/mem.
@@ -114,9 +123,14 @@ class Copying:
     ) -> None:
         self._pid, self._memory, self._staging, self._frame_nbytes = pid, memory, staging, frame_nbytes
         self._frames, self._compared, self._require_there = frames, compared, require_there
-        self._waves: list[_Wave] = []
+        self._staged: list[_Wave | _Zeros | None] = []  # None: a step ends
         self._used = 0
         self._lost: list[tuple[int, int]] = []
+
+    @property
+    def room(self) -> int:
+        """How many bytes fit before anything must be written."""
+        return self._staging.nbytes - self._used
 
     def take_unreadable(self) -> Ranges:
         """The pages that could not be read since this was last asked; their bytes are zeros."""
@@ -140,7 +154,7 @@ class Copying:
         cuts = cutting.cut(pages._set, space.extents(), self._frame_nbytes)
         first = 0
         while first < len(cuts):
-            last, nbytes, room = first, 0, self._staging.nbytes - self._used
+            last, nbytes, room = first, 0, self.room
             while last < len(cuts) and nbytes + cuts[last].nbytes <= room:
                 nbytes += cuts[last].nbytes
                 last += 1
@@ -150,16 +164,30 @@ class Copying:
             low = space.start(cuts[first].memory) + cuts.bounds(cuts[first])[0]
             high = space.start(cuts[last - 1].memory) + cuts.bounds(cuts[last - 1])[1]
             self._read(sets.clip(pages._set, low, high), nbytes)
-            self._waves.append(_Wave(space, cuts, first, last, self._used, compared))
+            self._staged.append(_Wave(space, cuts, first, last, self._used, compared))
             self._used += nbytes
             first = last
         return cuts.nbytes
 
+    def add_zeros(self, pages: DirtySet, space: Space) -> None:
+        """Say that these pages, all of them within the space, are zero."""
+        if pages:
+            self._staged.append(_Zeros(space, pages))
+
+    def end_step(self) -> None:
+        """What comes now may be told again."""
+        self._staged.append(None)
+
     def flush(self) -> None:
         """Write all that is staged; the staging buffer is empty then."""
-        for wave in self._waves:
-            self._frames.add(self._plains(wave))
-        self._waves.clear()
+        for each in self._staged:
+            if each is None:
+                self._frames.end_step()
+            elif isinstance(each, _Zeros):
+                self._frames.add_zeros(each.pages, each.space)
+            else:
+                self._frames.add(self._plains(each))
+        self._staged.clear()
         self._used = 0
 
     def _plains(self, wave: _Wave) -> Iterator[Plain]:
