@@ -55,9 +55,13 @@ def diff_images(args: argparse.Namespace) -> int:
         return 0
     rows: list[tuple[str, ...]] = [("MAPPING", "", "ADDRESS", "SIZE", "PAGES CHANGED", "BYTES CHANGED")]
     rows += [_row(each) for each in found.mappings if each.what != "same"]
-    print("\n".join(table(rows, "<<<>>>")))
-    same = sum(each.what == "same" for each in found.mappings)
-    print(f"{same} more mapping{' is' if same == 1 else 's are'} the same")
+    if len(rows) > 1:
+        print("\n".join(table(rows, "<<<>>>")))
+    same = len(found.mappings) - len(rows) + 1
+    print(
+        f"{found.changed_nbytes:,} bytes differ, in {found.changed_pages:,} pages; {same} mapping"
+        f"{' is' if same == 1 else 's are'} the same"
+    )
     for verb, tids in (("begun", found.threads_begun), ("ended", found.threads_ended)):
         if tids:
             print(f"threads that have {verb}: {' '.join(map(str, tids))}")
