@@ -20,10 +20,10 @@ from .symbols import Symbol, modules
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from ..protocols import Store
-    from .image import ImageMapping
+    from .image import ImageMapping, ProcessImage
     from .symbols import Module
 
 __all__ = ["ImageComparison", "MappedRange", "MappingDifference", "ObjectDifference", "compare_images"]
@@ -179,8 +179,15 @@ def _compared(
         looking.found(),
         tuple(sorted(tids[1] - tids[0])),
         tuple(sorted(tids[0] - tids[1])),
-        tuple(looking.notes),
+        (*_strangeness(before.image, after.image), *looking.notes),
     )
+
+
+def _strangeness(older: ProcessImage, newer: ProcessImage) -> Iterator[str]:
+    """What should make a reader wonder."""
+    if (older.pid, older.executable) != (newer.pid, newer.executable):
+        one, other = (f"{image.pid} ({image.executable or image.comm})" for image in (older, newer))
+        yield f"these are images of two processes, {one} and {other}"
 
 
 _NOWHERE = MappedRange(0, 0, "")

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 
 from dirtytrack.checkpoint import DirectoryStore
-from dirtytrack.checkpoint.images import ImageComparison, MappingDifference, compare_images
+from dirtytrack.checkpoint.images import ImageComparison, MappedRange, MappingDifference, compare_images
 from dirtytrack.cli import main
 from dirtytrack.errors import InvalidCheckpoint, NoSuchGeneration
 from tests.imaged import PAGE, Area, History, thread
@@ -43,6 +44,17 @@ def known(area: Area, page: int) -> bytes | str | None:
     if area.why == "file":
         return "file"
     return bytes(PAGE) if area.why is None else None
+
+
+def part_of(areas: Sequence[Area], place: MappedRange) -> Area:
+    """The part of a mapping that is there."""
+    area = next(area for area in areas if area.start <= place.start < area.end)
+    first, count = (place.start - area.start) // PAGE, (place.end - place.start) // PAGE
+    kept = ((page, known(area, page)) for page in range(first, first + count))
+    data = {page - first: each for page, each in kept if isinstance(each, bytes)}
+    part = replace(area, start=place.start, pages=count, data=data, offset=area.offset + first * PAGE)
+    part.why = part.why or "all of it is here"
+    return part
 
 
 def truth(older: Sequence[Area], newer: Sequence[Area], file: bytes = b"") -> dict[str, Any]:
@@ -126,10 +138,14 @@ def test_each_pair_of_generations_against_every_page(where: Path, seed: int) -> 
     for older, before in history.areas.items():
         for newer, after in history.areas.items():
             found = compare_images(history.store, older, newer, objects=False, memory_bytes=8 << 20)
-            moved = {row.newer.start for row in the(found, "moved") if row.newer}
+            for row in the(found, "moved"):
+                assert row.older and row.newer
+                parts = [part_of(areas_of, place) for areas_of, place in ((before, row.older), (after, row.newer))]
+                parts[0].start = parts[1].start
+                assert told(found._replace(mappings=(row,))) == truth(parts[:1], parts[1:], path.read_bytes())
             at_home = found._replace(mappings=tuple(row for row in found.mappings if row.what != "moved"))
             assert told(at_home) == truth(before, after, path.read_bytes()), (older, newer)
-            assert not moved or older != newer
+            assert older != newer or {row.what for row in found.mappings} == {"same"}
             for side, areas_of in (("older", before), ("newer", after)):  # each page is told of once
                 places = sorted((p.start, p.end) for row in found.mappings if (p := getattr(row, side)))
                 wanted = [(area.start, area.end) for area in areas_of]
@@ -222,6 +238,15 @@ def test_what_is_in_common_is_not_read(where: Path, monkeypatch: pytest.MonkeyPa
     (row,) = compare_images(history.store, 1, 2, objects=False).mappings
     assert row.runs == ((BASE + 5000 * PAGE, PAGE),) and row.changed_nbytes == 1
     assert read < 4 << 20
+
+
+def test_images_of_two_processes_are_told(where: Path) -> None:
+    history = History(where / "store")
+    for pid in (100, 100, 101):
+        history.save([Area(BASE, 1, {0: pages(1)})], pid=pid)
+    assert not compare_images(history.store, 1, 2).notes
+    (note,) = compare_images(history.store, 2, 3).notes
+    assert note == "these are images of two processes, 100 (/nowhere/never) and 101 (/nowhere/never)"
 
 
 def test_what_is_refused(where: Path) -> None:
