@@ -58,17 +58,17 @@ def pairs(before: ImageMemory, after: ImageMemory) -> list[Pair]:
                 common[1][mapping.start].append((start, end))
     gone = [left for mapping in older for left in _left(mapping, common[0][mapping.start])]
     come = [left for mapping in newer for left in _left(mapping, common[1][mapping.start])]
-    moved: dict[int, int] = {}  # by where it was, or is: how many bytes
-    for one, other in _moved(before, gone, after, come):
-        nbytes = moved[one.start] = moved[other.start] = min(one.nbytes, other.nbytes)
-        found.append(Pair("moved", one.mapping, other.mapping, other.start, nbytes, other.start - one.start))
+    moved_from, moved_to = dict[int, int](), dict[int, int]()  # by where it was, and is: how many bytes
+    for was, now in _moved(before, gone, after, come):
+        nbytes = moved_from[was.start] = moved_to[now.start] = min(was.nbytes, now.nbytes)
+        found.append(Pair("moved", was.mapping, now.mapping, now.start, nbytes, now.start - was.start))
     for left in gone:
-        at = moved.get(left.start, 0)
+        at = moved_from.get(left.start, 0)
         if at < left.nbytes:
             what: Literal["shrunk", "vanished"] = "shrunk" if left.part or at else "vanished"
             found.append(Pair(what, left.mapping, None, left.start + at, left.nbytes - at))
     for left in come:
-        at = moved.get(left.start, 0)
+        at = moved_to.get(left.start, 0)
         if at < left.nbytes:
             kind: Literal["grown", "appeared"] = "grown" if left.part or at else "appeared"
             found.append(Pair(kind, None, left.mapping, left.start + at, left.nbytes - at))

@@ -198,6 +198,18 @@ def test_what_becomes_of_mappings(where: Path) -> None:
     assert found.changed_pages == 1
 
 
+def test_what_is_now_where_something_moved_away(where: Path) -> None:
+    history = History(where / "store")
+    history.save([Area(BASE, 8, {0: pages(8)})])
+    file = Area(BASE, 8, path="/gone/file", inode=5, why="file")
+    history.save([file, Area(BASE + 50 * PAGE, 8, {0: pages(8)})])
+    rows = compare_images(history.store, 1, 2).mappings
+    assert [(row.what, row.newer and row.newer.start - BASE) for row in rows] == [
+        ("appeared", 0),
+        ("moved", 50 * PAGE),
+    ]
+
+
 def test_what_a_file_has_is_compared_as_long_as_it_is_that_file(where: Path) -> None:
     path = where / "file"
     path.write_bytes(pages(4, 1))
