@@ -291,7 +291,7 @@ def test_what_appears_meanwhile_is_not_overwritten(where: Path) -> None:
     history = History(where / "store")
     history.save(layouts(where))
     with pytest.raises(InvalidCheckpoint, match="there already"):
-        write_core(where / "store", where / "core", progress=lambda done, total: (where / "core").write_bytes(b"mine"))
+        write_core(where / "store", where / "core", progress=lambda *_: (where / "core").write_bytes(b"mine"))
     assert (where / "core").read_bytes() == b"mine"
     assert sorted(path.name for path in where.iterdir()) == ["core", "mapped", "store"]
 
