@@ -127,6 +127,12 @@ def _require_machine(image: ProcessImage) -> None:
             feature=f"core files of {image.machine}",
         )
     for thread in image.threads:
+        if len(thread.prstatus) == elf.COMPAT_NBYTES:
+            raise UnsupportedKernel(
+                f"generation {image.generation} is the image of a program of 32 bits: core files are written of those "
+                "of 64 bits alone",
+                feature="core files of programs of 32 bits",
+            )
         for name, (least, most) in elf.REGISTERS_NBYTES.items():
             registers = getattr(thread, name)
             if registers is not None and not least <= len(registers) <= most:

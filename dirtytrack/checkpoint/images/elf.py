@@ -11,12 +11,24 @@ if TYPE_CHECKING:
 
     from .image import ImageMapping, ImageThread, ProcessImage
 
-__all__ = ["MACHINE", "PAGE_BYTES", "REGISTERS_NBYTES", "Load", "flags_of", "header", "header_nbytes", "notes"]
+__all__ = [
+    "COMPAT_NBYTES",
+    "MACHINE",
+    "PAGE_BYTES",
+    "REGISTERS_NBYTES",
+    "Load",
+    "flags_of",
+    "header",
+    "header_nbytes",
+    "notes",
+]
 
 MACHINE = "x86_64"
 PAGE_BYTES = 4096
 REGISTERS_NBYTES = {"prstatus": (216, 216), "fpregset": (512, 512), "xstate": (576, 1 << 20)}
 """Of each set of registers, the least and the most."""
+COMPAT_NBYTES = 68
+"""Of the general registers of a program of 32 bits."""
 
 _ET_CORE, _EM_X86_64, _PT_LOAD, _PT_NOTE, _PN_XNUM = 4, 62, 1, 4, 0xFFFF
 _FILE_HEADER = struct.Struct("<16sHHIQQQIHHHHHH")

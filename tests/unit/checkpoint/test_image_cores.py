@@ -8,6 +8,7 @@ import json
 import os
 import random
 import resource
+import signal
 import struct
 import subprocess
 import sys
@@ -247,6 +248,10 @@ def test_a_machine_that_has_other_cores(where: Path) -> None:
     history = History(where / "store")
     history.save(layouts(where), machine="aarch64")
     refused(where, UnsupportedKernel, "image of a process on aarch64")
+    small = thread(100)
+    small["registers"] = {"prstatus": bytes(68).hex()}
+    history.save(layouts(where), [small])
+    refused(where, UnsupportedKernel, "a program of 32 bits")
 
 
 @pytest.mark.parametrize(
@@ -306,6 +311,20 @@ def test_a_file_system_without_links(where: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(os, "link", none)
     write_core(where / "store", where / "core")
     assert sorted(path.name for path in where.iterdir()) == ["core", "mapped", "store"]
+
+
+def test_who_is_killed_leaves_no_core(where: Path) -> None:
+    history = History(where / "store")
+    history.save(layouts(where))
+    code = """
+import os, signal, sys
+from dirtytrack.checkpoint.images import write_core
+write_core(sys.argv[1], sys.argv[2], progress=lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+"""
+    done = subprocess.run([sys.executable, "-c", code, where / "store", where / "core"], check=False)
+    assert done.returncode == -signal.SIGKILL and not (where / "core").exists()
+    write_core(where / "store", where / "core")
+    assert (where / "core").stat().st_size > 0
 
 
 def test_whoever_interrupts_it_leaves_nothing(where: Path) -> None:
