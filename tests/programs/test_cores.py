@@ -247,23 +247,25 @@ def redis(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_redis(redis: subprocess.Popen[bytes], tmp_path: Path) -> None:
-    with ProcessCheckpointer(tmp_path / "store", redis.pid) as ckpt:
+    store, kept = tmp_path / "store", b"a value that nobody forgets"
+    with ProcessCheckpointer(store, redis.pid) as ckpt:
         ckpt.save()
-        for words in (["SET", "where", "a value that nobody forgets"], ["INCRBY", "number", "41"]):
+        for words in (["SET", "where", kept.decode()], ["INCRBY", "number", "41"]):
             subprocess.run(["redis-cli", "-s", tmp_path / "redis.sock", *words], check=True, capture_output=True)
         ckpt.save()
         document = process_of(ckpt.store.manifest())
-    write_core(tmp_path / "store", tmp_path / "core")
+    cores = [Path(write_core(store, tmp_path / f"core.{n}", n).path) for n in (1, 2)]
     executable = document["executable"]
-    threads = threads_of(executable, tmp_path / "core")
+    threads = threads_of(executable, cores[1])
     assert sorted(threads) == sorted(each["tid"] for each in document["threads"])
     assert len(threads) >= 4
     main = threads[redis.pid]
-    assert main[0].endswith("epoll_wait") and main[-1] in ("main", "_start"), main
-    waiting = [frames for tid, frames in threads.items() if tid != redis.pid]
-    assert all("start_thread" in frames for frames in waiting)
-    found = compare_images(tmp_path / "store", 1, 2)
-    names = {each.name for each in found.objects if each.module == executable}
+    assert "aeMain" in main and main[-1] in ("main", "_start"), main
+    assert all("start_thread" in frames for tid, frames in threads.items() if tid != redis.pid)
+    found = [[at + data.index(kept) for at, data in pages_of(core) if data and kept in data] for core in cores]
+    assert not found[0] and found[1]
+    assert kept.decode() in gdb(executable, cores[1], f"output (char *){found[1][0]:#x}")[0]
+    names = {each.name for each in compare_images(store, 1, 2).objects if each.module == executable}
     assert "server" in names, names  # redis exports its symbols
 
 
