@@ -171,6 +171,27 @@ def test_the_bytes_are_those_of_gcore(tmp_path: Path) -> None:
     assert compared > 100
 
 
+def test_what_is_not_in_the_image_cannot_be_read(tmp_path: Path) -> None:
+    with running("pages") as program:
+        kept, hidden, left_out = (int(program.ask("map 4"), 16) for _ in range(3))
+        for each in (kept, hidden, left_out):
+            program.ask(f"write {each:x} 2")
+        program.ask(f"hide {hidden:x} 4 1")
+        exclude = (left_out, left_out + 4 * PAGE)
+        with ProcessCheckpointer(tmp_path / "store", program.pid, exclude=exclude) as ckpt:
+            ckpt.save()
+    made = write_core(tmp_path / "store", tmp_path / "core")
+    why = {each.why: each.nbytes for each in made.missing}
+    assert why["dont dump"] >= 4 * PAGE and why["excluded"] >= 4 * PAGE
+    words = ["gdb", "-nx", "-batch", "-core", str(made.path)]
+    for each in (kept, hidden, left_out):
+        words += ["-ex", f"output/d *(char *){each + 2 * PAGE:#x}"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+    assert done.stdout.splitlines()[-1].endswith("2")
+    for each in (hidden, left_out):
+        assert f"Cannot access memory at address {each + 2 * PAGE:#x}" in done.stderr
+
+
 def test_what_differs_by_name(counted: Counted) -> None:
     found = compare_images(counted.store, counted.manifests[1].generation, counted.manifests[5].generation)
     objects = {each.name: each for each in found.objects if each.module == str(counted.program)}
