@@ -125,6 +125,11 @@ def show(args: argparse.Namespace) -> int:
     parent = f"continues generation {manifest.parent}" if manifest.parent else "continues none"
     print(f"generation {manifest.generation} of {args.store}: {manifest.kind}, revision {manifest.revision}, {parent}")
     print(f"created {when(manifest.created)}, {show_bytes(manifest.nbytes)} from {show_bytes(manifest.stored_nbytes)}")
+    if (program := manifest.threads) is not None:
+        print(
+            f"image of process {program['pid']} ({_word(program['comm'])}): {len(program['threads'])} threads, "
+            f"{len(program['mappings'])} mappings, stood still at {when(program['frozen_at'])}"
+        )
     if manifest.meta is not None:
         print(f"meta {json.dumps(manifest.meta)}")
     rows = [("BUFFER", "SIZE", "TYPE", "SHAPE", "SINCE")]

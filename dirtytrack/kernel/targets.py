@@ -310,9 +310,9 @@ def layout(session: CData, pid: int, expected: int = 64) -> list[Row]:
         room = count + 16
 
 
-def mappings_of(pid: int, maps: int, expected: int = 48) -> list[Row]:
-    """All mappings of a process, by its open /proc/PID/maps; about as many as expected are told soonest."""
-    room = expected + 16
+def mappings_of(pid: int, maps: int) -> list[Row]:
+    """All mappings of a process, by its open /proc/PID/maps."""
+    room = 64
     while True:
         out = core.ffi.new("dt_mapping[]", room)
         count = core.lib.dt_mappings_of(pid, maps, out, room)

@@ -216,6 +216,8 @@ def test_the_command(tmp_path: Path) -> None:
         told, said = once.communicate(timeout=30)
         assert once.returncode == 0, said
         assert told.startswith("generation 1: full, frozen ")
+        shown, _ = command("show", store).communicate(timeout=30)
+        assert f"image of process {program.pid} (target): " in shown
         again = command("save", program.pid, store, "--every", "20ms", "--count", 3, "--json", "--last", 2)
         told, said = again.communicate(timeout=30)
         assert again.returncode == 0, said

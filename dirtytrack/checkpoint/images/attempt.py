@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from .describing import Program, described
-from .mapped import Kind, pieces_of
+from .mapped import Kind, Plan, pieces_of
 from .space import joined, pages_of, subtracted
 
 if TYPE_CHECKING:
@@ -24,8 +24,6 @@ _MOST_ROUNDS = 8
 _SHRINKS = 0.8
 """A round that leaves more than so much of what the one before it copied was the last: the program writes as fast as it
 is copied."""
-_TRACKED = (Kind.ANONYMOUS, Kind.FILE, Kind.MEMORY)
-"""Of files that last, a page that comes into the page table without being written is to be saved too."""
 
 
 class Attempt:
@@ -66,6 +64,8 @@ class Attempt:
         self.frozen_seconds = 0.0
         self.described: dict[str, Any] = {}
         self._seen: dict[Row, Piece] = {}
+        self._rows: list[Row] | None = None
+        self._known_plan = Plan([])
 
     def _collect(self) -> DirtySet:
         dirty = self._watched.collect()
@@ -84,12 +84,11 @@ class Attempt:
         self._look()
         pending, last = self.collected | self._collect(), 0
         while self.rounds < _MOST_ROUNDS:
-            pieces = self._pieces()
-            tracked = self._tracked(pieces)
-            ranges = [(int(start), int(end)) for start, end in tracked]
-            space, fresh, _ = self.space.moved_to(joined([*ranges, *self.space.live]), self._generation)
+            plan = self._plan()
+            tracked = plan.trackable & self._watched.tracked()
+            space, fresh, _ = self.space.moved_to(tracked | self.space.live, self._generation)
             wanted = (pending | fresh) & tracked
-            there = self._with_content(wanted, pieces)
+            there = self._with_content(wanted, plan)
             nbytes = there.page_span_bytes
             if 2 * nbytes > self._copying.room:  # and as much again when it stands still
                 self._copying.flush()
@@ -117,27 +116,27 @@ class Attempt:
         watched, program, known = self._watched, Program.of(self._watched.pid), self._compared.pages()
         if self.rounds:
             self._look()
-        self._pieces()  # most of them are the same a moment later
+        self._plan()  # mostly it is the same a moment later
+        watched.tracked()
         with watched.tracker.frozen(timeout=self._timeout, registers=True) as frozen:
             frozen_at = time.time()
             dirty = pending | self._collect()
-            pieces = self._pieces()
-            tracked = self._tracked(pieces)
-            contents = watched.populated.all_of(list(filter(_is_looked_at, pieces)))
-            saved = _saved_ranges(pieces, contents)
+            plan = self._plan()
+            tracked = plan.trackable & watched.tracked()
+            contents = watched.populated.all_of(plan.looked_at)
+            saved = plan.always | pages_of(joined(each.row[:2] for each in plan.looked_at if contents[each.row.start]))
             self.space, fresh, lost = self.space.moved_to(saved, self._generation)
-            saved_pages = pages_of(saved)
-            wanted = (dirty | fresh | (known & tracked)) & saved_pages
-            exact = self._with_content(wanted & tracked, pieces, contents)
-            others = self._others(pieces, contents, tracked)
+            wanted = (dirty | fresh | (known & tracked)) & saved
+            exact = self._with_content(wanted & tracked, plan, contents)
+            others = self._others(plan, contents, tracked)
             self.bytes_frozen = self._copying.copy(exact, self.space)
             self.bytes_frozen += self._copying.copy(others, self.space, compared=True)
         self.frozen_seconds = frozen.seconds
-        vanished = (known - tracked) & saved_pages
+        vanished = (known - tracked) & saved
         self._copying.add_zeros((wanted | lost | vanished) - exact - others, self.space)
         self._copying.flush()
         self.unreadable = self._copying.take_unreadable()
-        shown = [(piece, self._shown(piece, contents)) for piece in pieces]
+        shown = [(piece, self._shown(piece, contents)) for piece in plan.pieces]
         self.described = described(program, frozen_at, frozen.threads, shown, self.space)
 
     # ---- which pages
@@ -145,37 +144,32 @@ class Attempt:
     def _look(self) -> None:
         self._watched.marks.look()
         self._seen.clear()
+        self._rows = None
 
-    def _pieces(self) -> list[Piece]:
+    def _plan(self) -> Plan:
+        """What becomes of the mappings as they are now; the one that is known, where they are as they were."""
         rows = self._watched.rows()
+        if rows is self._rows:
+            return self._known_plan
         if not self._watched.marks.knows(rows):
             self._look()
         new = [row for row in rows if row not in self._seen]
         self._seen.update(zip(new, pieces_of(new, self._watched.marks, self._watched.chosen), strict=True))
-        return [self._seen[row] for row in rows]
+        self._rows, self._known_plan = rows, Plan([self._seen[row] for row in rows])
+        return self._known_plan
 
-    def _tracked(self, pieces: list[Piece]) -> DirtySet:
-        """What is saved and whose writes are all known."""
-        kept = joined((p.row.start, p.row.end) for p in pieces if p.why is None and p.kind in _TRACKED)
-        return pages_of(kept) & pages_of(self._watched.tracked())
-
-    def _with_content(
-        self, pages: DirtySet, pieces: list[Piece], contents: dict[int, Ranges] | None = None
-    ) -> DirtySet:
+    def _with_content(self, pages: DirtySet, plan: Plan, contents: dict[int, Ranges] | None = None) -> DirtySet:
         """Those that are not known to be zeros, or a file's."""
-        files = [p for p in pieces if p.why is None and p.kind is Kind.FILE]
-        all_files = pages_of(joined((p.row.start, p.row.end) for p in files))
-        found = self._watched.populated.parted(pages - all_files, pieces)
-        if within := pages & all_files:
-            known = self._watched.populated.all_of(files) if contents is None else contents
-            found = found | (within & pages_of(joined(run for p in files for run in known[p.row.start])))
+        found = self._watched.populated.parted(pages - plan.in_files, plan.pieces)
+        if within := pages & plan.in_files:
+            known = self._watched.populated.all_of(plan.files) if contents is None else contents
+            found = found | (within & pages_of(joined(run for p in plan.files for run in known[p.row.start])))
         return found
 
-    def _others(self, pieces: list[Piece], contents: dict[int, Ranges], tracked: DirtySet) -> DirtySet:
+    def _others(self, plan: Plan, contents: dict[int, Ranges], tracked: DirtySet) -> DirtySet:
         """The pages with content that nobody tracks."""
-        found = [run for piece in pieces for run in contents.get(piece.row.start, ())]
-        alone = [(p.row.start, p.row.end) for p in pieces if p.why is None and p.row.start not in contents]
-        for start, end in pages_of(joined(alone)) - tracked:
+        found = [run for runs in contents.values() for run in runs]
+        for start, end in plan.always - tracked:
             found += self._watched.populated.anonymous(int(start), int(end))
         return pages_of(joined(found)) - tracked
 
@@ -188,14 +182,3 @@ class Attempt:
         if piece.kind in (Kind.FILE, Kind.SHARED_FILE) or not contents.get(row.start, True):
             there = contents.get(row.start, [])
         return subtracted(there, self.unreadable) if self.unreadable else there
-
-
-def _is_looked_at(piece: Piece) -> bool:
-    """Whether which of its pages are saved must be known at each save: what is not all its own, or may be nothing."""
-    row = piece.row
-    return piece.why is None and (piece.kind is not Kind.ANONYMOUS or not (row.readable or row.writable))
-
-
-def _saved_ranges(pieces: list[Piece], contents: dict[int, Ranges]) -> Ranges:
-    """The mappings that anything of is saved, as a whole."""
-    return joined((p.row.start, p.row.end) for p in pieces if p.why is None and contents.get(p.row.start, True))

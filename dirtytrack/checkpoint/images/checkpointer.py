@@ -141,7 +141,7 @@ class ProcessCheckpointer:
         self._base: Manifest | None = None
 
     def _staging_nbytes(self) -> int:
-        nbytes = sum(end - start for start, end in self._watched.tracked())
+        nbytes = self._watched.tracked().page_span_bytes
         return max(_LEAST_STAGING, min(nbytes // 4, _MOST_STAGING))
 
     # ---- what it is

@@ -8,20 +8,23 @@ from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
 from ...errors import TargetGone
+from ...kernel.core import PAGE_BYTES
+from ...kernel.targets import Row
 from ...process.mappings import Filter, called, is_anonymous
+from .space import joined, pages_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from ...kernel.targets import Row
+    from ...dirtyset import DirtySet
     from ...process import Mapping
-    from .space import Ranges
 
-__all__ = ["Kind", "Marks", "Piece", "pieces_of", "ranges_of"]
+__all__ = ["Kind", "Marks", "Piece", "Plan", "pieces_of", "rows_of"]
 
 _MEMORY_TYPES = ("tmpfs", "ramfs", "hugetlbfs")
 _MEMORY_NAMES = ("/memfd:", "/SYSV", "/dev/zero", "/anon_hugepage")
 _UNREADABLE = ("[vvar", "[vsyscall", "[uprobes")
+_LINE = re.compile(rb"([0-9a-f]+)-([0-9a-f]+) (.)(.)(.)(.) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) ([0-9]+) *(.*)\n")
 _HEAD = re.compile(rb"([0-9a-f]+)-([0-9a-f]+) ")
 
 
@@ -38,6 +41,9 @@ class Kind(Enum):
     """In a file that lasts."""
     KERNEL = "kernel"
     """The kernel's code for programs, [vdso]."""
+
+
+_TRACKED = (Kind.ANONYMOUS, Kind.FILE, Kind.MEMORY)
 
 
 class Piece(NamedTuple):
@@ -130,6 +136,31 @@ class Marks:
         return Kind.SHARED_FILE if row.shared else Kind.FILE
 
 
+def rows_of(text: bytes) -> list[Row]:
+    """The mappings that /proc/PID/maps tells: all but [vsyscall], which is no process's own."""
+    rows = []
+    for start, end, r, w, x, s, offset, major, minor, inode, name in _LINE.findall(text):
+        low = int(start, 16)
+        if low >> 63:
+            continue
+        rows.append(
+            Row(
+                low,
+                int(end, 16),
+                int(offset, 16),
+                int(inode),
+                (int(major, 16), int(minor, 16)),
+                r == b"r",
+                w == b"w",
+                x == b"x",
+                s == b"s",
+                PAGE_BYTES,
+                name.replace(b"\\012", b"\n").decode(errors="surrogateescape"),  # all that is written otherwise
+            )
+        )
+    return rows
+
+
 def pieces_of(rows: Iterable[Row], marks: Marks, chosen: Filter) -> list[Piece]:
     """What becomes of each mapping."""
     return [Piece(row, marks.kind_of(row), _why_not(row, marks, chosen)) for row in rows]
@@ -147,13 +178,32 @@ def _why_not(row: Row, marks: Marks, chosen: Filter) -> str | None:
     return None
 
 
-def ranges_of(pieces: Iterable[Piece]) -> Ranges:
-    """Those of which anything may be saved."""
-    out: Ranges = []
-    for piece in pieces:
-        if piece.why is None:
-            if out and out[-1][1] == piece.row.start:
-                out[-1] = out[-1][0], piece.row.end
-            else:
-                out.append((piece.row.start, piece.row.end))
-    return out
+class Plan:
+    """What becomes of all mappings of a process.
+
+    Attributes:
+        pieces: all of them, by address.
+        always: those that are saved as a whole, whatever is in them: private memory.
+        looked_at: others, of which the pages that are saved must be known at each save.
+        files: those of them that are private and a file's; in_files: their pages.
+        trackable: what is saved and, if it is tracked, is saved by what was written alone. Not so are shared files that
+            last: a page that comes into the page table without being written is to be saved too.
+    """
+
+    def __init__(self, pieces: list[Piece]) -> None:
+        saved = [piece for piece in pieces if piece.why is None]
+        self.pieces = pieces
+        self.always = _pages(piece for piece in saved if _is_own(piece))
+        self.looked_at = [piece for piece in saved if not _is_own(piece)]
+        self.files = [piece for piece in saved if piece.kind is Kind.FILE]
+        self.in_files = _pages(self.files)
+        self.trackable = _pages(piece for piece in saved if piece.kind in _TRACKED)
+
+
+def _pages(pieces: Iterable[Piece]) -> DirtySet:
+    return pages_of(joined((piece.row.start, piece.row.end) for piece in pieces))
+
+
+def _is_own(piece: Piece) -> bool:
+    """Private memory; but what may neither be read nor written is often nothing but address space."""
+    return piece.kind is Kind.ANONYMOUS and (piece.row.readable or piece.row.writable)

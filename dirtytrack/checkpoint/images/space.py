@@ -56,17 +56,17 @@ class Space:
     becomes zeros. It goes when nothing in it is saved any more.
     """
 
-    def __init__(self, stretches: Iterable[_Stretch] = (), live: Ranges | None = None, following: int = 0) -> None:
+    def __init__(self, stretches: Iterable[_Stretch] = (), live: DirtySet | None = None, following: int = 0) -> None:
         self._stretches = tuple(stretches)
         self._starts = [each.start for each in self._stretches]
-        self.live: Ranges = [] if live is None else live
+        self.live = pages_of([]) if live is None else live
         """What is saved."""
         self._following = following
 
     def __len__(self) -> int:
         return len(self._stretches)
 
-    def moved_to(self, saved: Ranges, generation: int) -> tuple[Space, DirtySet, DirtySet]:
+    def moved_to(self, saved: DirtySet, generation: int) -> tuple[Space, DirtySet, DirtySet]:
         """What it is when these are saved.
 
         Returns:
@@ -74,12 +74,12 @@ class Space:
             no longer saved.
         """
         if saved == self.live:
-            return self, DirtySet.from_runs([]), DirtySet.from_runs([])
-        before, now = pages_of(self.live), pages_of(saved)
-        kept = [each for each in self._stretches if sets.intersects(now._set, each.start, each.end)]
-        following, missing = self._following, subtracted(saved, joined(each[:2] for each in kept))
+            return self, pages_of([]), pages_of([])
+        kept = [each for each in self._stretches if sets.intersects(saved._set, each.start, each.end)]
+        following, missing = self._following, saved - pages_of(joined(each[:2] for each in kept))
         ends = {each.end: at for at, each in enumerate(kept)}
-        for start, end in missing:
+        for run in missing:
+            start, end = int(run.start), int(run.end)
             at = ends.pop(start, None)
             if at is None:
                 kept.append(_Stretch(start, end, following, generation))
@@ -87,7 +87,7 @@ class Space:
             else:
                 kept[at] = kept[at]._replace(end=end)
         space = Space(sorted(kept), saved, following)
-        return space, now - before, (before - now) & pages_of(space.ranges)
+        return space, saved - self.live, (self.live - saved) & pages_of(space.ranges)
 
     @property
     def ranges(self) -> Ranges:

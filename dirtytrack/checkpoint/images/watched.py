@@ -8,18 +8,18 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from ...kernel import targets
+from ...kernel.targets import Row
 from ...process import attach
 from ...process.mappings import Filter
-from .mapped import Marks
+from .mapped import Marks, rows_of
 from .populated import Populated
+from .space import joined, pages_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from ...dirtyset import DirtySet
-    from ...kernel.targets import Row
     from ...process.mappings import Pattern
-    from .space import Ranges
 
 __all__ = ["Watched"]
 
@@ -43,7 +43,9 @@ class Watched:
     ) -> None:
         if exclude is not None and not isinstance(exclude, (str, tuple)):
             exclude = list(exclude)
-        self.pid, self.chosen, self._count = pid, Filter(None, exclude), 48
+        self.pid, self.chosen = pid, Filter(None, exclude)
+        self._text, self._rows = b"", list[Row]()
+        self._tracked: tuple[int, DirtySet] | None = None
         with ExitStack() as opened:
             self.tracker = opened.enter_context(attach(pid, exclude=exclude, timeout=timeout, seccomp=seccomp))
             self.memory = self._open("mem")
@@ -72,21 +74,23 @@ class Watched:
         """As `ProcessTracker.collect`."""
         return self.tracker.collect()
 
-    def tracked(self) -> Ranges:
+    def tracked(self) -> DirtySet:
         """What is tracked as of the last collect, which has all writes to it."""
-        out: Ranges = []
-        for start, end in self.tracker.tracked:
-            if out and out[-1][1] == start:
-                out[-1] = out[-1][0], end
-            else:
-                out.append((start, end))
-        return out
+        refreshes = self.tracker.statistics().refreshes
+        if self._tracked is None or self._tracked[0] != refreshes:
+            self._tracked = refreshes, pages_of(joined(self.tracker.tracked))
+        return self._tracked[1]
 
     def rows(self) -> list[Row]:
         """All mappings, as they are now."""
-        rows = targets.mappings_of(self.pid, self._maps, self._count)
-        self._count = len(rows)
-        return rows
+        os.lseek(self._maps, 0, os.SEEK_SET)
+        parts = []
+        while part := os.read(self._maps, 1 << 20):
+            parts.append(part)
+        text = b"".join(parts)
+        if text != self._text:  # mostly it is what it was a moment ago
+            self._text, self._rows = text, rows_of(text)
+        return self._rows
 
     def require_there(self) -> None:
         """Raise `TargetGone` where it has ended or replaced itself."""
