@@ -127,7 +127,7 @@ def show(args: argparse.Namespace) -> int:
     print(f"created {when(manifest.created)}, {show_bytes(manifest.nbytes)} from {show_bytes(manifest.stored_nbytes)}")
     if (program := manifest.threads) is not None:
         print(
-            f"image of process {program['pid']} ({_word(program['comm'])}): {len(program['threads'])} threads, "
+            f"image of process {program['pid']} ({word(program['comm'])}): {len(program['threads'])} threads, "
             f"{len(program['mappings'])} mappings, stood still at {when(program['frozen_at'])}"
         )
     if manifest.meta is not None:
