@@ -10,10 +10,12 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from shutil import which
+from typing import Any
 
 import pytest
+from elftools.elf.elffile import ELFFile
 
-__all__ = ["GDB", "gdb", "needs_gdb", "numbers_of", "pages_of", "threads_of"]
+__all__ = ["GDB", "gdb", "needs_gdb", "notes_of", "numbers_of", "pages_of", "threads_of"]
 
 PAGE = 4096
 GDB = which("gdb")
@@ -57,6 +59,27 @@ def threads_of(program: str | Path, core: Path) -> dict[int, list[str]]:
         assert match, head
         frames = [re.match(r"#\d+ +(?:0x[0-9a-f]+ in )?(\S+)", line) for line in lines]
         found[int(match[1])] = [frame[1] for frame in frames if frame]
+    return found
+
+
+def notes_of(core: Path) -> dict[str, object]:
+    """What a core says of threads (their registers, by number), of the auxiliary vector, and of files."""
+    found: dict[str, object] = {}
+    with core.open("rb") as file:
+        segment: Any
+        (segment,) = ELFFile(file).iter_segments("PT_NOTE")
+        for note in segment.iter_notes():
+            if note.n_type == "NT_PRSTATUS":
+                tid = int.from_bytes(note.n_descdata[32:36], "little")
+                found[f"registers of {tid}"] = note.n_descdata[112:328].hex()
+            elif note.n_type == "NT_AUXV":
+                found["auxv"] = note.n_descdata
+            elif note.n_type == "NT_FILE":
+                told = note.n_desc  # whose unit is another in each
+                places = [
+                    (each.vm_start, each.vm_end, each.page_offset * told.page_size) for each in told.Elf_Nt_File_Entry
+                ]
+                found["files"] = list(zip(places, note.n_desc.filename, strict=True))
     return found
 
 

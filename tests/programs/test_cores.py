@@ -20,7 +20,7 @@ from dirtytrack.checkpoint import DirectoryStore
 from dirtytrack.checkpoint.images import MappingDifference, ProcessCheckpointer, compare_images, write_core
 from dirtytrack.checkpoint.manifests import Manifest
 from tests.imaged import History, scattered
-from tests.programs.debugging import gdb, needs_gdb, numbers_of, pages_of, threads_of
+from tests.programs.debugging import gdb, needs_gdb, notes_of, numbers_of, pages_of, threads_of
 from tests.programs.imaged import waits_for_a_line
 from tests.programs.targets import built, running
 
@@ -145,9 +145,10 @@ def test_the_bytes_are_those_of_gcore(tmp_path: Path) -> None:
             check=True, capture_output=True, timeout=60, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         os.kill(program.pid, signal.SIGCONT)
-        theirs = dict(pages_of(tmp_path / f"gcore.{program.pid}"))
+        gcore = tmp_path / f"gcore.{program.pid}"
     write_core(tmp_path / "store", tmp_path / "core")
-    ours = dict(pages_of(tmp_path / "core"))
+    assert notes_of(tmp_path / "core") == notes_of(gcore)
+    ours, theirs = dict(pages_of(tmp_path / "core")), dict(pages_of(gcore))
     with DirectoryStore(tmp_path / "store") as store:
         document = process_of(store.manifest())
     compared = 0
