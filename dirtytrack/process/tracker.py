@@ -464,7 +464,7 @@ class ProcessTracker:
         Args:
             timeout: in seconds.
             by: how it is stopped.
-            registers: tell those of its threads, as ``"ptrace"`` alone can: see `Frozen.threads`.
+            registers: tell those of its threads, as ``"ptrace"`` alone can: see `Frozen`.
 
         Raises:
             TargetBusy: a thread did not stop in time (it waits for a child of vfork, which only ptrace minds, or for a

@@ -52,7 +52,7 @@ def test_each_generation_is_what_the_process_was(memory: Settled, tmp_path: Path
     with ProcessCheckpointer(store, memory.pid) as ckpt:
         first = ckpt.save({"step": 1})
         assert first.kind == "full"
-        assert 0 < first.frozen_seconds < 1
+        assert 0 < first.frozen_seconds < 5
         assert is_true(Imaged(store), memory.pid) > 300 * PAGE
         for page in (0, 7, 299):
             memory.do("write", at, page)
