@@ -7,12 +7,9 @@ import errno
 import os
 from bisect import bisect_right
 from contextlib import contextmanager, suppress
-from mmap import mmap
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ...delta import diff
-from ...delta.encoded import most_nbytes
 from ...errors import DirtyTrackError, InvalidCheckpoint, KernelRefused, PermissionDenied, UnsupportedKernel
 from ...kernel.packing import all_zero
 from ..coding import Decoder
@@ -24,7 +21,7 @@ from .image import image_of
 from .memory import HOLE_NBYTES, ImageMemory, require_options
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from ..protocols import Store
     from .image import ProcessImage
@@ -33,7 +30,6 @@ if TYPE_CHECKING:
 __all__ = ["Core", "Missing", "write_core"]
 
 _PAGE = elf.PAGE_BYTES
-_FEW_NBYTES = 16 * _PAGE  # to begin a comparison in C takes as long as to ask of so many pages
 _THERE = "{} is there already, and nothing is overwritten: write it elsewhere"
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _ADVICE = {
@@ -191,7 +187,6 @@ class _Writing:
     ) -> None:
         self._image, self._memory, self._file, self._progress = image, memory, file, progress
         self._written = 0
-        self._zeros, self._found = mmap(-1, 1), mmap(-1, 1)
 
     def write(self, path: Path) -> Core:
         """All of it."""
@@ -230,22 +225,13 @@ class _Writing:
 
     def _put_but_zeros(self, data: memoryview, at: int) -> None:
         start = end = 0
-        for page in self._pages(data):
-            if page != end:
-                self._put(data[start:end], at + start)
-                start = page
-            end = page + _PAGE
+        for page in range(0, len(data), _PAGE):
+            if not all_zero(data[page : page + _PAGE]):
+                if page != end:
+                    self._put(data[start:end], at + start)
+                    start = page
+                end = page + _PAGE
         self._put(data[start:end], at + start)
-
-    def _pages(self, data: memoryview) -> Iterable[int]:
-        """Where pages begin that are not zero."""
-        if len(data) <= _FEW_NBYTES:
-            return (page for page in range(0, len(data), _PAGE) if not all_zero(data[page : page + _PAGE]))
-        if len(data) > len(self._zeros):
-            self._zeros, self._found = mmap(-1, len(data)), mmap(-1, most_nbytes(len(data)))
-        with memoryview(self._zeros)[: len(data)].toreadonly() as zeros:
-            found = diff(data, zeros, granule=_PAGE, out=self._found)
-            return [page for offset, run in found for page in range(offset, offset + len(run), _PAGE)]
 
     def _put(self, data: bytes | memoryview, at: int) -> None:
         rest = memoryview(data)
