@@ -90,8 +90,10 @@ class Attempt:
             wanted = (pending | fresh) & tracked
             there = self._with_content(wanted, plan)
             nbytes = there.page_span_bytes
-            if 2 * nbytes > self._copying.room:  # and as much again when it stands still
+            if 2 * nbytes > self._copying.room and self._copying.used:  # as much again comes when it stands still
                 self._copying.flush()
+                pending, last = pending | self._collect(), 0  # that took a while
+                continue
             if nbytes <= self._precopy_nbytes or nbytes > _SHRINKS * last > 0:
                 break
             self.space, last = space, nbytes

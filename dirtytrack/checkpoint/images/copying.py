@@ -124,13 +124,14 @@ class Copying:
         self._pid, self._memory, self._staging, self._frame_nbytes = pid, memory, staging, frame_nbytes
         self._frames, self._compared, self._require_there = frames, compared, require_there
         self._staged: list[_Wave | _Zeros | None] = []  # None: a step ends
-        self._used = 0
+        self.used = 0
+        """Bytes that are staged."""
         self._lost: list[tuple[int, int]] = []
 
     @property
     def room(self) -> int:
         """How many bytes fit before anything must be written."""
-        return self._staging.nbytes - self._used
+        return self._staging.nbytes - self.used
 
     def take_unreadable(self) -> Ranges:
         """The pages that could not be read since this was last asked; their bytes are zeros."""
@@ -164,8 +165,8 @@ class Copying:
             low = space.start(cuts[first].memory) + cuts.bounds(cuts[first])[0]
             high = space.start(cuts[last - 1].memory) + cuts.bounds(cuts[last - 1])[1]
             self._read(sets.clip(pages._set, low, high), nbytes)
-            self._staged.append(_Wave(space, cuts, first, last, self._used, compared))
-            self._used += nbytes
+            self._staged.append(_Wave(space, cuts, first, last, self.used, compared))
+            self.used += nbytes
             first = last
         return cuts.nbytes
 
@@ -188,7 +189,7 @@ class Copying:
             else:
                 self._frames.add(self._plains(each))
         self._staged.clear()
-        self._used = 0
+        self.used = 0
 
     def _plains(self, wave: _Wave) -> Iterator[Plain]:
         at = wave.offset
@@ -224,14 +225,14 @@ class Copying:
                 if failed % _LOOK_EACH == 1:
                     self._require_there()
                 view, page = self._staging.view, core.PAGE_BYTES
-                view[self._used + done : self._used + done + page] = bytes(page)
+                view[self.used + done : self.used + done + page] = bytes(page)
                 self._lost.append((stuck, stuck + page))
                 done += page
                 following = stuck + page
             rest = sets.clip(rest, following, _TOP)
 
     def _read_until(self, memory: int, pages: CData, done: int, nbytes: int) -> tuple[int, int, int]:
-        where = self._staging.at(self._used + done)
+        where = self._staging.at(self.used + done)
         got, error, address = targets.read_until(self._pid, memory, pages, where, nbytes - done)
         if error == errno.ESRCH:
             self._require_there()
