@@ -12,6 +12,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import DamagedCheckpoint, InvalidCheckpoint
+from .programs import require_program
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -124,6 +125,7 @@ class Manifest:
         meta: what the user gave, as JSON has it.
         regions: in the order of their numbers.
         segments: oldest generation first; frames of a later one overwrite those of an earlier one.
+        threads: of the image of a process, what it was: docs/checkpoint-format.md. None for any other.
 
     Raises:
         InvalidCheckpoint: it makes no sense; the message tells where.
@@ -139,6 +141,7 @@ class Manifest:
     meta: Any
     regions: tuple[RegionEntry, ...]
     segments: tuple[SegmentEntry, ...]
+    threads: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         _validate(self)
@@ -167,13 +170,19 @@ class Manifest:
         members = {field.name: getattr(self, field.name) for field in fields(self)}
         members["regions"] = [_plain(region) for region in self.regions]
         members["segments"] = [_plain(segment) for segment in self.segments]
-        members["ranks"] = members["threads"] = None
+        members["ranks"] = None
         body = _json(members)
         head = _HEAD.pack(_MAGIC, VERSION, 0, len(body))
         if len(head) + len(body) + 32 > MOST_MANIFEST_NBYTES:
             raise InvalidCheckpoint(
                 f"the manifest of generation {self.generation} would take {len(body)} bytes, {MOST_MANIFEST_NBYTES} "
-                "are the most: keep less in meta, or compact, which makes one segment of many"
+                "are the most: "
+                + (
+                    "keep less in meta, or compact, which makes one segment of many"
+                    if self.threads is None
+                    else f"process {self.threads['pid']} has {len(self.threads['threads'])} threads and "
+                    f"{len(self.threads['mappings'])} mappings, whose registers and names are kept there"
+                )
             )
         return head + body + sha256(head + body).digest()
 
@@ -249,9 +258,8 @@ def _refuse(constant: str) -> Any:
 
 
 def _decoded(members: dict[str, Any]) -> Manifest:
-    given = _exactly(members, {field.name for field in fields(Manifest)} | {"ranks", "threads"}, "it")
-    for name in ("ranks", "threads"):
-        _require(given.pop(name) is None, f"{name} is not null")
+    given = _exactly(members, {field.name for field in fields(Manifest)} | {"ranks"}, "it")
+    _require(given.pop("ranks") is None, "ranks is not null")
     given["regions"] = tuple(_entry(RegionEntry, each, "a region") for each in _list(given["regions"], "regions"))
     given["segments"] = tuple(_entry(SegmentEntry, each, "a segment") for each in _list(given["segments"], "segments"))
     return Manifest(**given)
@@ -307,6 +315,8 @@ def _validate(manifest: Manifest) -> None:
     _require(not page & (page - 1), "page_bytes is no power of two")
     _validate_regions(manifest.regions, generation)
     _validate_segments(manifest.segments, generation)
+    if manifest.threads is not None:
+        require_program(manifest.threads, page, manifest.regions)
 
 
 def _validate_regions(regions: tuple[RegionEntry, ...], generation: int) -> None:
