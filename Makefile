@@ -79,6 +79,9 @@ programs: ## install the programs that tests/programs attaches to, as root on De
 	command -v redis-server >/dev/null && command -v redis-benchmark >/dev/null || lacks="$$lacks redis-server redis-tools"; \
 	command -v node >/dev/null || lacks="$$lacks nodejs"; \
 	command -v java >/dev/null || lacks="$$lacks default-jre-headless"; \
+	command -v gdb >/dev/null || lacks="$$lacks gdb libc6-dbg"; \
+	$(PYTHON) -c 'import os, sys; p = os.path.realpath(sys.executable) + "-gdb.py"; sys.exit( \
+	    not any(map(os.path.exists, (p, "/usr/share/gdb/auto-load" + p))))' || lacks="$$lacks python3-dbg"; \
 	[ -z "$$lacks" ] || RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $$lacks
 
 .PHONY: demo

@@ -20,7 +20,7 @@ __all__ = ["add_arguments", "run"]
 _MODULES = dict.fromkeys(("ls", "show", "verify", "diff"), "ckpt_told") | dict.fromkeys(
     ("compact", "prune"), "ckpt_done"
 )
-_MODULES |= {"restore": "ckpt_files", "export": "ckpt_export", "save": "ckpt_images"}
+_MODULES |= {"restore": "ckpt_files", "save": "ckpt_images", "core": "ckpt_core", "export": "ckpt_export"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +61,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_function(command, "--decrypt", "what undoes the encryption")
     command.set_defaults(refuse=command.error)
 
-    command = _action(commands, "diff", "say which bytes differ between two generations")
+    command = _action(commands, "core", "write the image of a process as an ELF core file, which gdb opens")
+    command.add_argument(
+        "--generation", metavar="N", type=_generation, help="its number; the newest where it is left out"
+    )
+    command.add_argument("-o", "--output", metavar="FILE", help="where to; not there yet (core.N)")
+    _add_function(command, "--decrypt", "what undoes the encryption")
+
+    command = _action(
+        commands, "diff", "say which bytes differ between two generations; of images, which mappings and objects"
+    )
     command.add_argument("older", metavar="A", type=_generation, help="a generation")
     command.add_argument("newer", metavar="B", type=_generation, help="another one")
     command.add_argument("--runs", action="store_true", help="where they are, in blocks of 4096 bytes")
