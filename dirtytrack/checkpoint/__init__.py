@@ -11,15 +11,23 @@ from .jobs import Save
 from .listing import Summary, generations
 from .manifests import Manifest, RegionEntry, SegmentEntry
 from .protocols import Store
+from .ranked import Joined, JoinedRegion, Part, PartEntry
+from .ranks import Communicator, Coordinated, coordinated, restore_share
 from .restoring import State, restore
 from .store import DirectoryStore
 from .verifying import Report, Verified, verify
 
 __all__ = [
     "Checkpointer",
+    "Communicator",
     "Comparison",
+    "Coordinated",
     "DirectoryStore",
+    "Joined",
+    "JoinedRegion",
     "Manifest",
+    "Part",
+    "PartEntry",
     "Pruned",
     "RegionComparison",
     "RegionEntry",
@@ -33,8 +41,10 @@ __all__ = [
     "Verified",
     "compact",
     "compare",
+    "coordinated",
     "generations",
     "prune",
     "restore",
+    "restore_share",
     "verify",
 ]

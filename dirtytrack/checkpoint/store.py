@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MANIFESTS",
     "MARKER",
+    "RANKS",
     "READERS",
     "SEGMENTS",
     "WRITER",
@@ -48,10 +49,11 @@ __all__ = [
 ]
 
 MARKER, WRITER, READERS = "dirtytrack-store", "writer.lock", "readers.lock"
-SEGMENTS, MANIFESTS = "segments", "manifests"
+SEGMENTS, MANIFESTS, RANKS = "segments", "manifests", "ranks"
 VERSION = 1
 _MARKER = re.compile(rb"dirtytrack-store ([0-9]{1,9}) ([0-9a-f]{32}) ([0-9a-f]{16})\n")
 _MARKER_NBYTES = 128  # more is never read
+_PART = re.compile(r"[0-9]{6}")
 
 
 @contextmanager
@@ -371,7 +373,7 @@ class DirectoryStore:
 
     def strangers(self) -> tuple[str, ...]:
         """What is in the store and belongs to no generation; paths within the store, sorted."""
-        own = {MARKER, WRITER, READERS, SEGMENTS, MANIFESTS}
+        own = {MARKER, WRITER, READERS, SEGMENTS, MANIFESTS, RANKS}
         found = [name for name in self.listed(self.directory()) if name not in own]
         found += [name for name in (WRITER, READERS) if self._holds_bytes(name)]
         found += [
@@ -405,6 +407,25 @@ class DirectoryStore:
         from .writing import DirectoryWriter
 
         return DirectoryWriter(self)
+
+    # ---- ranks
+
+    def part(self, rank: int, *, create: bool = False) -> DirectoryStore:
+        """The store of a rank's parts: see `Store.part`."""
+        return DirectoryStore(self.path / RANKS / f"{rank:06d}", create=create, files=self.files)
+
+    def parts(self) -> tuple[int, ...]:
+        """The ranks whose parts have a store here, in order."""
+        try:
+            within = self.files.open_directory(RANKS, self.directory())
+        except FileNotFoundError:
+            return ()
+        except OSError as error:
+            raise failure(error, f"open {self.path / RANKS}") from error
+        try:
+            return tuple(int(name) for name in self.listed(within) if _PART.fullmatch(name))
+        finally:
+            self.files.close(within)
 
 
 class _OpenSegment:

@@ -27,7 +27,7 @@ from .files import Directory, File, failure
 from .manifests import MOST_GENERATION, manifest_name, segment_name, segment_of_name
 from .protocols import Kept
 from .segments import SegmentWriter
-from .store import MANIFESTS, MARKER, READERS, SEGMENTS, WRITER, marker_of
+from .store import MANIFESTS, MARKER, RANKS, READERS, SEGMENTS, WRITER, marker_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -95,6 +95,7 @@ def make_store(path: Path, files: Files) -> None:
                 READERS,
                 SEGMENTS,
                 MANIFESTS,
+                RANKS,
             }
             if foreign:
                 raise InvalidCheckpoint(
@@ -341,7 +342,10 @@ class DirectoryWriter:
                         with suppress(FileNotFoundError):
                             files.unlink(self._store.directory(MANIFESTS), manifest_name(*kept))
                         self._named.pop(Kept(*kept), None)
-                    self.clean()
+                    cleaned = self.clean()
+                    if manifests and not any(name.startswith(SEGMENTS) for name in cleaned):
+                        # Else that has done it. What ranks have of a generation may go once it is gone for good.
+                        files.sync_directory(self._store.directory(MANIFESTS))
                 finally:
                     files.release(readers)
             except OSError as error:
