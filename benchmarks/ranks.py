@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""``python -m benchmarks.ranks``: what it costs a rank to save together with others, at 1, 2 and 4 ranks; and a simulation
-of more, up to 10,000, from what was measured here and what is assumed of a network.
+"""``python -m benchmarks.ranks``: what it costs a rank to save together with others, at 1, 2 and 4 ranks; and a
+simulation of more, up to 10,000, from what was measured here and what is assumed of a network.
 
-mpiexec starts it again as ranks. Each saves by itself and with the others in turn, the same pages; what rank 0 does with
-what the ranks say is measured for each number of ranks, since that needs none. The rows go into docs/ranks.json by
-``--write``, and from there into docs/ranks.md.
+mpiexec starts it again as ranks. Each saves by itself and with the others in turn, the same pages; what rank 0 does
+with what the ranks say is measured for each number of ranks, since that needs none. The rows go into docs/ranks.json
+by ``--write``, and from there into docs/ranks.md.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def run_rank(seconds: float, tiny: bool) -> None:
                     samples.append((save.stall_seconds, time.perf_counter() - began))
                     comm.Barrier()
                 number += 1
-        all_alone, all_together = comm.gather(alone), comm.gather(together)
+        all_alone, all_together = comm.gather(alone) or [], comm.gather(together) or []
     finally:
         comm.Barrier()
         if not comm.rank:
@@ -204,8 +204,8 @@ def main() -> None:
     told = {**machine(), **bench(0.0 if args.tiny else args.seconds, args.tiny)}
     for row in told["rows"]:
         print(
-            f"{row['ranks']} ranks: stall {row['stall_together_ms']:.2f} ms, alone {row['stall_alone_ms']:.2f}; durable "
-            f"after {row['durable_together_ms']:.2f} ms, alone {row['durable_alone_ms']:.2f}: "
+            f"{row['ranks']} ranks: stall {row['stall_together_ms']:.2f} ms, alone {row['stall_alone_ms']:.2f}; "
+            f"durable after {row['durable_together_ms']:.2f} ms, alone {row['durable_alone_ms']:.2f}: "
             f"{row['overhead_ms']:+.2f} ms"
         )
     for row in told["modelled"]:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Heat that spreads over a plate, on several ranks of MPI, which goes on where it was on another number of ranks.
 
-Run it as ``python examples/ranks_simulation.py``, where mpi4py and mpiexec are (``pip install mpi4py mpich``). It starts
-itself on two ranks, kills one of them with SIGKILL, goes on with one, kills that, and ends on two: the exit status is 0
-only if what comes of it is the same to the bit as without ranks, checkpoints and kills.
+Run it as ``python examples/ranks_simulation.py``, where mpi4py and mpiexec are (``pip install mpi4py mpich``). It
+starts itself on two ranks, kills one of them with SIGKILL, goes on with one, kills that, and ends on two: the exit
+status is 0 only if what comes of it is the same to the bit as without ranks, checkpoints and kills.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ import numpy as np
 
 from dirtytrack.checkpoint import coordinated, restore
 
-ROWS, COLUMNS, STEPS, RUNS = 400, 512, 90, (2, 1, 2)
+ROWS, COLUMNS, STEPS, RUNS = 400, 512, 60, (2, 1, 2)
 NOT_HERE = 77
+MPIEXEC = which("mpiexec", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
 
 
 def first_plate(low: int = 0, high: int = ROWS) -> Any:
@@ -76,12 +77,12 @@ def run(store: str) -> None:
 
 def run_and_kill(store: str, size: int, after: int | None) -> None:
     """Start it on so many ranks, and kill one as soon as it says that a step from ``after`` on is durable."""
-    command = [which("mpiexec") or "mpiexec", "-n", str(size), sys.executable, __file__, store]
+    command = [str(MPIEXEC), "-n", str(size), sys.executable, __file__, store]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as launcher:
         assert launcher.stdout is not None
         killed = False
         for line in launcher.stdout:
-            word, *numbers = line.split()
+            word, *numbers = line.split() or [""]  # the launcher has a say too, of ranks that were killed
             if word == "from":
                 print(line.strip(), "ranks")
             elif word == "durable" and after is not None and int(numbers[0]) >= after and not killed:
@@ -96,7 +97,7 @@ def main() -> int:
     if len(sys.argv) > 1:
         run(sys.argv[1])
         return 0
-    if not find_spec("mpi4py") or not which("mpiexec"):
+    if not find_spec("mpi4py") or MPIEXEC is None:
         print("mpi4py or mpiexec is not here: pip install mpi4py mpich", file=sys.stderr)
         return NOT_HERE
     with tempfile.TemporaryDirectory() as directory:

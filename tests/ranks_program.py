@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """A program of many ranks on MPI that is killed: `mpiexec -n 2 python -m tests.ranks_program STORE REPORT STEPS`.
 
-What its grid is at a step follows from the number of the step alone, however many ranks there are, so that whoever looks
-at a generation knows what it must be.
+What its grid is at a step follows from the number of the step alone, however many ranks there are, so that whoever
+looks at a generation knows what it must be.
 """
 
 from __future__ import annotations

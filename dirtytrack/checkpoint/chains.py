@@ -79,7 +79,9 @@ def compact(
     with letting_go(), open_store(store) as opened, opened.writer() as writer:
         with opened.reading():
             manifest = opened.manifest(generation)
-            for rank in parts_of(manifest):  # that of all stays as it is: whichever revision a rank has, it says the same
+            for rank in parts_of(
+                manifest
+            ):  # that of all stays as it is: whichever revision a rank has, it says the same
                 with closing(opened.part(rank)) as part:
                     compact(
                         part,

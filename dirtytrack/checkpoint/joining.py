@@ -74,7 +74,9 @@ def opened_part(store: Store, manifest: Manifest, rank: int) -> Iterator[Store]:
         raise _damaged(manifest, [told_of_part(rank, each) for each in error.damage]) from error
     try:
         if part.store_id != entry.store_id:
-            raise _damaged(manifest, [told_of_part(rank, f"{part.name} is another store than the one that was saved to")])
+            raise _damaged(
+                manifest, [told_of_part(rank, f"{part.name} is another store than the one that was saved to")]
+            )
         with part.reading():
             yield part
     finally:

@@ -66,16 +66,16 @@ def _summary(store: Store, kept: Kept, looked: dict[SegmentEntry, tuple[str, ...
     except (DamagedCheckpoint, InvalidCheckpoint, NoSuchGeneration) as error:
         damage = error.damage if isinstance(error, DamagedCheckpoint) else (str(error),)
         return Summary(*kept, None, None, None, None, None, None, None, None, damage)
-    damage = [*_all_missing(store, manifest, looked)]
+    missing = [*_all_missing(store, manifest, looked)]
     written, stored, count = _written_nbytes(manifest), manifest.stored_nbytes, len(manifest.segments)
     if isinstance(manifest.ranks, Joined):
         for rank in parts_of(manifest):
             try:
                 with opened_part(store, manifest, rank) as part:
                     made = next(part_manifests(part, manifest, rank))
-                    damage += [told_of_part(rank, each) for each in _all_missing(part, made, looked)]
+                    missing += [told_of_part(rank, each) for each in _all_missing(part, made, looked)]
             except DamagedCheckpoint as error:
-                damage += error.damage
+                missing += error.damage
         parts = [part for part in manifest.ranks.parts if part is not None]
         written = sum(part.written_nbytes for part in parts)
         stored = sum(part.stored_nbytes for part in parts)
@@ -91,7 +91,7 @@ def _summary(store: Store, kept: Kept, looked: dict[SegmentEntry, tuple[str, ...
         stored_nbytes=stored,
         segment_count=count,
         meta=manifest.meta,
-        damage=tuple(damage),
+        damage=tuple(missing),
     )
 
 

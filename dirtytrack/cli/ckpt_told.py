@@ -151,7 +151,7 @@ def show(args: argparse.Namespace) -> int:
 
 def _parts(joined: Joined) -> list[tuple[str, ...]]:
     """What each rank has."""
-    rows = [("RANK", "BUFFERS", "SIZE", "WRITTEN", "RESTORED FROM")]
+    rows: list[tuple[str, ...]] = [("RANK", "BUFFERS", "SIZE", "WRITTEN", "RESTORED FROM")]
     names: dict[int, list[str]] = {}
     nbytes = dict.fromkeys(range(joined.size), 0)
     for region in joined.regions:

@@ -106,7 +106,8 @@ class Beginning:
             raise InvalidCheckpoint(f"retain= is a Retention, as Retention(last=10), not {self._retain!r}")
         if self._options.get("when_busy", "wait") != "wait":
             raise InvalidCheckpoint(
-                'when_busy= is "wait" where many ranks save together: how busy each is, they would have to ask each other'
+                'when_busy= is "wait" where many ranks save together: whether to skip one, they would have to ask each '
+                "other"
             )
         self._buffers = dict(buffers)
         self._described = {name: describe(name, buffer) for name, buffer in buffers.items()}
@@ -199,8 +200,8 @@ class Beginning:
                 continue
             if told.name not in self._described:
                 raise InvalidMemory(
-                    f"to go on from a generation all of its buffers must be given, and there is none for {told.name!r}: "
-                    "pass it too, or restore_share() what you need and begin anew"
+                    f"to go on from a generation all of its buffers must be given, and there is none for "
+                    f"{told.name!r}: pass it too, or restore_share() what you need and begin anew"
                 )
             now = self._how.get(told.name, "own")
             if now != told.how:

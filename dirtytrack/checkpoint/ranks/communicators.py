@@ -131,7 +131,9 @@ class MpiCommunicator:
             )
         level = mpi.Query_thread()
         if level < mpi.THREAD_SERIALIZED:
-            name = {mpi.THREAD_SINGLE: "MPI_THREAD_SINGLE", mpi.THREAD_FUNNELED: "MPI_THREAD_FUNNELED"}.get(level, level)
+            name = {mpi.THREAD_SINGLE: "MPI_THREAD_SINGLE", mpi.THREAD_FUNNELED: "MPI_THREAD_FUNNELED"}.get(
+                level, level
+            )
             raise UnsupportedKernel(
                 f"MPI was initialised with {name}, and a save ends in a thread of its own: initialise it with "
                 "MPI_THREAD_MULTIPLE, as mpi4py does by itself, or at least with MPI_THREAD_SERIALIZED",
@@ -243,4 +245,3 @@ class TorchCommunicator:
         """See `Communicator.close`."""
         with suppress(RuntimeError, ValueError, AssertionError):  # the program may have ended all groups already
             self._dist.destroy_process_group(self._group)
-

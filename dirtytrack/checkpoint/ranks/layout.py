@@ -83,11 +83,11 @@ def how_shared(
         if name in found:
             raise InvalidCheckpoint(f"{name!r} is either partitioned or replicated")
         found[name] = "replicated"
-    for name in found:
+    for name, how in found.items():
         if name not in buffers:
             there = ", ".join(map(repr, list(buffers)[:8]))
-            raise InvalidCheckpoint(f"there is no buffer {name!r} to be {found[name]}; there are {there}")
-        if found[name] == "partitioned" and buffers[name].shape == ():
+            raise InvalidCheckpoint(f"there is no buffer {name!r} to be {how}; there are {there}")
+        if how == "partitioned" and buffers[name].shape == ():
             raise InvalidCheckpoint(f"{name!r} has no axis along which it could be partitioned")
     return dict(sorted(found.items()))
 

@@ -75,9 +75,7 @@ def agreed(comm: Communicator, doing: str, work: Callable[[], Any]) -> list[Any]
         raise problem
     failed = [rank for rank, each in enumerate(found) if "failed" in each]
     if failed:
-        raise RankFailed(
-            f"{named_ranks(failed)} could not {doing}: {found[failed[0]]['failed']}", ranks=tuple(failed)
-        )
+        raise RankFailed(f"{named_ranks(failed)} could not {doing}: {found[failed[0]]['failed']}", ranks=tuple(failed))
     return [each["done"] for each in found]
 
 

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from ..buffers import Described, Saveable
     from ..manifests import Manifest
     from ..protocols import Store
-    from .communicators import Communicator
     from .layout import Share
 
 __all__ = ["filled", "joined_manifest", "restore_share"]

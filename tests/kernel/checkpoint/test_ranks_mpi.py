@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Ranks that are processes, started by mpiexec, on real MPI; killed at random moments, one of them, all, or the launcher.
+"""Ranks that are processes, on real MPI; killed at random moments, one of them, all, or the launcher.
 
 Whatever is killed when: each generation that there is is whole, what was reported committed is there, and the next run
 goes on from it, on as many ranks or others.
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from shutil import which
 
@@ -82,9 +83,14 @@ class Runs:
                     time.sleep(0.002)
                 time.sleep(draw.random() * 0.01)
                 pids = [int(said[2]) for said in self.said() if said[0] == "pid"]
-                victims = {"launcher": [launcher.pid], "all": [launcher.pid, *pids], "rank": pids[: draw.randrange(1, 3)]}
+                victims = {
+                    "launcher": [launcher.pid],
+                    "all": [launcher.pid, *pids],
+                    "rank": pids[: draw.randrange(1, 3)],
+                }
                 for pid in victims[kill] or [launcher.pid]:
-                    os.kill(pid, signal.SIGKILL)
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
             out, _ = launcher.communicate(timeout=60)
         finally:
             launcher.kill()
@@ -108,7 +114,8 @@ class Runs:
                     break
                 time.sleep(0.02)
             else:
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
     last = 0
 
