@@ -48,6 +48,12 @@ class Source(Protocol):
             StoreFailed: it cannot be read.
         """
 
+    def read_summed(self, room: Any, offset: int) -> int:
+        """Fill a writable buffer with the bytes from ``offset`` on; their XXH64.
+
+        Raises: as `read_into`.
+        """
+
     def close(self) -> None:
         """Close it."""
 

@@ -16,7 +16,7 @@ from ..errors import (
     InvalidCheckpoint,
     NoSuchGeneration,
 )
-from ..kernel.packing import xxh64
+from ..kernel.packing import Xxh64, xxh64
 from .files import Directory, File, Files, failure
 from .manifests import (
     MOST_MANIFEST_NBYTES,
@@ -444,13 +444,26 @@ class _OpenSegment:
             except OSError as error:
                 raise DirectoryStore.unreadable(error, self._where) from error
             if not done:
-                damage = f"the segment {self._where} ends at {offset}, before what is in it does"
-                raise DamagedCheckpoint(damage, damage=(damage,))
+                raise self._ended(offset)
             offset += done
             while left and done >= left[0].nbytes:
                 done -= left.pop(0).nbytes
             if done:
                 left[0] = left[0][done:]
+
+    def read_summed(self, room: Any, offset: int) -> int:
+        checksum, view = Xxh64(), memoryview(room).cast("B")
+        try:
+            done = self._files.read_adding(self._file, view, offset, checksum)
+        except OSError as error:
+            raise DirectoryStore.unreadable(error, self._where) from error
+        if done < view.nbytes:
+            raise self._ended(offset + done)
+        return checksum.end(view[done - done % 32 :])
+
+    def _ended(self, offset: int) -> DamagedCheckpoint:
+        damage = f"the segment {self._where} ends at {offset}, before what is in it does"
+        return DamagedCheckpoint(damage, damage=(damage,))
 
     def close(self) -> None:
         if self._file >= 0:

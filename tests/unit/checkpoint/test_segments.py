@@ -48,6 +48,10 @@ class InMemory:
             buffer[:] = self.data[offset : offset + len(buffer)]
             offset += len(buffer)
 
+    def read_summed(self, room: Any, offset: int) -> int:
+        self.read_into([memoryview(room)], offset)
+        return xxh64(room)
+
 
 STORE_ID = "ab" * 16
 
