@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import logging
+from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ...errors import RankFailed, RankLost, RanksDisagree
+from ...errors import DirtyTrackError, RankFailed, RankLost, RanksDisagree
 from ...kernel import core
-from ..chains import Retention
+from ..chains import Retention, removable
 from ..checkpointer import Checkpointer
 from ..crew import Worker
 from ..jobs import Save
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Agreement", "AsAgreed", "NoPart", "PartCheckpointer", "PartStore", "PartWriter"]
 
+_log = logging.getLogger("dirtytrack")
+
 
 class Agreement:
     """What a rank's part shares with those that save it. The rounds begin when all ranks have a part to save to.
@@ -39,11 +43,14 @@ class Agreement:
     Attributes:
         part: which it is.
         how: the buffers that are shared between ranks, and how.
+        store: that of all ranks.
+        left: of ranks that there were once and are no more, those whose parts this rank looks after.
         rounds: see `Rounds`.
     """
 
-    def __init__(self, part: Part, how: Mapping[str, str]) -> None:
-        self.part, self.how = part, dict(how)
+    def __init__(self, part: Part, how: Mapping[str, str], store: Store) -> None:
+        self.part, self.how, self.store = part, dict(how), store
+        self.left = [rank for rank in store.parts() if rank >= part.size and rank % part.size == part.rank]
         self.rounds: Rounds | None = None
 
     def held(self) -> Rounds:
@@ -54,6 +61,20 @@ class Agreement:
     def prepared(self, manifest: Manifest) -> None:
         """A part is durable: wait until all are, and committed. Raises as `Rounds.commit`."""
         self.held().commit(manifest.generation, as_prepared(manifest, self.how, self.part.rank))
+
+    def tidy(self) -> None:
+        """Remove what ranks that are no more have of generations that are gone.
+
+        Raises:
+            StoreBusy, StoreFailed, DamagedCheckpoint, InvalidCheckpoint: it could not be.
+        """
+        for rank in tuple(self.left):
+            with closing(self.store.part(rank)) as part, part.writer() as writer:
+                gone = removable(part, AsAgreed(self), whole=0)
+                if gone:
+                    writer.remove(gone)
+                if not part.catalog():
+                    self.left.remove(rank)
 
 
 class AsAgreed(Retention):
@@ -169,6 +190,10 @@ class PartWriter:
         """Tell the other ranks that this part cannot be saved, where they were told nothing of it yet."""
         self._agreement.held().say(generation, as_failed(error))
 
+    def tidy(self) -> None:
+        """See `Agreement.tidy`."""
+        self._agreement.tidy()
+
     def remove(self, manifests: Sequence[Kept]) -> bool:
         """See `Writer.remove`."""
         return self._writer.remove(manifests)
@@ -203,6 +228,15 @@ class _PartSaver(Saver):
             self.aside = self.aside or error
         else:
             super().report(error, save)
+
+    def _after(self, manifest: Manifest) -> None:
+        super()._after(manifest)
+        assert isinstance(self._writer, PartWriter)
+        try:
+            self._writer.tidy()
+        except DirtyTrackError as error:  # the save is safe all the same
+            _log.warning("parts of ranks that are no more were not removed: %s", error)
+            self.report(error)
 
     def _fail(self, job: Job, error: BaseException) -> None:
         assert isinstance(self._writer, PartWriter)
@@ -245,6 +279,7 @@ class NoPart:
         self._agreement = agreement
         self._last: Save | None = None
         self._unreported: BaseException | None = None
+        self._aside: DirtyTrackError | None = None
         self.buffers: tuple[str, ...] = ()
         self.staging_bytes = 0
 
@@ -266,14 +301,22 @@ class NoPart:
         except BaseException as error:
             self._unreported = error
             save._end("failed", error)
-        else:
-            save._end("committed")
+            return
+        save._end("committed")
+        try:
+            agreement.tidy()
+        except DirtyTrackError as error:
+            _log.warning("parts of ranks that are no more were not removed: %s", error)
+            self._aside = error
 
     def _forget(self) -> None:
         self._unreported = None
 
     def raise_aside(self) -> None:
-        """As `PartCheckpointer.raise_aside`: nothing is done beside."""
+        """As `PartCheckpointer.raise_aside`."""
+        error, self._aside = self._aside, None
+        if error is not None:
+            raise error
 
     def wait(self, timeout: float | None = None) -> bool:
         """As `Checkpointer.wait`."""

@@ -141,6 +141,80 @@ class Runs:
             assert len(store.catalog()) <= 4
 
 
+def told(size: int, code: str, where: Path) -> str:
+    """What ranks that run this print, in any order, and one's within another's."""
+    launcher = started(size, "-W", "error", "-c", code, where)
+    try:
+        out, _ = launcher.communicate(timeout=60)
+    finally:
+        launcher.kill()
+    assert launcher.returncode == 0, out
+    return out
+
+
+LEVEL = """
+import sys
+import mpi4py
+
+mpi4py.rc.thread_level = "{level}"
+from mpi4py import MPI
+import numpy as np
+from dirtytrack.checkpoint import coordinated
+from dirtytrack.errors import UnsupportedKernel
+
+comm, data = MPI.COMM_WORLD, np.zeros((8, 512))
+try:
+    with coordinated(comm, sys.argv[1], {{"data": data}}, partition={{"data": 0}}) as ckpt:
+        data[:] = comm.rank
+        save = ckpt.save({{"step": 1}})
+        print("saved" if save.done else "saving", ckpt.size)
+        save.wait()
+except UnsupportedKernel as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("level", "says"),
+    [("serialized", "saved 2"), ("funneled", "MPI was initialised with MPI_THREAD_FUNNELED")],
+)
+def test_what_threads_may_do(where: Path, level: str, says: str) -> None:
+    assert told(2, LEVEL.format(level=level), where).count(says) == 2
+    if "saved" in says:
+        assert restore(where)["data"].sum() == 8 * 512
+
+
+OTHERS = """
+import sys
+from mpi4py import MPI
+import numpy as np
+from dirtytrack.checkpoint import coordinated, restore_share
+from dirtytrack.errors import InvalidCheckpoint
+
+world, data = MPI.COMM_WORLD, {"data": np.zeros((8, 512))}
+alone = world.Split(world.rank)
+between = alone.Create_intercomm(0, world, 1 - world.rank)
+for comm in (between, MPI.COMM_NULL, MPI.COMM_WORLD.group):
+    try:
+        coordinated(comm, sys.argv[1], data)
+    except InvalidCheckpoint as error:
+        assert "intracommunicator" in str(error) or "communicator of mpi4py" in str(error), error
+    else:
+        raise SystemExit("nothing was said")
+# Each half saves to a store of its own, on its part of the communicator, while all talk.
+request = world.Ibarrier()
+with coordinated(alone, f"{sys.argv[1]}{world.rank}", data, partition={"data": 0}) as ckpt:
+    assert ckpt.save(world.rank).wait()
+request.Wait()
+assert restore_share(alone, f"{sys.argv[1]}{world.rank}").meta == world.rank
+print("told")
+"""
+
+
+def test_communicators_of_other_kinds(where: Path) -> None:
+    assert told(2, OTHERS, where).count("told") == 2
+
+
 def killed_at_random(where: Path, report: Path, sizes: list[int], seed: int) -> None:
     runs, draw = Runs(where, report), random.Random(seed)
     for size in sizes:
@@ -152,7 +226,7 @@ def killed_at_random(where: Path, report: Path, sizes: list[int], seed: int) -> 
 
 @pytest.mark.timeout(180)
 def test_killed_at_random(where: Path, tmp_path: Path) -> None:
-    killed_at_random(where, tmp_path / "report", [2, 2, 2, 1, 2, 2], seed=5)
+    killed_at_random(where, tmp_path / "report", [2, 2, 1, 2, 2], seed=5)
 
 
 @pytest.mark.soak
