@@ -467,7 +467,7 @@ def test_another_store(where: Path) -> None:
     assert isinstance(first, RankFailed)
 
 
-def test_other_steps_and_other_buffers(where: Path) -> None:
+def test_other_steps(where: Path) -> None:
     def work(comm: ThreadRank) -> None:
         rank = Rank(comm, [3, 4])
         with rank.begin(where) as ckpt:
