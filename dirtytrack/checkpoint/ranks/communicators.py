@@ -72,7 +72,7 @@ def communicator_of(comm: Any) -> Communicator:
     ranks call this.
 
     Args:
-        comm: an intracommunicator of mpi4py, a process group of `torch.distributed`, or a `Communicator`, which is
+        comm: an intracommunicator of mpi4py, a process group of ``torch.distributed``, or a `Communicator`, which is
             used as it is.
 
     Raises:
@@ -189,7 +189,7 @@ class MpiCommunicator:
 
 
 class TorchCommunicator:
-    """A group of its own, on gloo, with the members of a process group of `torch.distributed`.
+    """A group of its own, on gloo, with the members of a process group of ``torch.distributed``.
 
     Args:
         group: a process group, whatever its backend. All its members make this together.

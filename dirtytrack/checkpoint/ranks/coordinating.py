@@ -46,17 +46,17 @@ def coordinated(
     generation exists once every rank has prepared its part of it, and rank 0 has published that: whoever is killed
     when, rank or launcher, leaves the generation before, or this one, for all of them.
 
-    All ranks call this together, and `save` and `close` as often and in the same order.
+    All ranks call this together, and `Coordinated.save` and `Coordinated.close` as often and in the same order.
 
     Args:
-        comm: by what the ranks talk: an intracommunicator of mpi4py, a process group of `torch.distributed`, or a
+        comm: by what the ranks talk: an intracommunicator of mpi4py, a process group of ``torch.distributed``, or a
             `Communicator`. Of the first two a duplicate is made, so that nothing that is said here meets what the
             program says.
         store: a directory that all ranks see, or a `Store` for each. One program at a time may save to it.
         buffers: this rank's, by name.
         partition: the buffers that are parts of a larger one, divided along its first axis in the order of the ranks,
             by name, as ``{"grid": 0}``. They may differ in how many rows they have, and in nothing else.
-        replicated: the names of buffers that have the same bytes at all ranks when `save` is called: rank 0 saves them
+        replicated: the names of buffers that have the same bytes at all ranks when they are saved: rank 0 saves them
             for all. Nobody compares them. What is neither partitioned nor replicated is each rank's own.
         resume: as of `Checkpointer`. On as many ranks with the same rows, the next save is an increment; otherwise what
             is partitioned is divided anew, each rank reads its own share, and the next save is full.

@@ -84,6 +84,7 @@ PROVOKED = provoked(HERE.glob("test_*.py"))
 OF_CONSUMERS = provoked(
     path
     for pattern in (
+        "kernel/checkpoint/test_ranks*.py",
         "kernel/migration/test_*.py",
         "kernel/test_recorder.py",
         "programs/test_record.py",
