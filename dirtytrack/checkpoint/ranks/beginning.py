@@ -46,11 +46,13 @@ class Beginning:
         store: that of all ranks.
         part: what saves this rank's part.
         rounds: in which they are committed.
+        agreement: what the part and the rounds know of the ranks.
         state: what was resumed from.
     """
 
     part: PartCheckpointer | NoPart
     rounds: Rounds
+    agreement: Agreement
     store: Store
 
     def __init__(
@@ -81,7 +83,7 @@ class Beginning:
         run, store_id = agreed(comm, "open the store", lambda: self._open(store) if not comm.rank else None)[0]
         agreed(comm, "open its part of the store", lambda: self._open_part(store, store_id))
         generation = agreed(comm, "find what to go on from", lambda: self._newest() if not comm.rank else None)[0]
-        agreement = Agreement(Part(run, comm.rank, comm.size), self._how, self.store)
+        agreement = self.agreement = Agreement(Part(run, comm.rank, comm.size), self._how, self.store)
         goes_on = False
         if generation is not None:
             goes_on = all(agreed(comm, "go on from where it was", lambda: self._goes_on(generation)))

@@ -8,10 +8,13 @@ import threading
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from ...errors import CheckpointerClosed, RankLost, StoreBusy, UsedAfterFork
+from ...errors import CheckpointerClosed, InvalidCheckpoint, RankLost, StoreBusy, UsedAfterFork
+from ..buffers import describe
 from ..reading import letting_go
 from .beginning import Beginning
 from .communicators import communicator_of
+from .layout import how_shared
+from .parts import PartCheckpointer
 from .rounds import as_failed
 
 if TYPE_CHECKING:
@@ -102,7 +105,7 @@ class Coordinated:
                 begun = Beginning(self._comm, stack, partition, replicated, resume, retain, options)
                 begun.begin(store, buffers)
                 self._part, self._rounds, self._store = begun.part, begun.rounds, begun.store
-                self._state = begun.state
+                self._state, self._agreement = begun.state, begun.agreement
                 self._closing = stack.pop_all()
         except RankLost:
             raise
@@ -155,6 +158,64 @@ class Coordinated:
     def __reduce__(self) -> tuple[object, ...]:
         raise TypeError("a Coordinated cannot be pickled: it saves this process's memory")
 
+    # ---- which buffers
+
+    def add(self, name: str, buffer: Saveable, *, partition: int | None = None, replicated: bool = False) -> None:
+        """Save another buffer from now on, at all ranks: see `Checkpointer.add`. All ranks call this, between the same
+        two saves; that it fits together is found out by the next one.
+
+        Args:
+            name, buffer: as of `Checkpointer.add`.
+            partition: 0 where it is a part of a larger one, divided along its first axis.
+            replicated: whether it is the same at all ranks.
+
+        Raises:
+            InvalidCheckpoint: ``partition`` is neither 0 nor None, or both are given; or this rank had no buffer.
+            InvalidMemory, CheckpointerClosed, UsedAfterFork, RangeBusy, LimitReached: as of `Checkpointer.add`.
+        """
+        with self._alone("add"):
+            self._require_open()
+            how = how_shared(
+                {name: describe(name, buffer)},
+                None if partition is None else {name: partition},
+                [name] if replicated else [],
+            )
+            if not replicated or not self.rank:
+                self._saving_part().add(name, buffer)
+            self._agreement.how = dict(sorted({**self._agreement.how, **how}.items()))
+
+    def remove(self, name: str) -> None:
+        """Save a buffer no more, at all ranks: see `Checkpointer.remove`. All ranks call this, between the same two
+        saves.
+
+        Raises:
+            InvalidMemory, CheckpointerClosed, UsedAfterFork: as of `Checkpointer.remove`.
+        """
+        with self._alone("remove"):
+            self._require_open()
+            if self._agreement.how.get(name) != "replicated" or not self.rank:
+                self._saving_part().remove(name)
+            self._agreement.how = {each: how for each, how in self._agreement.how.items() if each != name}
+
+    def replace(self, name: str, buffer: Saveable) -> None:
+        """Save another buffer under that name, shared as it was: see `Checkpointer.replace`. A rank that is to have
+        more rows of what is partitioned, or fewer, calls this, and only it need.
+
+        Raises:
+            InvalidMemory, CheckpointerClosed, UsedAfterFork, RangeBusy, LimitReached: as of `Checkpointer.replace`.
+        """
+        with self._alone("replace"):
+            self._require_open()
+            if self._agreement.how.get(name) != "replicated" or not self.rank:
+                self._saving_part().replace(name, buffer)
+
+    def _saving_part(self) -> PartCheckpointer:
+        if isinstance(self._part, PartCheckpointer):
+            return self._part
+        raise InvalidCheckpoint(
+            "this rank had no buffer to save when it began, and so has no part: close, and begin anew with what it has"
+        )
+
     # ---- saving
 
     def save(self, meta: Any = None, *, full: bool = False) -> Save:
@@ -185,9 +246,11 @@ class Coordinated:
         with self._alone("save"):
             self._require_open()
             generation = self._rounds.begin()
+            self._agreement.begin(generation)
             try:
                 save = self._part.save_as(generation, meta, full)
             except BaseException as error:
+                self._agreement.forget(generation)
                 self._rounds.say(generation, as_failed(error))
                 raise
             if not self._comm.background:

@@ -52,6 +52,11 @@ class Agreement:
         self.part, self.how, self.store = part, dict(how), store
         self.left = [rank for rank in store.parts() if rank >= part.size and rank % part.size == part.rank]
         self.rounds: Rounds | None = None
+        self._hows: dict[int, dict[str, str]] = {}
+
+    def begin(self, generation: int) -> None:
+        """A save begins: how buffers are shared now is how they are in it, whatever changes before it is durable."""
+        self._hows[generation] = dict(self.how)
 
     def held(self) -> Rounds:
         """The rounds, which have begun."""
@@ -60,7 +65,17 @@ class Agreement:
 
     def prepared(self, manifest: Manifest) -> None:
         """A part is durable: wait until all are, and committed. Raises as `Rounds.commit`."""
-        self.held().commit(manifest.generation, as_prepared(manifest, self.how, self.part.rank))
+        how = self._hows.pop(manifest.generation)
+        self.held().commit(manifest.generation, as_prepared(manifest, how, self.part.rank))
+
+    def nothing(self, generation: int, meta: Any) -> None:
+        """There is no part here: wait until all others are durable, and committed. Raises as `Rounds.commit`."""
+        how = self._hows.pop(generation)
+        self.held().commit(generation, as_nothing(generation, meta, how, self.part.rank, core.PAGE_BYTES))
+
+    def forget(self, generation: int) -> None:
+        """A save came to nothing here."""
+        self._hows.pop(generation, None)
 
     def tidy(self) -> None:
         """Remove what ranks that are no more have of generations that are gone.
@@ -188,6 +203,7 @@ class PartWriter:
 
     def refuse(self, generation: int, error: BaseException) -> None:
         """Tell the other ranks that this part cannot be saved, where they were told nothing of it yet."""
+        self._agreement.forget(generation)
         self._agreement.held().say(generation, as_failed(error))
 
     def tidy(self) -> None:
@@ -295,9 +311,7 @@ class NoPart:
     def _run(self, generation: int, save: Save) -> None:
         agreement = self._agreement
         try:
-            agreement.held().commit(
-                generation, as_nothing(generation, save.meta, agreement.how, agreement.part.rank, core.PAGE_BYTES)
-            )
+            agreement.nothing(generation, save.meta)
         except BaseException as error:
             self._unreported = error
             save._end("failed", error)

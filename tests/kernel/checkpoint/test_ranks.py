@@ -543,6 +543,73 @@ def test_one_process_does_not_go_on_from_many(where: Path) -> None:
         assert "none that ranks saved together" in str(each)
 
 
+# ---- other buffers, while it runs
+
+
+def test_rows_move_and_buffers_come_and_go(where: Path) -> None:
+    def work(comm: ThreadRank) -> list[dict[str, Any]]:
+        rank, copies = Rank(comm, [6, 20]), []
+        more, shared, own = paged(3).reshape(3, 4096), paged(1), paged(1)
+        with rank.begin(where) as ckpt:
+
+            def save(**others: Any) -> None:
+                rank.work()
+                copies.append({**rank.copy(), **{name: buffer.copy() for name, buffer in others.items()}})
+                saves.append(ckpt.save())
+
+            saves: list[Any] = []
+            save()
+            if comm.rank:  # four rows go from rank 1 to rank 0; while the save before is under way
+                rank.grid = rank.grid[:16].copy()
+            else:
+                rank.grid = np.concatenate([rank.grid, rank.grid[:4]])
+            ckpt.replace("grid", rank.grid)
+            save()
+            ckpt.add("more", more, partition=0)
+            ckpt.add("shared", shared, replicated=True)
+            ckpt.add("later", own)
+            more[:], shared[:], own[:] = comm.rank + 1, 7, comm.rank + 3
+            save(more=more, shared=shared, later=own)
+            ckpt.remove("more")
+            ckpt.remove("shared")
+            ckpt.remove("later")
+            save()
+            for each in saves:
+                assert each.wait(20)
+        return copies
+
+    truth = [list(parts) for parts in zip(*ranks(2, work), strict=True)]
+    for number, parts in enumerate(truth, 1):
+        require_joined(where, parts, number)
+        assert ("more" in restore(where, generation=number)) == (number == 3)
+    state = restore(where, generation=3)
+    assert state["more"].shape == (6, 4096)
+    assert (state["more"] == np.repeat([1, 2], 3)[:, None]).all()
+    assert (state["shared"] == 7).all()
+    assert [state[f"later[{rank}]"][0] for rank in range(2)] == [3, 4]
+    assert verify(where, all=True).ok
+
+
+def test_a_buffer_that_is_added_at_one_rank_only(where: Path) -> None:
+    def work(comm: ThreadRank) -> None:
+        rank = Rank(comm, [6, 20])
+        with rank.begin(where) as ckpt:
+            ckpt.save().wait(20)
+            if comm.rank:
+                ckpt.add("more", paged(1), partition=0)
+            with pytest.raises(RanksDisagree, match="different buffers are partitioned"):
+                ckpt.save().wait(20)
+            if comm.rank:
+                ckpt.remove("more")
+            with pytest.raises(InvalidCheckpoint, match="along axis 1"):
+                ckpt.add("more", paged(1), partition=1)
+            with pytest.raises(InvalidMemory, match="there is no buffer 'colour'"):
+                ckpt.remove("colour")
+            assert ckpt.save().wait(20)
+
+    ranks(2, work)
+
+
 # ---- ranks that have nothing of their own
 
 
