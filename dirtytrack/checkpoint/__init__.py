@@ -12,7 +12,7 @@ from .listing import Summary, generations
 from .manifests import Manifest, RegionEntry, SegmentEntry
 from .protocols import Store
 from .ranked import Joined, JoinedRegion, Part, PartEntry
-from .ranks import Communicator, Coordinated, coordinated, restore_share
+from .ranks import Communicator, Coordinated, PartOptions, coordinated, restore_share
 from .restoring import State, restore
 from .store import DirectoryStore
 from .verifying import Report, Verified, verify
@@ -28,6 +28,7 @@ __all__ = [
     "Manifest",
     "Part",
     "PartEntry",
+    "PartOptions",
     "Pruned",
     "RegionComparison",
     "RegionEntry",
