@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Coordinated", "PartOptions", "coordinated"]
 
+_PATIENCE_SECONDS = 10.0  # of a rank that leaves by an error, with others that may wait for it, for something else
+
 
 class PartOptions(TypedDict, total=False):
     """What each rank may say of how its part is saved: see `Checkpointer`."""
@@ -286,7 +288,7 @@ class Coordinated:
 
     def close(self) -> None:
         """Wait until nothing is under way at any rank, then let go of everything. All ranks call this; a second call
-        does nothing.
+        does nothing. A ``with`` that is left by an error waits for other ranks for ten seconds at most.
 
         Raises:
             RankFailed, or whatever a save failed of that nobody was told of yet; all is let go of first.
@@ -302,10 +304,13 @@ class Coordinated:
         self._closed = True
         together = False
         with self._closing:
+            if error is not None:
+                self._rounds.leave(error, _PATIENCE_SECONDS)  # nothing waits for other ranks after this
             try:
                 self._part.close()
             finally:
-                together = self._rounds.leave(error)
+                if error is None:
+                    together = self._rounds.leave(None)
         if together:  # else it is left as it is: to let go of it is for all
             self._comm.close()
         self._part.raise_aside()

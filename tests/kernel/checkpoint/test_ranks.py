@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import tempfile
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from dirtytrack.checkpoint import (
     tending,
     verify,
 )
+from dirtytrack.checkpoint.ranks import coordinating
 from dirtytrack.errors import (
     CheckpointerClosed,
     DamagedCheckpoint,
@@ -349,6 +351,39 @@ def test_a_rank_that_leaves_does_not_keep_the_others_waiting(where: Path) -> Non
     assert found[0] == found[2] == "told"
     assert isinstance(found[1], ZeroDivisionError)
     assert restore(where).meta == 1
+
+
+@pytest.mark.parametrize("under_way", [False, True])
+def test_a_rank_that_leaves_by_an_error_does_not_wait_for_ever(
+    where: Path, under_way: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For another one that waits for it, for something else: then the error would never be seen."""
+    monkeypatch.setattr(coordinating, "_PATIENCE_SECONDS", 0.3)
+    left = threading.Event()
+
+    def work(comm: ThreadRank) -> str:
+        rank = Rank(comm, [3, 4])
+        try:
+            with rank.begin(where) as ckpt:
+                assert ckpt.save(1).wait(20)
+                if comm.rank:
+                    if under_way:
+                        ckpt.save(2)
+                    raise ZeroDivisionError("the program failed")
+                assert left.wait(20), "it waits"
+                with pytest.raises(RankFailed, match=r"rank 1 saves no more|rank 1 could not"):
+                    ckpt.save(2).wait(20)
+                    ckpt.save(3).wait(20)
+        finally:
+            if comm.rank:
+                left.set()
+        return "told"
+
+    first, second = outcomes(2, work)
+    assert isinstance(second, ZeroDivisionError)
+    assert first == "told"
+    assert restore(where).meta in (1, 2)
+    go_on(where, [3, 4])
 
 
 def test_a_save_that_raises_at_one_rank_fails_at_all(where: Path) -> None:
