@@ -111,6 +111,11 @@ bench-ranks: $(VENV)/.test ## what it costs a rank to save together, at 1, 2 and
 	$(BIN)/python -m benchmarks.ranks --write docs/ranks.json
 	$(BIN)/python docs/draw_ranks.py docs/ranks.json docs/ranks.md
 
+.PHONY: bench-formats
+bench-formats: $(VENV)/.test ## measure a zarr array that follows a tracked one, for docs/formats.md
+	$(BIN)/python -m benchmarks --seconds 0.5 --write docs/formats.json zarr_rows
+	$(BIN)/python docs/draw_tables.py docs/formats.json docs/formats.md
+
 .PHONY: draw-observe
 draw-observe: $(VENV)/.test ## run a small program, and draw it for docs/top.md and docs/heatmap.md
 	$(BIN)/python docs/draw_observe.py docs/top.svg docs/heatmap.png
@@ -152,7 +157,8 @@ c-test: $(C_TESTS:tests/c/%.c=build/c/%.ran) ## the C core with its own tests, w
 .PHONY: test-torch
 test-torch: $(VENV)/.test ## pages and tests on PyTorch, which it installs: large, so neither make test nor CI does
 	$(PIP) install "$(TORCH)"
-	$(BIN)/python -m pytest tests/unit/test_docs.py tests/kernel/test_delta_torch.py tests/kernel/checkpoint -m torch $(ARGS)
+	$(BIN)/python -m pytest tests/unit/test_docs.py tests/kernel/test_delta_torch.py tests/kernel/checkpoint \
+	    tests/unit/checkpoint -m torch $(ARGS)
 
 .PHONY: check-browser
 check-browser: ## say whether there is a browser for test-browser, and the command that installs one

@@ -25,6 +25,7 @@ from .migration import migration
 from .process import attaching, process, reading
 from .regions import regions
 from .remedies import remedies
+from .zarr_rows import zarr_rows
 
 BENCHMARKS: dict[str, Benchmark] = {
     "collect": collect,
@@ -50,9 +51,10 @@ BENCHMARKS: dict[str, Benchmark] = {
     "checkpoint_beside": checkpoint_beside,
     "checkpoint_restore": checkpoint_restore,
     "migration": migration,
+    "zarr_rows": zarr_rows,
 }
 
-BY_NAME = {"checkpoint", "checkpoint_beside", "migration"}
+BY_NAME = {"checkpoint", "checkpoint_beside", "migration", "zarr_rows"}
 """What runs only when it is asked for: its numbers stand on pages of their own (make bench-checkpoint, …)."""
 
 

@@ -140,12 +140,12 @@ class ProcessTracker:
         self._parts: list[_Part] = []
         self._mappings: tuple[Mapping, ...] = ()
         self._untracked: list[tuple[int, int]] = []
-        self._layout = Layout(())
         self._refreshes = 0
         self._seconds = 0.0
         self._gone_number = 0
         self._listener = engine.new_listener(session[0], adaptive=False, exact=True, page_ns=0)
-        self._take = engine.taker(self._listener[0])
+        self._collecting = engine.collecting(self._listener[0], DirtySet)
+        self._layout = Layout(())
         with self._told():
             self._look(first=True)
 
@@ -179,6 +179,15 @@ class ProcessTracker:
 
     def __reduce__(self) -> tuple[object, ...]:
         raise TypeError("a ProcessTracker cannot be pickled: it holds descriptors")
+
+    @property
+    def _layout(self) -> Layout:
+        layout: Layout = self._collecting.layout
+        return layout
+
+    @_layout.setter
+    def _layout(self, now: Layout) -> None:
+        self._collecting.layout = now
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -382,19 +391,15 @@ class ProcessTracker:
             return dirty
 
     def _taken_set(self) -> DirtySet:
-        """In as few steps as `DirtyTracker.collect`."""
-        dirty = core.taking.new(DirtySet)
-        dirty._layout = self._layout
-        dirty._held = taken = core.taking.new(core.taking.Taken)
         try:
-            self._take(taken)
-            if self._untracked:
-                dirty._held = self._with_untracked(dirty._set)
+            dirty: DirtySet = self._collecting.collect()
         except core.taking.Failed as failed:
             raise engine.take_error(failed, self._note_gone) from None
+        try:
+            if self._untracked:
+                dirty._held = self._with_untracked(dirty._set)
         except BaseException:
-            taken.delivered = 0
-            core.give_back(sets.lent(taken))
+            core.give_back(dirty._set)
             raise
         return dirty
 

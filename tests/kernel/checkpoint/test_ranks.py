@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import threading
 from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from dirtytrack.checkpoint import (
     compact,
     compare,
     coordinated,
+    export_zarr,
     generations,
     prune,
     restore,
@@ -751,6 +753,14 @@ def test_compact_and_prune_reach_the_parts(where: Path) -> None:
     )
     assert next(each for each in found.regions if each.name == "grid").changed_nbytes == changed
     assert verify(where, all=True).ok
+
+
+def test_an_export_joins_the_parts(where: Path, tmp_path: Path) -> None:
+    parts = saved(where, [6, 20])[-1]
+    export_zarr(where, tmp_path / "zarr")
+    zarr: Any = import_module("zarr")
+    grid = np.asarray(zarr.open_group(tmp_path / "zarr", mode="r")["grid"])
+    assert grid.tobytes() == np.concatenate([part["grid"] for part in parts]).tobytes()
 
 
 # ---- damage
