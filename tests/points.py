@@ -19,6 +19,7 @@ from typing import Any
 from dirtytrack import DirtySet, DirtyTracker
 from dirtytrack.kernel import engine
 from dirtytrack.layout import Layout
+from dirtytrack.process import ProcessTracker
 
 _HERE = str(Path(__file__).resolve().parent)
 _BEGINNING = -1
@@ -85,7 +86,7 @@ COLLECT = compile("tracker.collect()", "its caller", "eval")
 """A collect is C's: the points are its caller's, before it and as it returns."""
 
 
-def collect_as_its_caller(tracker: DirtyTracker) -> object:
+def collect_as_its_caller(tracker: DirtyTracker | ProcessTracker) -> object:
     """A collect whose caller `Points` sees."""
     return eval(COLLECT, {"tracker": tracker})
 

@@ -371,37 +371,30 @@ class ProcessTracker:
             SessionClosed: it is detached.
             UsedAfterFork: this is a child of the process that attached.
         """
-        with self._lock:
-            begun = time.perf_counter()
-            try:  # not _told(), which takes 1 µs
+        taken: DirtySet | None = None
+        try:  # not _told(), which takes 1 µs
+            with self._lock:
+                begun = time.perf_counter()
                 self._refresh()
                 for rest in range(_ROUNDS, -1, -1):
                     try:
-                        dirty = self._taken_set()
+                        taken = self._collecting.collect()
                         break
-                    except RegionGone:
-                        if not rest:
-                            raise
-                        self._look()
-            except DirtyTrackError as error:
-                if (meant := self._meant(error)) is error:
-                    raise
+                    except core.taking.Failed as failed:
+                        error = engine.take_error(failed, self._note_gone)
+                    if not rest or not isinstance(error, RegionGone):
+                        raise error
+                    self._look()
+                assert taken is not None
+                dirty = DirtySet(self._with_untracked(taken._set), taken._layout) if self._untracked else taken
+                self._seconds += time.perf_counter() - begun
+                return dirty
+        except BaseException as error:  # an interrupt too: nobody gets the set
+            if taken is not None:
+                core.give_back(taken._set)
+            if isinstance(error, DirtyTrackError) and (meant := self._meant(error)) is not error:
                 raise meant from error
-            self._seconds += time.perf_counter() - begun
-            return dirty
-
-    def _taken_set(self) -> DirtySet:
-        try:
-            dirty: DirtySet = self._collecting.collect()
-        except core.taking.Failed as failed:
-            raise engine.take_error(failed, self._note_gone) from None
-        try:
-            if self._untracked:
-                dirty._held = self._with_untracked(dirty._set)
-        except BaseException:
-            core.give_back(dirty._set)
             raise
-        return dirty
 
     def _with_untracked(self, cset: Any) -> Any:
         if not self._untracked:
