@@ -13,7 +13,6 @@ from typing import Any
 from dirtytrack.checkpoint.coding import Encoder
 from dirtytrack.checkpoint.manifests import Manifest, RegionEntry, SegmentEntry
 from dirtytrack.checkpoint.segments import FrameKind, SegmentWriter
-from dirtytrack.checkpoint.store import DirectoryStore
 from dirtytrack.delta import diff
 from dirtytrack.kernel.packing import all_zero
 
@@ -46,7 +45,7 @@ class History:
 
     def __init__(
         self,
-        store: DirectoryStore,
+        store: Any,
         seed: int = 1,
         *,
         deltas: bool = True,

@@ -10,6 +10,7 @@ from .comparing import Comparison, RegionComparison, compare
 from .jobs import Save
 from .listing import Summary, generations
 from .manifests import Manifest, RegionEntry, SegmentEntry
+from .objects import ObjectStore
 from .protocols import Store
 from .restoring import State, restore
 from .store import DirectoryStore
@@ -20,6 +21,7 @@ __all__ = [
     "Comparison",
     "DirectoryStore",
     "Manifest",
+    "ObjectStore",
     "Pruned",
     "RegionComparison",
     "RegionEntry",

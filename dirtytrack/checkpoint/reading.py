@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 __all__ = ["Generation", "HeldFrames", "Target", "Window", "letting_go", "reading_threads", "target_of"]
 
 _MOST_THREADS = 8
-_PIECE_NBYTES = 256 << 10  # with what it is copied from, it fits into the second level of cache of all that is sold
 
 
 def reading_threads() -> int:
@@ -276,6 +275,8 @@ class Generation:
                 continue
             reader = segment.reader
             with self._told(), closing(self._store.open_segment(reader.entry.name)) as source:
+                wanted = [frame for frame, _ in jobs if held is None or held.get(index, frame) is None]
+                source.will_read((frame.offset, frame.stored_nbytes) for frame in wanted)
 
                 def put(
                     job: tuple[Frame, Window],
@@ -344,11 +345,11 @@ class Generation:
 
 def _read(frame: Frame, room: memoryview, reader: SegmentReader, source: Source) -> None:
     """Read a frame's stored bytes, and check them while the processor's cache has them."""
-    checksum, at = Xxh64(), 0
-    while (part := room[at : at + _PIECE_NBYTES]).nbytes < room.nbytes - at:
+    checksum, at, most = Xxh64(), 0, source.piece_nbytes
+    while (part := room[at : at + most]).nbytes < room.nbytes - at:
         source.read_into([part], frame.offset + at)
         checksum.add(part)
-        at += _PIECE_NBYTES
+        at += most
     source.read_into([part], frame.offset + at)
     reader.check_sum(frame, checksum.end(part))
 

@@ -138,6 +138,7 @@ def segment_damage(store: Store, entry: SegmentEntry, count: Callable[[int], obj
         count(HEADER_NBYTES + entry.index_nbytes)
         try:
             room = bytearray()
+            reader.will_read(reader.frames())
             for frame in reader.frames():
                 if len(room) < frame.stored_nbytes:
                     room = bytearray(min(max(2 * frame.stored_nbytes, 1 << 20), MOST_FRAME_NBYTES))
