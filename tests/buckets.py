@@ -331,7 +331,7 @@ class Proxy:
 def _head(incoming: Any) -> bytes:
     head = b""
     while line := incoming.readline():
-        head += line
+        head += bytes(line)
         if line == b"\r\n":
             return head
     return b""

@@ -101,7 +101,7 @@ class History:
     def save(self, meta: Any = None, *, full: bool = False, parent: int | None = None) -> int:
         """Save what is dirty, on the generation before (or the ``parent``, whose contents are to be in memory)."""
         with self.store.writer() as writer:
-            generation = writer.next_generation()
+            generation: int = writer.next_generation()
             before = parent if parent is not None else max(self.truth, default=None)
             base = None if before is None or full else self.manifests[before]
             segment = writer.create_segment(generation)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Ceph's S3 server on a cluster of one monitor and one OSD in memory, for tests against a real object store.
 
-Unlike moto's it checks signatures, clocks and rights, and is what people run. ``make radosgw`` installs what it takes on
-Debian, and runs the tests of object stores against it.
+Unlike moto's it checks signatures, clocks and rights, and is what people run. ``make radosgw`` installs what it takes
+on Debian, and runs the tests of object stores against it.
 """
 
 from __future__ import annotations

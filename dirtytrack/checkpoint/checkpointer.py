@@ -64,8 +64,8 @@ class Checkpointer:
     Without ``quiesce``, the copy is of one instant only if nobody else writes meanwhile.
 
     Args:
-        store: a directory or a URL as ``s3://bucket/prefix`` (made where there is none), or a `Store`. One at a time may
-            write to it.
+        store: a directory or a URL as ``s3://bucket/prefix`` (made where there is none), or a `Store`. One at a time
+            may write to it.
         buffers: by name: arrays, tensors on the CPU, shared
             memory, anything with the buffer protocol, (address, nbytes). They are held until `remove` or `close`.
         resume: True: fill the buffers from the newest generation and go on from there, so that the next save is an

@@ -117,8 +117,8 @@ class Bucket:
         we do, but for what is not the same when it is done twice (``again``)."""
         if os.getpid() != self._pid:
             raise UsedAfterFork(
-                f"the store {self.name} was opened before a fork, and is the parent's: a child opens its own, where the "
-                "parent has opened none before (by subprocess, or multiprocessing's spawn)"
+                f"the store {self.name} was opened before a fork, and is the parent's. A child cannot use the library: "
+                "use subprocess, or multiprocessing's spawn"
             )
         exceptions = self._obstore.exceptions
         for attempt in range(_ATTEMPTS):
@@ -145,7 +145,11 @@ class Bucket:
         Raises:
             Absent.
         """
-        return self._ask(f"read {self.where(key)}", lambda: bytes(self._obstore.get(self._store, key).bytes()))  # type: ignore[no-any-return]
+
+        def run() -> bytes:
+            return bytes(self._obstore.get(self._store, key).bytes())
+
+        return self._ask(f"read {self.where(key)}", run)  # type: ignore[no-any-return]
 
     def get_first(self, key: str, nbytes: int) -> tuple[memoryview, int]:
         """The first bytes of an object, and how many it has; in one request.
@@ -205,9 +209,11 @@ class Bucket:
 
     def upload(self, key: str, part_nbytes: int, in_flight: int) -> Upload:
         """Begin to put an object in parts."""
-        run = self._obstore.open_writer
-        options = {"buffer_size": part_nbytes, "max_concurrency": in_flight}
-        return Upload(self, key, self._ask(f"write {self.where(key)}", run, self._store, key, **options))
+
+        def run() -> Any:
+            return self._obstore.open_writer(self._store, key, buffer_size=part_nbytes, max_concurrency=in_flight)
+
+        return Upload(self, key, self._ask(f"write {self.where(key)}", run))
 
     def delete(self, keys: Sequence[str]) -> None:
         """Remove objects; those that are not there are none the less gone."""
@@ -224,8 +230,8 @@ class Bucket:
 
 
 def put_once(bucket: Bucket, key: str, data: bytes) -> None:
-    """Put an object that nobody else puts with these bytes, where there is none. A lost answer is made up for by looking:
-    what is there with our bytes is ours, whatever the store or the library said.
+    """Put an object that nobody else puts with these bytes, where there is none. A lost answer is made up for by
+    looking: what is there with our bytes is ours, whatever the store or the library said.
 
     Raises:
         Present: somebody else's is there.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Who writes to an object store: terms, of which the highest counts, and a lease that is renewed.
 
-A term is an object that is made by a conditional put, so that each has one holder. **What keeps two writers apart is the
-number**: whoever finds a higher term has lost the right, whatever clocks say. The lease only says when somebody may
+A term is an object that is made by a conditional put, so that each has one holder. **What keeps two writers apart is
+the number**: whoever finds a higher term has lost the right, whatever clocks say. The lease only says when somebody may
 begin the next term. All ages are those of the store's own clock.
 """
 
@@ -125,9 +125,9 @@ class Lease:
             put_once(self._bucket, key, self._id.encode())
             if not self._refuses(key):
                 raise StoreFailed(
-                    f"{self._bucket.name} cannot be a store of checkpoints: it puts an object though there is one, where "
-                    "it was asked not to (If-None-Match: *), so that two who write at once would overwrite each other. "
-                    "Use a store that honours conditional puts",
+                    f"{self._bucket.name} cannot be a store of checkpoints: it puts an object though there is one, "
+                    "where it was asked not to (If-None-Match: *), so that two who write at once would overwrite each "
+                    "other. Use a store that honours conditional puts",
                     errno=errno.ENOTSUP,
                     feature="conditional put",
                 )
@@ -196,8 +196,8 @@ class Lease:
         who = "this process" if here and told.pid == os.getpid() else f"process {told.pid}"
         where = "" if here else f" on {told.host}"
         raise StoreBusy(
-            f"{who}{where} writes to the store {self._bucket.name}: one at a time may save, compact or prune. Close the "
-            f"other, or wait: {left}",
+            f"{who}{where} writes to the store {self._bucket.name}: one at a time may save, compact or prune. Close "
+            f"the other, or wait: {left}",
             pid=told.pid if here else None,
         )
 
@@ -229,8 +229,8 @@ class Lease:
         if highest != self.term:
             self._lost = StoreBusy(
                 f"somebody else became the writer of {self._bucket.name}, as this one had not renewed its lease of "
-                f"{self._seconds:.0f} s in time, or its term was removed. What the other saves counts: open the store anew, "
-                "with resume=True, once the other is done"
+                f"{self._seconds:.0f} s in time, or its term was removed. What the other saves counts: open the store "
+                "anew, with resume=True, once the other is done"
             )
             raise self._lost
 

@@ -156,12 +156,15 @@ class _Ahead:
                 if index < self._come:
                     return None  # read more often than was said
             with self._turn:
-                if index >= self._come and (data := next(self._coming, None)) is None:
+                if index < self._come:
+                    continue
+                try:
+                    data = next(self._coming)
+                except StopIteration:
                     return None  # one could not be had, which another thread tells, or we do when we ask for ours
-                if index >= self._come:
-                    with self._mutex:
-                        self._held[self._come] = data, self._blocks[self._come].spans
-                        self._come += 1
+                with self._mutex:
+                    self._held[self._come] = data, self._blocks[self._come].spans
+                    self._come += 1
 
     def close(self) -> None:
         with self._turn:

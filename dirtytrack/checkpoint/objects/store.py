@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from ..protocols import Source, Writer
+    from ..protocols import Source
     from .bucket import Bucket
+    from .writing import ObjectWriter
 
 __all__ = ["REMOVED", "ObjectStore", "make_marker"]
 
@@ -265,7 +266,7 @@ class ObjectStore(BaseStore):
             return manifest_of_name(name) is not None
         return key == MARKER or term_of_key(key) is not None
 
-    def writer(self) -> Writer:
+    def writer(self) -> ObjectWriter:
         """Become the one who writes: see `Store.writer`."""
         self._require_open()
         from .writing import ObjectWriter

@@ -142,8 +142,8 @@ class ObjectWriter:
             put_once(self._bucket, f"{MANIFESTS}/{manifest.name}", data)
         except Present as error:
             raise StoreBusy(
-                f"somebody else saved generation {manifest.generation} to {self._store.name}, and nothing is overwritten: "
-                "one at a time may write to a store"
+                f"somebody else saved generation {manifest.generation} to {self._store.name}, and nothing is "
+                "overwritten: one at a time may write to a store"
             ) from error
 
     def _require_still_ours(self, kept: Kept) -> None:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 import signal
 import subprocess
@@ -12,6 +11,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -144,7 +144,7 @@ def test_it_is_killed_at_random_moments(url: str, s3: str, proxy: Proxy, seed: i
     proxy.meddle = lambda request: draw.choice(kinds) if request.method in ("PUT", "POST") else "pass"
     digests, committed = dict[int, str](), 0
     for _ in range(2):
-        command = [sys.executable, "-c", PROGRAM, url, proxy.address, str(draw.randrange(1 << 30)), os.getcwd()]
+        command = [sys.executable, "-c", PROGRAM, url, proxy.address, str(draw.randrange(1 << 30)), str(Path.cwd())]
         program = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert program.stdout is not None and program.stderr is not None
         line = program.stdout.readline()

@@ -245,7 +245,7 @@ def test_histories_are_restored_compacted_compared_and_pruned(place: Place) -> N
         for step in range(6):
             made.write(12)
             made.save({"step": step})
-    with open_store(place.open(create=False)) as store:
+    with place.open(create=False) as store:
         for generation, truth in made.truth.items():
             state = restore(store, generation=generation)
             assert {name: bytes(state[name]) for name in state} == truth

@@ -270,7 +270,7 @@ def test_one_who_was_thought_dead_publishes_nothing(s3: str, url: str, monkeypat
     monkeypatch.setattr(leases, "_boot", lambda: "")  # as on two machines
     with opened(url, s3, lease_seconds=1) as store, opened(url, s3) as other:
         late = store.writer()
-        late._lease._over.set()  # type: ignore[attr-defined] - it is stopped, and renews nothing
+        late._lease._over.set()  # it is stopped, and renews nothing
         save(late, store, CONTENTS[0])
         segment = late.create_segment(2)
         segment.add(0, array("Q", [0, 5]), b"hello")
@@ -287,11 +287,11 @@ def test_one_who_was_thought_dead_publishes_nothing(s3: str, url: str, monkeypat
             with pytest.raises(StoreBusy):
                 late.remove([Kept(1, 0)])
             # And had it looked just before the other began: it finds out behind it, and takes it back.
-            late._lease._lost = None  # type: ignore[attr-defined]
+            late._lease._lost = None
             asked = list[int]()
-            require = late._lease.require  # type: ignore[attr-defined]
+            require = late._lease.require
             monkeypatch.setattr(
-                late._lease,  # type: ignore[attr-defined]
+                late._lease,
                 "require",
                 lambda: asked.append(1) if not asked else require(),
             )
@@ -318,7 +318,7 @@ def test_two_publish_one_generation(s3: str, url: str) -> None:
             Manifest(store.store_id, 1, 0, None, 1.0, "full", PAGE, None, (region,), (entry,)) for entry in entries
         ]
         writer.publish(manifests[0])
-        writer._named.clear()  # type: ignore[attr-defined] - as another writer, who knows nothing of it
+        writer._named.clear()  # as another writer, who knows nothing of it
         with pytest.raises(StoreBusy, match="somebody else saved generation 1"):
             writer.publish(manifests[1])
         assert read_back(store) == {"a": b"hell0"}
@@ -328,17 +328,17 @@ def test_two_publish_one_generation(s3: str, url: str) -> None:
 
 
 def test_what_is_removed_can_be_read_until_its_grace_is_over(s3: str, url: str) -> None:
-    with opened(url, s3, grace_seconds=3600) as store, opened(url, s3, create=False) as reader:
-        with store.writer() as writer:
-            first = save(writer, store, CONTENTS[0])
-            save(writer, store, CONTENTS[1])
-            with reader.reading():
-                manifest = reader.manifest(1)
-                assert writer.remove([kept(first)])
-                assert store.catalog() == (Kept(2, 0),)
-                assert reader.open_segment(manifest.segments[0].name).nbytes == manifest.segments[0].nbytes
-            assert len(store.segments()) == 2 and not store.strangers()
-            assert writer.next_generation() == 3
+    careful = opened(url, s3, grace_seconds=3600)
+    with careful as store, opened(url, s3, create=False) as reader, store.writer() as writer:
+        first = save(writer, store, CONTENTS[0])
+        save(writer, store, CONTENTS[1])
+        with reader.reading():
+            manifest = reader.manifest(1)
+            assert writer.remove([kept(first)])
+            assert store.catalog() == (Kept(2, 0),)
+            assert reader.open_segment(manifest.segments[0].name).nbytes == manifest.segments[0].nbytes
+        assert len(store.segments()) == 2 and not store.strangers()
+        assert writer.next_generation() == 3
     with opened(url, s3, create=False) as store, opened(url, s3, create=False) as reader:
         manifest = reader.manifest(2)
         with store.writer() as writer:  # this one has no grace
@@ -356,7 +356,7 @@ def test_a_young_orphan_is_left_alone(s3: str, url: str) -> None:
             segment = writer.create_segment(1)
             segment.add(0, array("Q", [0, 5]), b"hello")
             segment.finish()
-            writer._pending.clear()  # type: ignore[attr-defined] - as one who was killed
+            writer._pending.clear()  # as one who was killed
         with opened(url, s3, create=False, grace_seconds=60) as careful, careful.writer() as writer:
             assert writer.clean() == () and len(store.segments()) == 1
             assert writer.next_generation() == 2
