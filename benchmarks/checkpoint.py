@@ -28,6 +28,7 @@ from .harness import (
     GIB,
     MIB,
     Arena,
+    Pair,
     Row,
     Settings,
     arena,
@@ -247,6 +248,28 @@ def beside(settings: Settings, bare: Bare, where: Path, nbytes: int) -> Iterator
         yield Row(name, ours, without, result, "", True, len(saved), low, high, share=share)
 
 
+def rested(settings: Settings, bare: Bare, nbytes: int) -> Iterator[Row]:
+    """What the first stall after a second pays on this machine, whoever causes it: Python code that did not run for so
+    long, against the same code once more."""
+    memory, pages = allocate(nbytes), scattered(nbytes // PAGE, APP_SHARES[0])
+    address = address_of(memory)
+    bare.write(address, pages)
+
+    def code() -> int:
+        begin = time.perf_counter_ns()
+        sum(len(str(number)) for number in range(2000))
+        return time.perf_counter_ns() - begin
+
+    cold, warm = list[int](), list[int]()
+    for _ in range(1 if settings.tiny else 5):
+        begin = time.perf_counter()
+        while time.perf_counter() - begin < (0.05 if settings.tiny else 1.0):
+            bare.write(address, pages)
+        cold.append(code())
+        warm.append(code())
+    yield Pair(cold, warm).told_row("a loop of Python after a second, and again")
+
+
 def checkpoint(settings: Settings, bare: Bare) -> Iterator[Row]:
     """Saves into a store on the disk of the temporary directory (TMPDIR), beside other ways, with the same fsyncs."""
     few = replace(settings, least_rounds=min(settings.least_rounds, FEW_ROUNDS), most_rounds=FEW_ROUNDS)
@@ -263,3 +286,4 @@ def checkpoint_beside(settings: Settings, bare: Bare) -> Iterator[Row]:
     for nbytes in settings.sizes(GIB):
         with directory() as where:
             yield from beside(settings, bare, where, nbytes)
+        yield from rested(settings, bare, nbytes)

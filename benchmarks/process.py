@@ -10,6 +10,7 @@ import time
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from statistics import median
 
 from dirtytrack import DirtySet
@@ -135,9 +136,18 @@ def process(settings: Settings, bare: Bare) -> Iterator[Row]:
 
 def reading(settings: Settings, bare: Bare) -> Iterator[Row]:
     """The dirty bytes of another process, against bare process_vm_readv of the same runs."""
+    page = bytearray(PAGE)
+
+    def rehearse(pid: int, tracker: ProcessTracker, dirty: DirtySet) -> None:
+        tracker.read(dirty, page)
+        bare.read(pid, flat(dirty.runs), address_of(page))
+
     for nbytes in (64 * KIB,) if settings.tiny else (MIB, 4 * MIB):
-        with tracked(MAPPINGS, nbytes) as (target, tracker):
+        with tracked(MAPPINGS, nbytes) as (target, tracker), tracked(1, PAGE) as (other, another):
             out = bytearray(MAPPINGS * nbytes)
+            other.tell("pages 0")
+            other.tell("write")
+            little = another.collect()
             for share in (0.1, 1.0):
                 target.tell(" ".join(["pages", *map(str, scattered(MAPPINGS * nbytes // PAGE, share))]))
                 target.tell("write")
@@ -152,7 +162,7 @@ def reading(settings: Settings, bare: Bare) -> Iterator[Row]:
                 def loop(pid: int = target.pid, runs: array[int] = runs, out: bytearray = out) -> int:
                     return bare.read(pid, runs, address_of(out))
 
-                pair = paired(settings, lambda: None, ours, loop)
+                pair = paired(settings, partial(rehearse, other.pid, another, little), ours, loop)
                 yield pair.speed_row(f"{MAPPINGS} mappings of {show_bytes(nbytes)}, {share:.4g} dirty", LEAST_SPEED)
 
 

@@ -24,7 +24,7 @@ def text(x: float, y: float, what: str, *, size: int = 12, fill: str = INK, extr
 
 def draw(told: dict[str, Any]) -> str:
     """The whole picture."""
-    rows = [row for row in told["rows"] if row["benchmark"] == "checkpoint_beside"]
+    rows = [row for row in told["rows"] if row["benchmark"] == "checkpoint_beside" and "stalls" in row["result"]]
     speeds = [row["bare_ns"] / row["ours_ns"] for row in rows]
     scale = (WIDTH - LEFT - RIGHT) / max(1.0, *speeds)
     height = TOP + ROW * len(rows) + 16

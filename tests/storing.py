@@ -32,6 +32,7 @@ from dirtytrack.delta import Delta, apply
 __all__ = [
     "OPENING",
     "PAGE",
+    "READS",
     "Contents",
     "Dying",
     "Failing",
@@ -48,7 +49,8 @@ __all__ = [
 
 PAGE = 4096
 OPENING = ("open_directory", "create", "open", "open_lock")
-READING = ("names", "open", "nbytes", "preadv", "holder")
+READS = ("preadv", "read_adding")
+READING = (*READS, "names", "open", "nbytes", "holder", "begin_writing")  # what changes nothing
 OPERATIONS = tuple(
     name for name, value in vars(Files).items() if callable(value) and name[0] != "_" and name != "release"
 )

@@ -67,7 +67,9 @@ class Checkpointer:
         store: a directory or a URL as ``s3://bucket/prefix`` (made where there is none), or a `Store`. One at a time
             may write to it.
         buffers: by name: arrays, tensors on the CPU, shared
-            memory, anything with the buffer protocol, (address, nbytes). They are held until `remove` or `close`.
+            memory, anything with the buffer protocol, (address, nbytes). They are held until `remove` or `close`. One
+            memory may have several names. Where two overlap in part, each is saved by itself: such are restored into
+            new memory only, and not resumed from.
         resume: True: fill the buffers from the newest generation and go on from there, so that the next save is an
             increment; a store that has none yet is begun. A number: from that generation. Nobody else may write to the
             buffers until this returns. Of the generation all buffers must be given, and no others; more can be added.

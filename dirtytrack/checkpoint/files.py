@@ -10,9 +10,12 @@ import stat
 from typing import TYPE_CHECKING, Any, NewType
 
 from ..errors import PermissionDenied, StoreFailed
+from ..kernel.packing import begin_writing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from ..kernel.packing import Xxh64
 
 __all__ = ["Directory", "File", "Files", "failure"]
 
@@ -113,9 +116,17 @@ class Files:
         """Write some of these bytes, at least one; how many."""
         return os.pwrite(file, data, offset)
 
+    def begin_writing(self, file: File, offset: int, nbytes: int) -> None:
+        """Have the disk begin with these bytes of a file; nothing is waited for."""
+        begin_writing(file, offset, nbytes)
+
     def preadv(self, file: File, buffers: Sequence[Any], offset: int) -> int:
         """Read into these buffers, one behind the other; how many bytes, 0 at the file's end."""
         return os.preadv(file, buffers, offset)
+
+    def read_adding(self, file: File, room: Any, offset: int, checksum: Xxh64) -> int:
+        """Read until a buffer is full or the file ends, and add what came to a checksum; how many bytes."""
+        return checksum.add_read(file, room, offset)
 
     def sync(self, file: File) -> None:
         """Wait until a file's bytes are durable."""

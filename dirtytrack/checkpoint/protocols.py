@@ -40,10 +40,6 @@ class Source(Protocol):
     def nbytes(self) -> int:
         """Of it."""
 
-    @property
-    def piece_nbytes(self) -> int:
-        """How many bytes are best read at once."""
-
     def will_read(self, spans: Iterable[tuple[int, int]]) -> None:
         """A hint: these will be read, offset and length, each once, in about this order. One that is far away asks for
         them ahead."""
@@ -54,6 +50,12 @@ class Source(Protocol):
         Raises:
             DamagedCheckpoint: it ends before.
             StoreFailed: it cannot be read.
+        """
+
+    def read_summed(self, room: Any, offset: int) -> int:
+        """Fill a writable buffer with the bytes from ``offset`` on; their XXH64.
+
+        Raises: as `read_into`.
         """
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..delta import Delta, apply
 from ..errors import DamagedCheckpoint, InvalidCheckpoint, InvalidDelta, InvalidMemory, StoreFailed
 from ..kernel import core
-from ..kernel.packing import Xxh64, pack, unpack
+from ..kernel.packing import pack, unpack
 from .crew import let_go
 from .segments import Codec, FrameKind, SegmentReader
 from .sparse import HOLE_NBYTES, but_holes
@@ -306,7 +306,7 @@ class Generation:
         if frame.codec == Codec.NONE and frame.kind == FrameKind.PAGES and not frame.encrypted and len(frame.runs) == 1:
             at, nbytes = frame.runs[0, 0] - low, frame.stored_nbytes
             if target.view is not None and 0 <= at <= target.nbytes - nbytes:
-                _read(frame, target.view[at : at + nbytes], reader, source)
+                reader.check_sum(frame, source.read_summed(target.view[at : at + nbytes], frame.offset))
                 return
         runs, begin, end = _clipped(frame.runs, low, low + target.nbytes)
         if not len(runs):
@@ -335,23 +335,12 @@ class Generation:
 
     def _plain(self, frame: Frame, reader: SegmentReader, source: Source) -> Any:
         stored = self._scratch.room("stored", frame.stored_nbytes)
-        _read(frame, stored, reader, source)
+        reader.check_sum(frame, source.read_summed(stored, frame.offset))
         assert self._decoder is not None, "who reads bytes has given one"
         try:
             return self._decoder.decode(frame, stored)
         except DamagedCheckpoint as error:
             raise reader.damaged(f"cannot be read: {error}") from error
-
-
-def _read(frame: Frame, room: memoryview, reader: SegmentReader, source: Source) -> None:
-    """Read a frame's stored bytes, and check them while the processor's cache has them."""
-    checksum, at, most = Xxh64(), 0, source.piece_nbytes
-    while (part := room[at : at + most]).nbytes < room.nbytes - at:
-        source.read_into([part], frame.offset + at)
-        checksum.add(part)
-        at += most
-    source.read_into([part], frame.offset + at)
-    reader.check_sum(frame, checksum.end(part))
 
 
 class HeldFrames:

@@ -314,8 +314,7 @@ class SegmentReader:
             DamagedCheckpoint: they are not what was written.
         """
         stored = bytearray(frame.stored_nbytes)
-        self._source.read_into([stored], frame.offset)
-        self.check(frame, stored)
+        self.check_sum(frame, self._source.read_summed(stored, frame.offset))
         return stored
 
     def check(self, frame: Frame, stored: Any) -> None:

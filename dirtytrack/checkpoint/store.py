@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from ..errors import CheckpointerClosed, DamagedCheckpoint, InvalidCheckpoint, NoSuchGeneration
+from ..kernel.packing import Xxh64
 from .base import MANIFESTS, MARKER, MARKER_NBYTES, SEGMENTS, BaseStore
 from .files import Directory, File, Files, failure
 from .manifests import MOST_MANIFEST_NBYTES, manifest_name, manifest_of_name, segment_of_name
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = ["READERS", "WRITER", "DirectoryStore", "open_store", "require_store", "store_of"]
 
-_PIECE_NBYTES = 256 << 10  # with what it is copied from, it fits into the second level of cache of all that is sold
 WRITER, READERS = "writer.lock", "readers.lock"
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://(.*)", re.DOTALL)
 _MANGLED = re.compile(r"(s3a?|gs|az|azure|abfss?|adl|file):/[^/]")
@@ -344,10 +344,6 @@ class _OpenSegment:
         self.name = where.name
         self.nbytes = files.nbytes(file)
 
-    @property
-    def piece_nbytes(self) -> int:
-        return _PIECE_NBYTES
-
     def will_read(self, spans: Iterable[tuple[int, int]]) -> None:
         """The kernel reads ahead."""
 
@@ -359,13 +355,26 @@ class _OpenSegment:
             except OSError as error:
                 raise DirectoryStore.unreadable(error, self._where) from error
             if not done:
-                damage = f"the segment {self._where} ends at {offset}, before what is in it does"
-                raise DamagedCheckpoint(damage, damage=(damage,))
+                raise self._ended(offset)
             offset += done
             while left and done >= left[0].nbytes:
                 done -= left.pop(0).nbytes
             if done:
                 left[0] = left[0][done:]
+
+    def read_summed(self, room: Any, offset: int) -> int:
+        checksum, view = Xxh64(), memoryview(room).cast("B")
+        try:
+            done = self._files.read_adding(self._file, view, offset, checksum)
+        except OSError as error:
+            raise DirectoryStore.unreadable(error, self._where) from error
+        if done < view.nbytes:
+            raise self._ended(offset + done)
+        return checksum.end(view[done - done % 32 :])
+
+    def _ended(self, offset: int) -> DamagedCheckpoint:
+        damage = f"the segment {self._where} ends at {offset}, before what is in it does"
+        return DamagedCheckpoint(damage, damage=(damage,))
 
     def close(self) -> None:
         if self._file >= 0:

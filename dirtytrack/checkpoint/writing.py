@@ -45,6 +45,7 @@ __all__ = ["DirectoryWriter", "make_marker", "make_store"]
 
 _TEMPORARY = re.compile(rf"({MARKER}|[0-9]{{16}}\.[0-9]+\.manifest)\.[0-9a-f]{{16}}\.tmp")
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+_BEGIN_NBYTES = 8 << 20
 _open_writers: WeakSet[DirectoryWriter] = WeakSet()
 
 
@@ -441,6 +442,7 @@ class _FileSink:
         self._writer, self._files, self._file = writer, writer._files, File(-1)
         self._where = writer._store.path / SEGMENTS / name
         self.name, self.nbytes, self.finished = name, 0, False
+        self._begun = 0
 
     @property
     def most_nbytes(self) -> int:
@@ -460,6 +462,10 @@ class _FileSink:
         except OSError as error:
             raise failure(error, f"write the segment {self._where}") from error
         self.nbytes += memoryview(data).nbytes
+        if self.nbytes - self._begun >= _BEGIN_NBYTES:  # or the disk would do nothing until the end, and then all of it
+            with suppress(OSError):
+                self._files.begin_writing(self._file, self._begun, self.nbytes - self._begun)
+            self._begun = self.nbytes
 
     def finish(self) -> None:
         if self._file < 0:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidMemory
@@ -13,7 +14,7 @@ from .failures import raise_failure
 if TYPE_CHECKING:
     from .core import CData
 
-__all__ = ["Xxh64", "all_zero", "pack", "runs_nbytes", "unpack", "xxh64"]
+__all__ = ["Xxh64", "all_zero", "begin_writing", "pack", "runs_nbytes", "unpack", "xxh64"]
 
 _NO_RUNS = 2**64 - 1
 
@@ -42,10 +43,33 @@ class Xxh64:
             raise InvalidMemory(f"a checksum is computed of parts of whole 32 bytes, not of {len(pinned)}")
         core.lib.dt_xxh64_add(self._parts, pinned, len(pinned))
 
+    def add_read(self, file: int, room: Any, offset: int) -> int:
+        """Read an open file into a writable contiguous buffer until that is full or the file ends.
+
+        The whole 32 bytes of what came are a part: those behind them are left for `end`.
+
+        Returns:
+            How many bytes were read.
+
+        Raises:
+            OSError: as the system's; what was added by then is of no use.
+        """
+        pinned = core.pin(room, writable=True)
+        done: int = core.lib.dt_read_adding(file, offset, pinned, len(pinned), self._parts)
+        if done < 0:
+            raise OSError(-done, os.strerror(-done))
+        return done
+
     def end(self, data: Any) -> int:
         """The last part; the checksum of all."""
         pinned = core.pin(data, writable=False)
         return core.lib.dt_xxh64_end(self._parts, pinned, len(pinned))
+
+
+def begin_writing(file: int, offset: int, nbytes: int) -> None:
+    """Have the disk begin with these bytes of an open file. Nothing is waited for, and no error told: fsync does."""
+    core.load()
+    core.lib.dt_begin_writing(file, offset, nbytes)
 
 
 def all_zero(data: Any) -> bool:

@@ -2,6 +2,8 @@
  * Packed runs: there and back against a plain loop; spans that are refused; XXH64 by its published values. */
 #include "checking.h"
 #include "digest.h"
+#include <sys/mman.h>
+#include <unistd.h>
 
 enum { BYTES = 5000, MOST = 40 };
 
@@ -111,6 +113,34 @@ static void test_xxh64(void)
         }
 }
 
+static void test_read_while_adding(void)
+{
+    enum { MOST_BYTES = 700 << 10 };
+    static uint8_t data[MOST_BYTES], room[MOST_BYTES + 1];
+    for (unsigned i = 0; i < MOST_BYTES; i++)
+        data[i] = (uint8_t)random_below(256);
+    int file = memfd_create("read", MFD_CLOEXEC), ends[2];
+    CHECK(write(file, data, MOST_BYTES) == MOST_BYTES);
+    for (int round = 0; round < 200; round++) {
+        uint64_t at = random_below(MOST_BYTES), most = round & 1 ? MOST_BYTES : 2000;
+        uint64_t length = random_below(dt_min(most, MOST_BYTES - at) + 1);
+        dt_xxh64_parts parts;
+        dt_xxh64_begin(&parts, 0);
+        memset(room, 0x5A, sizeof room);
+        CHECK(dt_read_adding(file, at, room, length, &parts) == (int64_t)length);
+        CHECK(!memcmp(room, data + at, length) && room[length] == 0x5A);
+        uint64_t whole = dt_down(length, 32);
+        CHECK(dt_xxh64_end(&parts, room + whole, length - whole) == dt_xxh64(data + at, length, 0));
+    }
+    dt_xxh64_parts parts;
+    dt_xxh64_begin(&parts, 0);
+    CHECK(dt_read_adding(file, MOST_BYTES - 5, room, 100, &parts) == 5); /* where it ends */
+    CHECK(dt_read_adding(file, 0, NULL, 100, &parts) == -EFAULT);
+    CHECK(!pipe(ends) && dt_read_adding(ends[0], 0, room, 1, &parts) == -ESPIPE);
+    close(ends[0]), close(ends[1]), close(file);
+    CHECK(dt_read_adding(-1, 0, room, 1, &parts) == -EBADF);
+}
+
 int main(void)
 {
     page_bytes = dt_page_bytes();
@@ -118,5 +148,6 @@ int main(void)
     test_refused();
     test_vanished();
     test_xxh64();
+    test_read_while_adding();
     return outcome();
 }

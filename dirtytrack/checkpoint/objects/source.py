@@ -9,8 +9,8 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...errors import DamagedCheckpoint
+from ...kernel.packing import xxh64
 from ..crew import Crew
-from ..segments import MOST_FRAME_NBYTES
 from .bucket import Absent
 
 if TYPE_CHECKING:
@@ -43,11 +43,6 @@ class ObjectSource:
         self.name, self.nbytes = key.rpartition("/")[2], nbytes
         self._ahead: _Ahead | None = None
 
-    @property
-    def piece_nbytes(self) -> int:
-        """All of a frame is asked for at once."""
-        return MOST_FRAME_NBYTES
-
     def will_read(self, spans: Iterable[tuple[int, int]]) -> None:
         """What will be read, in that order: offset and length. It is asked for ahead, in bounded memory."""
         if self._ahead is not None:
@@ -66,6 +61,11 @@ class ObjectSource:
         for view in views:
             view[:] = data[at : at + view.nbytes]
             at += view.nbytes
+
+    def read_summed(self, room: Any, offset: int) -> int:
+        """Fill a buffer: see `Source.read_summed`."""
+        self.read_into([room], offset)
+        return xxh64(room)
 
     def _bytes(self, offset: int, nbytes: int) -> memoryview:
         if offset + nbytes <= self._first.nbytes:

@@ -216,6 +216,11 @@ void dt_xxh64_begin(dt_xxh64_parts *parts, uint64_t seed);
 void dt_xxh64_add(dt_xxh64_parts *parts, const uint8_t *data, uint64_t length);
 uint64_t dt_xxh64_end(dt_xxh64_parts *parts, const uint8_t *data, uint64_t length);
 int dt_all_zero(const uint8_t *data, uint64_t length); /* 1 or 0 */
+/* Reads a file from `offset` on until `length` bytes are there or it ends, and adds the whole 32 bytes of what came to
+ * `parts` while the processor's cache has them. How many bytes, or -errno. */
+int64_t dt_read_adding(int file, uint64_t offset, uint8_t *room, uint64_t length, dt_xxh64_parts *parts);
+/* Has the disk begin with these bytes of a file; nothing is waited for, and whether it can is told by fsync(2). */
+void dt_begin_writing(int file, uint64_t offset, uint64_t length);
 /* Their sum; UINT64_MAX unless they are in order, disjoint, not empty and within the memory. */
 uint64_t dt_spans_nbytes(const dt_span *spans, uint64_t n, uint64_t memory_nbytes);
 /* The spans' bytes one behind the other into `out`, or from `data` (NULL: zeros) back to their places. -EINVAL unless the

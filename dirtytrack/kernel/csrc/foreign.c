@@ -265,7 +265,7 @@ static ssize_t read_by_descriptor(int mem, const struct iovec *from, uint8_t *to
 
 int dt_read_target(int32_t pid, int32_t mem, const dt_set *set, uint8_t *out, uint64_t room, uint64_t *done, dt_failure *why)
 {
-    enum { BATCH = 512 };
+    enum { BATCH = 1024 }; /* IOV_MAX: as few calls as there can be */
     struct iovec from[BATCH];
     uint64_t filled = 0;
     for (uint64_t i = 0, begun = 0; i < set->count;) {

@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: MIT
  * Runs of a memory, packed one behind the other and put back; what frames of a checkpoint hold. */
 #include "digest.h"
+#include <fcntl.h>
+#include <unistd.h>
 
 uint64_t dt_spans_nbytes(const dt_span *spans, uint64_t n, uint64_t memory_nbytes)
 {
@@ -92,4 +94,30 @@ int dt_all_zero(const uint8_t *data, uint64_t length)
     for (uint64_t i = whole; i < length; i++)
         any |= data[i];
     return !any && dt_is_zero(data, whole);
+}
+
+/* With what it is copied from, it fits into the second level of cache of all that is sold. */
+#define PIECE_BYTES ((uint64_t)256 << 10)
+
+int64_t dt_read_adding(int file, uint64_t offset, uint8_t *room, uint64_t length, dt_xxh64_parts *parts)
+{
+    uint64_t done = 0, added = 0;
+    while (done < length) {
+        ssize_t some = pread(file, room + done, dt_min(length - done, PIECE_BYTES), (off_t)(offset + done));
+        if (some < 0 && errno == EINTR)
+            continue;
+        if (some < 0)
+            return -errno;
+        if (!some)
+            break;
+        done += (uint64_t)some;
+        dt_xxh64_add(parts, room + added, done - added);
+        added = dt_down(done, 32);
+    }
+    return (int64_t)done;
+}
+
+void dt_begin_writing(int file, uint64_t offset, uint64_t length)
+{
+    sync_file_range(file, (off_t)offset, (off_t)length, SYNC_FILE_RANGE_WRITE);
 }

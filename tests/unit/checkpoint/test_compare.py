@@ -13,7 +13,7 @@ from dirtytrack.checkpoint import DirectoryStore, compact, compare, generations
 from dirtytrack.checkpoint.comparing import RegionComparison
 from dirtytrack.errors import DamagedCheckpoint, InvalidCheckpoint, NoSuchGeneration
 from tests.generations import PAGE, History, Keyed
-from tests.storing import Hooked
+from tests.storing import READS, Hooked
 
 
 def history(where: Path, **options: object) -> History:
@@ -85,7 +85,7 @@ def test_what_is_in_common_is_not_read(where: Path) -> None:
         def operate(self, name, call, *args, **options):  # type: ignore[no-untyped-def]
             nonlocal read
             result = call(*args, **options)
-            read += result if name == "preadv" else 0
+            read += result if name in READS else 0
             return result
 
     big = History(DirectoryStore(where / "big", create=True), deltas=False)

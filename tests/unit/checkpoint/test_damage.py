@@ -19,7 +19,7 @@ from dirtytrack.checkpoint.manifests import SegmentEntry, manifest_of_name
 from dirtytrack.checkpoint.protocols import Kept
 from dirtytrack.checkpoint.verifying import segment_damage
 from dirtytrack.errors import DamagedCheckpoint, InvalidCheckpoint, NoSuchGeneration
-from tests.storing import PAGE, Failing, kept, read_back, save, store_at
+from tests.storing import PAGE, READS, Failing, kept, read_back, save, store_at
 
 FLIPS = 10_000
 RANDOM = random.Random(31)
@@ -227,13 +227,13 @@ def test_a_damaged_marker_of_a_store_without_checkpoints(where: Path) -> None:
 def test_a_disk_that_cannot_read_some_bytes(where: Path) -> None:
     """EIO while reading is damage of what is read, not the end of looking."""
     make(where / "store")
-    files = Failing(only=("preadv",))
+    files = Failing(only=READS)
     with DirectoryStore(where / "store", files=files) as store:
         assert verify(store, all=True).ok
         count = files.count
     damaged = 0
     for nth in range(1, count + 1):
-        files = Failing(nth, errno.EIO, only=("preadv",))
+        files = Failing(nth, errno.EIO, only=READS)
         with DirectoryStore(where / "store", files=files) as store:
             report = verify(store, all=True)
             damaged += not report.ok

@@ -26,7 +26,7 @@ from dirtytrack.errors import (
 )
 from tests.generations import PAGE, History, Keyed
 from tests.sandbox import run_in_child
-from tests.storing import Failing, Hooked, read_back
+from tests.storing import READS, Failing, Hooked, read_back
 
 STORED: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -377,11 +377,11 @@ def test_where_nothing_is_whole_it_is_said(where: Path) -> None:
 
 def test_what_the_disk_cannot_read_is_damage(where: Path) -> None:
     made = history(where)
-    with DirectoryStore(where / "store", files=Failing(1, only=("preadv",))) as probe:
+    with DirectoryStore(where / "store", files=Failing(1, only=READS)) as probe:
         assert probe.store_id == made.store.store_id  # the marker cannot be read: its manifests tell
     files = Failing(0)
     with DirectoryStore(where / "store", files=files) as store:
-        files.count, files.only = 0, ("preadv",)
+        files.count, files.only = 0, READS
         restore(store, threads=1)
         reads = files.count
         for nth in range(1, reads + 1):
@@ -432,7 +432,7 @@ class Watching(Hooked):
         result = call(*args, **options)
         if name == "open":
             self.opened[result] = args[1]
-        elif name == "preadv":
+        elif name in READS:
             self.read.setdefault(self.opened[args[0]], []).append((args[2], result))
         return result
 
