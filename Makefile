@@ -111,6 +111,11 @@ bench-ranks: $(VENV)/.test ## what it costs a rank to save together, at 1, 2 and
 	$(BIN)/python -m benchmarks.ranks --write docs/ranks.json
 	$(BIN)/python docs/draw_ranks.py docs/ranks.json docs/ranks.md
 
+.PHONY: bench-objects
+bench-objects: $(VENV)/.test ## measure saves to an object store, for docs/object-stores.md
+	$(BIN)/python -m benchmarks --write docs/objects.json objects
+	$(BIN)/python docs/draw_tables.py docs/objects.json docs/object-stores.md
+
 .PHONY: draw-observe
 draw-observe: $(VENV)/.test ## run a small program, and draw it for docs/top.md and docs/heatmap.md
 	$(BIN)/python docs/draw_observe.py docs/top.svg docs/heatmap.png
@@ -153,6 +158,14 @@ c-test: $(C_TESTS:tests/c/%.c=build/c/%.ran) ## the C core with its own tests, w
 test-torch: $(VENV)/.test ## pages and tests on PyTorch, which it installs: large, so neither make test nor CI does
 	$(PIP) install "$(TORCH)"
 	$(BIN)/python -m pytest tests/unit/test_docs.py tests/kernel/test_delta_torch.py tests/kernel/checkpoint -m torch $(ARGS)
+
+.PHONY: radosgw
+radosgw: $(VENV)/.test ## the tests of object stores against Ceph's, which it installs: as root on Debian, 400 MB, so CI does not
+	@lacks=""; for program in radosgw radosgw-admin ceph-mon ceph-osd ceph monmaptool; do \
+	    command -v $$program >/dev/null || lacks="radosgw ceph-mon ceph-osd ceph-common"; done; \
+	[ -z "$$lacks" ] || RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $$lacks
+	DIRTYTRACK_S3=radosgw $(BIN)/python -m pytest --timeout=600 tests/unit/checkpoint/test_contract.py \
+	    tests/unit/checkpoint/test_object_faults.py tests/kernel/checkpoint/test_object_stores.py $(ARGS)
 
 .PHONY: check-browser
 check-browser: ## say whether there is a browser for test-browser, and the command that installs one

@@ -22,6 +22,7 @@ from .gc import gc
 from .harness import Benchmark, Settings, machine
 from .importing import import_
 from .migration import migration
+from .objects import objects
 from .process import attaching, process, reading
 from .regions import regions
 from .remedies import remedies
@@ -50,9 +51,10 @@ BENCHMARKS: dict[str, Benchmark] = {
     "checkpoint_beside": checkpoint_beside,
     "checkpoint_restore": checkpoint_restore,
     "migration": migration,
+    "objects": objects,
 }
 
-BY_NAME = {"checkpoint", "checkpoint_beside", "migration"}
+BY_NAME = {"checkpoint", "checkpoint_beside", "migration", "objects"}
 """What runs only when it is asked for: its numbers stand on pages of their own (make bench-checkpoint, …)."""
 
 

@@ -7,7 +7,7 @@ import gc
 import os
 import platform
 import signal
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
@@ -88,6 +88,15 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     del session
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """The address of a server that speaks S3: moto's; or Ceph's, with DIRTYTRACK_S3=radosgw (make radosgw)."""
+    from tests import buckets, radosgw
+
+    with radosgw.served() if os.environ.get("DIRTYTRACK_S3") == "radosgw" else buckets.served() as address:
+        yield address
 
 
 def _fail_if_skipped(report: pytest.TestReport | pytest.CollectReport) -> None:

@@ -10,6 +10,7 @@ from .comparing import Comparison, RegionComparison, compare
 from .jobs import Save
 from .listing import Summary, generations
 from .manifests import Manifest, RegionEntry, SegmentEntry
+from .objects import ObjectStore
 from .protocols import Store
 from .ranked import Joined, JoinedRegion, Part, PartEntry
 from .ranks import Communicator, Coordinated, coordinated, restore_share
@@ -26,6 +27,7 @@ __all__ = [
     "Joined",
     "JoinedRegion",
     "Manifest",
+    "ObjectStore",
     "Part",
     "PartEntry",
     "Pruned",

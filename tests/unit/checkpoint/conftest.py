@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Where the stores of these tests are: in memory, where there is such a place, since they are made by the hundred."""
+"""Where the stores of these tests are: in memory, where there is such a place, since they are made by the hundred.
+
+What every kind of store must do is tested in a directory, in an object store in memory, and at a server.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.buckets import Place
+
 
 @pytest.fixture
 def where() -> Iterator[Path]:
@@ -18,3 +23,13 @@ def where() -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix="dirtytrack-", dir=memory if memory.is_dir() else None))
     yield path
     shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture(params=["directory", "memory", "s3"])
+def place(request: pytest.FixtureRequest, where: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """Where stores of each kind are, with nothing there yet; the environment has what it takes to open them."""
+    found = Place(request.param, where, lambda: request.getfixturevalue("s3"))
+    if found.kind == "s3":
+        for name, value in found.environment().items():
+            monkeypatch.setenv(name, value)
+    return found
