@@ -7,13 +7,14 @@
 from .chains import Pruned, Retention, compact, prune
 from .checkpointer import Checkpointer
 from .comparing import Comparison, RegionComparison, compare
+from .formats import Written, ZarrWriter, export_dcp, export_zarr
 from .jobs import Save
 from .listing import Summary, generations
 from .manifests import Manifest, RegionEntry, SegmentEntry
 from .objects import ObjectStore
 from .protocols import Store
 from .ranked import Joined, JoinedRegion, Part, PartEntry
-from .ranks import Communicator, Coordinated, coordinated, restore_share
+from .ranks import Communicator, Coordinated, PartOptions, coordinated, restore_share
 from .restoring import State, restore
 from .store import DirectoryStore
 from .verifying import Report, Verified, verify
@@ -30,6 +31,7 @@ __all__ = [
     "ObjectStore",
     "Part",
     "PartEntry",
+    "PartOptions",
     "Pruned",
     "RegionComparison",
     "RegionEntry",
@@ -41,9 +43,13 @@ __all__ = [
     "Store",
     "Summary",
     "Verified",
+    "Written",
+    "ZarrWriter",
     "compact",
     "compare",
     "coordinated",
+    "export_dcp",
+    "export_zarr",
     "generations",
     "prune",
     "restore",

@@ -20,10 +20,9 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable
 
-    from .joining import JoinedGeneration
+    from .joining import AnyGeneration
     from .manifests import RegionEntry
     from .protocols import Store
-    from .reading import Generation
 
 __all__ = ["Comparison", "RegionComparison", "compare"]
 
@@ -96,8 +95,8 @@ def compare(
 class _Comparing:
     def __init__(
         self,
-        before: Generation | JoinedGeneration,
-        after: Generation | JoinedGeneration,
+        before: AnyGeneration,
+        after: AnyGeneration,
         crew: Crew,
         memory_bytes: int,
         progress: Callable[[int, int], object] | None,

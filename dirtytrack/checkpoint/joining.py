@@ -20,12 +20,20 @@ if TYPE_CHECKING:
     from .reading import HeldFrames
     from .segments import Frame
 
-__all__ = ["JoinedGeneration", "generation_of", "opened_part", "part_manifests", "parts_of", "told_of_part"]
+__all__ = [
+    "AnyGeneration",
+    "JoinedGeneration",
+    "generation_of",
+    "opened_part",
+    "part_manifests",
+    "parts_of",
+    "told_of_part",
+]
 
 
 def generation_of(
     store: Store, manifest: Manifest, names: Collection[str] | None = None, decoder: Decoder | None = None
-) -> Generation | JoinedGeneration:
+) -> AnyGeneration:
     """A generation with all that it is read from, whoever saved it; close it.
 
     Args:
@@ -274,3 +282,7 @@ class JoinedGeneration:
 def _slice(target: Target, low: int, high: int) -> Target:
     view: Any = None if target.view is None else target.view[low:high]
     return Target(target.address + low, high - low, view, target.fresh)
+
+
+AnyGeneration = Generation | JoinedGeneration
+"""A generation, whoever saved it."""

@@ -24,10 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from .buffers import Described, Saveable
-    from .joining import JoinedGeneration
+    from .joining import AnyGeneration
     from .manifests import Manifest, RegionEntry, SegmentEntry
     from .protocols import Kept, Store
-    from .reading import Generation
 
 __all__ = ["State", "restore"]
 
@@ -204,7 +203,7 @@ class _Restoring:
         with closing(generation_of(self._store, manifest, self._given, self._decoder)) as found:
             return self._read(manifest, found)
 
-    def _read(self, manifest: Manifest, found: Generation | JoinedGeneration) -> tuple[Manifest, dict[str, Any]]:
+    def _read(self, manifest: Manifest, found: AnyGeneration) -> tuple[Manifest, dict[str, Any]]:
         memories: dict[str, Any] = {}
         if self._given is None:
             memories = {region.name: _memory(region, found) for region in found.regions}
@@ -233,7 +232,7 @@ class _Restoring:
             self._progress(self._done, self._total)
 
 
-def _memory(region: RegionEntry, found: Generation | JoinedGeneration) -> Any:
+def _memory(region: RegionEntry, found: AnyGeneration) -> Any:
     if region.nbytes >= _SPARSE_BYTES and found.told_nbytes(region.number) < region.nbytes // 4:
         # As whoever saved it must have had it: the kernel does not promise more memory than there is.
         return mmap.mmap(-1, region.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)

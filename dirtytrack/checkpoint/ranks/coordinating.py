@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import threading
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from ...errors import CheckpointerClosed, InvalidCheckpoint, RankLost, StoreBusy, UsedAfterFork
 from ..buffers import describe
@@ -18,10 +18,11 @@ from .parts import PartCheckpointer
 from .rounds import as_failed
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping
+    from contextlib import AbstractContextManager
     from types import TracebackType
 
-    from typing_extensions import Self
+    from typing_extensions import Self, Unpack
 
     from ..buffers import Saveable
     from ..chains import Retention
@@ -29,7 +30,25 @@ if TYPE_CHECKING:
     from ..protocols import Store
     from ..restoring import State
 
-__all__ = ["Coordinated", "coordinated"]
+__all__ = ["Coordinated", "PartOptions", "coordinated"]
+
+_PATIENCE_SECONDS = 10.0  # of a rank that leaves by an error, with others that may wait for it, for something else
+
+
+class PartOptions(TypedDict, total=False):
+    """What each rank may say of how its part is saved: see `Checkpointer`."""
+
+    compression: Literal["zstd"] | None
+    level: int
+    deltas: bool
+    staging_bytes: int | None
+    when_busy: Literal["wait"]
+    quiesce: Callable[[], AbstractContextManager[Any]] | None
+    compact: float | None
+    encrypt: Callable[[bytes], bytes] | None
+    decrypt: Callable[[bytes], bytes] | None
+    threads: int | None
+    track: Mapping[str, Any] | None
 
 
 def coordinated(
@@ -41,7 +60,7 @@ def coordinated(
     replicated: Collection[str] = (),
     resume: bool | int = False,
     retain: Retention | None = None,
-    **options: Any,
+    **options: Unpack[PartOptions],
 ) -> Coordinated:
     """Save the buffers of many ranks together: what `Checkpointer` is for one process.
 
@@ -96,13 +115,13 @@ class Coordinated:
         replicated: Collection[str] = (),
         resume: bool | int = False,
         retain: Retention | None = None,
-        **options: Any,
+        **options: Unpack[PartOptions],
     ) -> None:
         self._pid, self._lock, self._closed = os.getpid(), threading.RLock(), False
         self._comm = communicator_of(comm)
         try:
             with ExitStack() as stack, letting_go():
-                begun = Beginning(self._comm, stack, partition, replicated, resume, retain, options)
+                begun = Beginning(self._comm, stack, partition, replicated, resume, retain, dict(options))
                 begun.begin(store, buffers)
                 self._part, self._rounds, self._store = begun.part, begun.rounds, begun.store
                 self._state, self._agreement = begun.state, begun.agreement
@@ -269,7 +288,7 @@ class Coordinated:
 
     def close(self) -> None:
         """Wait until nothing is under way at any rank, then let go of everything. All ranks call this; a second call
-        does nothing.
+        does nothing. A ``with`` that is left by an error waits for other ranks for ten seconds at most.
 
         Raises:
             RankFailed, or whatever a save failed of that nobody was told of yet; all is let go of first.
@@ -285,10 +304,13 @@ class Coordinated:
         self._closed = True
         together = False
         with self._closing:
+            if error is not None:
+                self._rounds.leave(error, _PATIENCE_SECONDS)  # nothing waits for other ranks after this
             try:
                 self._part.close()
             finally:
-                together = self._rounds.leave(error)
+                if error is None:
+                    together = self._rounds.leave(None)
         if together:  # else it is left as it is: to let go of it is for all
             self._comm.close()
         self._part.raise_aside()

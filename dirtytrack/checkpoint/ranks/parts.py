@@ -301,8 +301,8 @@ class NoPart:
 
     def save_as(self, generation: int, meta: Any, full: bool) -> Save:
         """A save of nothing, which is over when that of all is."""
-        kept = as_json(meta)
         self.wait()
+        kept = as_json(meta() if callable(meta) else meta)
         save = self._last = Save(generation, "full" if full else "increment", kept)
         save._told = self._forget
         Worker(target=self._run, args=(generation, save), name="dirtytrack-save", daemon=True).start()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...errors import CheckpointerClosed, RankFailed, RankLost, RanksDisagree
 from ..bell import Bell
+from ..crew import Worker
 from .communicators import all_gathered
 
 if TYPE_CHECKING:
@@ -175,8 +176,8 @@ class Verdict(NamedTuple):
 class Rounds:
     """One round for each save, in the order of the generations, which are numbered by it: the same at each rank.
 
-    A round is held by the thread that comes with what this rank has to say, or by the one that holds the round before.
-    What comes of it is remembered for whoever waits. If the ranks do not reach one another, no further one is held.
+    Rounds are held by a thread that is there only while this rank has something to say: whoever waits for what comes of
+    one can give up, which a thread that waits for other ranks cannot. If they are not reached, no further one is held.
 
     Args:
         comm: by what they talk.
@@ -197,8 +198,11 @@ class Rounds:
         self._said: dict[int, dict[str, Any]] = {}
         self._verdicts: dict[int, Verdict] = {}
         self._committed: tuple[int, Verdict] | None = None
-        self._holding = False
+        self._holder: Worker | None = None
         self._over: Exception | None = None
+        """Why nothing is begun, or waited for, any more."""
+        self._silent = False
+        """Whether nothing is said any more: what was said before this rank gave up is said all the same."""
 
     @property
     def over(self) -> Exception | None:
@@ -233,27 +237,42 @@ class Rounds:
             if generation < self._next or generation in self._said:
                 return
             self._said[generation] = said
-        while self._hold():
-            pass
-
-    def _hold(self) -> bool:
-        with self._mutex:
-            if self._holding or self._over is not None or self._next not in self._said:
-                return False
-            self._holding, generation = True, self._next
-            said = self._said[generation]
-        over: Exception | None = RankLost(f"talking to the other ranks of generation {generation} was interrupted")
-        verdict: Verdict | None = None
-        interrupt: BaseException | None = None
+            if self._holder is not None or self._silent or self._next not in self._said:
+                return  # it is a holder's already, or will be, or nobody's
+            holder = self._holder = Worker(target=lambda: self._hold(holder), name="dirtytrack-ranks", daemon=True)
         try:
-            with _reaching(f"commit generation {generation}"):
-                verdict, interrupt = self._held(generation, said)
-            over = verdict.problem(generation, self.comm.rank) if verdict.kind == "left" else None
-        except RankLost as error:
-            over = error
-        finally:
+            holder.start()
+        except RuntimeError:  # no more threads are to be had; but we are one
+            self._hold(holder)
+        except BaseException:  # should it run all the same, it sees that it is not the one
             with self._mutex:
-                self._holding, self._over = False, over
+                self._silent, self._holder = True, None
+                self._over = RankLost("talking to the other ranks was interrupted as it began")
+                self._bell.ring()
+            raise
+
+    def _hold(self, me: Worker) -> None:
+        while True:
+            with self._mutex:
+                if self._holder is not me:
+                    return
+                generation = self._next
+                if self._silent or generation not in self._said:
+                    self._holder = None
+                    return
+                said = self._said[generation]
+            verdict: Verdict | None = None
+            over: Exception | None = None
+            try:
+                with _reaching(f"commit generation {generation}"):
+                    verdict = self._held(generation, said)
+                if verdict.kind == "left":
+                    over = verdict.problem(generation, self.comm.rank)
+            except RankLost as error:
+                over = error
+            with self._mutex:
+                if over is not None:
+                    self._silent, self._over = True, self._over or over
                 if verdict is not None:
                     self._next = generation + 1
                     self._said.pop(generation)
@@ -262,23 +281,18 @@ class Rounds:
                     if verdict.kind == "committed":
                         self._committed = generation, verdict
                 self._bell.ring()
-        if interrupt is not None:
-            raise interrupt
-        return over is None
 
-    def _held(self, generation: int, said: dict[str, Any]) -> tuple[Verdict, BaseException | None]:
+    def _held(self, generation: int, said: dict[str, Any]) -> Verdict:
         found = self.comm.gather(json.dumps(said).encode())
         if found is None:
-            return Verdict.decode(self.comm.broadcast(b"")), None
+            return Verdict.decode(self.comm.broadcast(b""))
         assert self._decide is not None, "rank 0 decides"
-        interrupt: BaseException | None = None
         try:
             verdict = self._decide(generation, [json.loads(each) for each in found])
-        except BaseException as error:
+        except BaseException as error:  # the others must have an answer
             verdict = Verdict("failed", (0,), _words(error), getattr(error, "errno", None))
-            interrupt = None if isinstance(error, Exception) else error
         self.comm.broadcast(verdict.encode())
-        return verdict, interrupt  # which the others know nothing of: they were answered
+        return verdict
 
     def verdict(self, generation: int) -> Verdict:
         """Wait for what comes of a generation that something was said of.
@@ -306,21 +320,28 @@ class Rounds:
         if problem is not None:
             raise problem
 
-    def leave(self, error: BaseException | None) -> bool:
+    def leave(self, error: BaseException | None, timeout: float | None = None) -> bool:
         """Say that this rank saves no more, where that is still to be said, and wait until all have heard it.
+
+        Args:
+            error: why, where that is not as it should be.
+            timeout: seconds. When they are over nothing is waited for any more, by nobody: other ranks may wait for
+                this one, for something else.
 
         Returns:
             Whether all leave with it.
         """
+        verdict: Verdict | None = None
         try:
             generation = self.begin()
+            self.say(generation, as_left(error))
+            if self._bell.wait_for(lambda: generation in self._verdicts or self._over is not None, timeout):
+                verdict = self.verdict(generation)
         except (RankFailed, RankLost):
-            return False
-        self.say(generation, as_left(error))
-        try:
-            verdict = self.verdict(generation)
-        except (RankFailed, RankLost):
-            return False
+            pass
         with self._mutex:
             self._over = CheckpointerClosed("this is closed: make another one, with resume=True to go on")
-        return len(verdict.ranks) == self.comm.size
+            if verdict is None:
+                self._over = RankLost("this rank has left, and heard nothing of the others")
+            self._bell.ring()
+        return verdict is not None and len(verdict.ranks) == self.comm.size

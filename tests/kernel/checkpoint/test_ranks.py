@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import tempfile
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from dirtytrack.checkpoint import (
     compact,
     compare,
     coordinated,
+    export_zarr,
     generations,
     prune,
     restore,
@@ -34,6 +36,7 @@ from dirtytrack.checkpoint import (
     tending,
     verify,
 )
+from dirtytrack.checkpoint.ranks import coordinating
 from dirtytrack.errors import (
     CheckpointerClosed,
     DamagedCheckpoint,
@@ -349,6 +352,39 @@ def test_a_rank_that_leaves_does_not_keep_the_others_waiting(where: Path) -> Non
     assert found[0] == found[2] == "told"
     assert isinstance(found[1], ZeroDivisionError)
     assert restore(where).meta == 1
+
+
+@pytest.mark.parametrize("under_way", [False, True])
+def test_a_rank_that_leaves_by_an_error_does_not_wait_for_ever(
+    where: Path, under_way: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For another one that waits for it, for something else: then the error would never be seen."""
+    monkeypatch.setattr(coordinating, "_PATIENCE_SECONDS", 0.3)
+    left = threading.Event()
+
+    def work(comm: ThreadRank) -> str:
+        rank = Rank(comm, [3, 4])
+        try:
+            with rank.begin(where) as ckpt:
+                assert ckpt.save(1).wait(20)
+                if comm.rank:
+                    if under_way:
+                        ckpt.save(2)
+                    raise ZeroDivisionError("the program failed")
+                assert left.wait(20), "it waits"
+                with pytest.raises(RankFailed, match=r"rank 1 saves no more|rank 1 could not"):
+                    ckpt.save(2).wait(20)
+                    ckpt.save(3).wait(20)
+        finally:
+            if comm.rank:
+                left.set()
+        return "told"
+
+    first, second = outcomes(2, work)
+    assert isinstance(second, ZeroDivisionError)
+    assert first == "told"
+    assert restore(where).meta in (1, 2)
+    go_on(where, [3, 4])
 
 
 def test_a_save_that_raises_at_one_rank_fails_at_all(where: Path) -> None:
@@ -716,6 +752,14 @@ def test_compact_and_prune_reach_the_parts(where: Path) -> None:
     )
     assert next(each for each in found.regions if each.name == "grid").changed_nbytes == changed
     assert verify(where, all=True).ok
+
+
+def test_an_export_joins_the_parts(where: Path, tmp_path: Path) -> None:
+    zarr: Any = pytest.importorskip("zarr", minversion="3.1", reason="zarr 3 needs Python 3.11")
+    parts = saved(where, [6, 20])[-1]
+    export_zarr(where, tmp_path / "zarr")
+    grid = np.asarray(zarr.open_group(tmp_path / "zarr", mode="r")["grid"])
+    assert grid.tobytes() == np.concatenate([part["grid"] for part in parts]).tobytes()
 
 
 # ---- damage

@@ -27,7 +27,7 @@ from tests.ranking import ThreadRank, ranks
 from tests.saving import paged
 from tests.storing import Dying, Recording, crashes
 
-ROWS, STEPS = (3, 5), 3
+ROWS = (3, 5)
 IMPORTED = writing  # when it is needed, which is in each child: once, here, instead
 
 
@@ -45,7 +45,8 @@ def run(
     files: Files | None = None,
     say: Callable[[tuple[str, int]], object] = lambda _: None,
     *,
-    steps: int = STEPS,
+    steps: int,
+    keep: int = 2,
 ) -> None:
     """Both ranks go on from where it was; ``say`` hears what was reported committed, and what may be removed."""
 
@@ -63,7 +64,7 @@ def run(
             {"grid": rows},
             partition={"grid": 0},
             resume=True,
-            retain=Retention(last=2),
+            retain=Retention(last=keep),
             compression=None,
             compact=None,
             threads=1,
@@ -75,8 +76,8 @@ def run(
                 rows[:] = np.where(
                     rows != grid_at(step)[low : low + len(rows)], grid_at(step)[low : low + len(rows)], rows
                 )
-                if not comm.rank and step - 2 >= 0:
-                    say(("removed", step - 2))  # may be, as soon as this one is there
+                if not comm.rank and step - keep >= 0:
+                    say(("removed", step - keep))  # may be, as soon as this one is there
                 assert ckpt.save(step).wait(20)
                 if not comm.rank:
                     say(("committed", step))
@@ -133,17 +134,27 @@ class Disk(Recording):
             super().note(what)
 
 
-def test_each_legal_loss_leaves_each_generation_whole_or_gone_for_all(where: Path) -> None:
+def power_losses(where: Path, steps: int, keep: int) -> None:
     (where / "disk").mkdir(parents=True)
     files = Disk(where / "disk")
     DirectoryStore(where / "disk" / "store", create=True, files=files).close()
-    run(where / "disk" / "store", files, files.note)
+    run(where / "disk" / "store", files, files.note, steps=steps, keep=keep)
     seen = 0
     for moment, root in crashes(files, where / "after"):
         seen += 1
         problem = problem_of(root / "store", committed_by(moment.notes), next_run=not seen % 40)
         assert problem is None, (problem, moment.after, moment.notes)
     assert seen > 300
+
+
+def test_each_legal_loss_leaves_each_generation_whole_or_gone_for_all(where: Path) -> None:
+    power_losses(where, 2, 1)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_each_legal_loss_of_more_steps(where: Path) -> None:
+    power_losses(where, 5, 2)
 
 
 # ---- a kill

@@ -15,7 +15,7 @@ import pytest
 from dirtytrack.checkpoint import coordinated, generations, restore, restore_share, verify
 from dirtytrack.errors import InvalidCheckpoint, RankLost
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.timeout(300)]  # each process imports PyTorch
 
 SIZE = 2
 
@@ -80,10 +80,9 @@ def test_a_process_group_serves_as_well(where: Path, tmp_path: Path) -> None:
     assert (state["moments"] == 4).all()
     assert (state["weights"] == 6).all()
     assert processes(3, train, where, meeting)[2] == (4, [14.0, 8.0])
-    assert processes(1, train, where, meeting)[0] == (8, [18.0, 12.0])
-    assert [each.generation for each in generations(where)] == list(range(1, 13))
+    assert [each.generation for each in generations(where)] == list(range(1, 9))
     assert verify(where, all=True).ok
-    assert processes(2, share, where, meeting) == {0: [30, 12.0], 1: [30, 12.0]}
+    assert processes(2, share, where, meeting) == {0: [30, 8.0], 1: [30, 8.0]}
 
 
 def share(dist: Any, where: str) -> list[float]:
