@@ -7,15 +7,15 @@
 from __future__ import annotations
 
 import itertools
+import socket
 import threading
 from datetime import datetime, timezone
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
-Objects = dict[str, tuple[bytes, datetime]]
-objects: Objects = {}
-uploads: dict[str, dict[int, bytes]] = {}
+objects: dict[str, tuple[list[bytearray], datetime]] = {}  # in parts, as they came
+uploads: dict[str, dict[int, bytearray]] = {}
 numbers = itertools.count(1)
 mutex = threading.Lock()
 
@@ -23,13 +23,13 @@ mutex = threading.Lock()
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
-    rbufsize, wbufsize = 1 << 20, 1 << 16
+    rbufsize, wbufsize = 0, 1 << 16  # bodies are read into their place, by few calls
     disable_nagle_algorithm = True
 
     def log_message(self, *_: object) -> None:
         pass
 
-    def reply(self, status: int, body: bytes = b"", **headers: str) -> None:
+    def reply(self, status: int, body: bytes | memoryview = b"", **headers: str) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
@@ -43,11 +43,15 @@ class Handler(BaseHTTPRequestHandler):
         key = unquote(parts.path).lstrip("/").partition("/")[2]
         return key, {name: values[0] for name, values in parse_qs(parts.query, keep_blank_values=True).items()}
 
-    def body(self) -> bytes:
-        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+    def body(self) -> bytearray:
+        data = bytearray(int(self.headers.get("Content-Length") or 0))
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self.connection.recv_into(rest, 0, socket.MSG_WAITALL) :]
+        return data
 
-    def keep(self, key: str, data: bytes) -> None:
-        objects[key] = data, datetime.now(timezone.utc)
+    def keep(self, key: str, *parts: bytearray) -> None:
+        objects[key] = [*parts], datetime.now(timezone.utc)
 
     def do_PUT(self) -> None:
         (key, query), data = self.asked(), self.body()
@@ -69,7 +73,7 @@ class Handler(BaseHTTPRequestHandler):
             text = f"<InitiateMultipartUploadResult><UploadId>{number}</UploadId></InitiateMultipartUploadResult>"
         elif "uploadId" in query:
             parts = uploads.pop(query["uploadId"])
-            self.keep(key, b"".join(parts[each] for each in sorted(parts)))
+            self.keep(key, *(parts[each] for each in sorted(parts)))
             text = "<CompleteMultipartUploadResult><ETag>1</ETag></CompleteMultipartUploadResult>"
         else:  # ?delete
             keys = [part.partition("</Key>")[0] for part in data.decode().split("<Key>")[1:]]
@@ -95,7 +99,10 @@ class Handler(BaseHTTPRequestHandler):
         if key not in objects:
             self.reply(404, b"<Error><Code>NoSuchKey</Code></Error>")
             return
-        data, modified = objects[key]
+        parts, modified = objects[key]
+        if len(parts) > 1:
+            parts[:] = [bytearray().join(parts)]
+        data = memoryview(parts[0])
         headers = {"ETag": '"1"', "Last_Modified": format_datetime(modified, usegmt=True)}
         if (asked := self.headers.get("Range")) is None:
             self.reply(200, data, **headers)
@@ -107,8 +114,8 @@ class Handler(BaseHTTPRequestHandler):
     def listing(self, prefix: str) -> None:
         found = [
             f"<Contents><Key>{key}</Key><LastModified>{modified.isoformat(timespec='milliseconds')}</LastModified>"
-            f"<Size>{len(data)}</Size></Contents>"
-            for key, (data, modified) in sorted(objects.items())
+            f"<Size>{sum(map(len, parts))}</Size></Contents>"
+            for key, (parts, modified) in sorted(objects.items())
             if key.startswith(prefix)
         ]
         self.reply(200, f"<ListBucketResult>{''.join(found)}</ListBucketResult>".encode())

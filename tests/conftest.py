@@ -24,6 +24,7 @@ IN_CI = os.environ.get("CI") == "true"
 SOAK = os.environ.get("DIRTYTRACK_SOAK") == "1"
 TORCH = find_spec("torch") is not None
 BROWSER = any(map(which, BROWSERS))
+RADOSGW = os.environ.get("DIRTYTRACK_S3") == "radosgw"
 SANITIZED = os.environ.get("DIRTYTRACK_SANITIZE") == "1"
 
 # In CI a skip is a failure, so that a green run means that everything ran. Not so for these: the beginning of a test's
@@ -75,6 +76,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=support.why_not))
         runs = SOAK or not item.get_closest_marker("soak")
         runs = runs and (TORCH or not item.get_closest_marker("torch"))
+        runs = runs and not item.get_closest_marker("moto" if RADOSGW else "radosgw")
         runs = runs and (BROWSER or not item.get_closest_marker("browser"))
         runs = runs and not (SANITIZED and item.get_closest_marker("unsanitized"))
         (kept if runs else dropped).append(item)
@@ -95,7 +97,7 @@ def s3() -> Iterator[str]:
     """The address of a server that speaks S3: moto's; or Ceph's, with DIRTYTRACK_S3=radosgw (make radosgw)."""
     from tests import buckets, radosgw
 
-    with radosgw.served() if os.environ.get("DIRTYTRACK_S3") == "radosgw" else buckets.served() as address:
+    with radosgw.served() if RADOSGW else buckets.served() as address:
         yield address
 
 

@@ -60,6 +60,7 @@ rgw data = {where}/rgw
 rgw frontends = beast endpoint=127.0.0.1:{rgw}
 rgw enable usage log = false
 rgw run sync thread = false
+ms mon client mode = crc
 """
 
 

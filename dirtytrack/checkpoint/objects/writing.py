@@ -115,13 +115,13 @@ class ObjectWriter:
         names = {segment.name for segment in manifest.segments}
         with self._mutex:
             self._require_open()
+            self._lease.require()
             self._require_there(names)
             if kept in self._named:
                 raise InvalidCheckpoint(
                     f"generation {manifest.generation} has a revision {manifest.revision} already, and nothing is "
                     "overwritten: take the next one"
                 )
-            self._lease.require()
             before = set(self._uncertain)
             self._uncertain |= names  # from here on it may be there, or come to be, whatever is raised
             try:

@@ -397,18 +397,15 @@ REFUSED: list[tuple[Answer, type[DirtyTrackError], str]] = [
 
 
 @pytest.mark.parametrize(("answer", "kind", "says"), REFUSED, ids=lambda each: getattr(each, "body", "")[50:75] or None)
-@pytest.mark.parametrize("when", ["at the beginning", "in the middle"])
 def test_what_the_store_refuses_is_said(
-    proxy: Proxy, url: str, answer: Answer, kind: type[DirtyTrackError], says: str, when: str
+    proxy: Proxy, url: str, answer: Answer, kind: type[DirtyTrackError], says: str
 ) -> None:
-    opened(url, proxy.address).close()
     quick: dict[str, Any] = {"retry_config": {**QUICK, "max_retries": 0}}
-    if when == "at the beginning":
-        proxy.meddle = lambda _: answer
-        for create in (True, False):
-            with pytest.raises(kind, match=says):
-                opened(url, proxy.address, create=create, **quick)
-        return
+    proxy.meddle = lambda _: answer
+    for create in (True, False):
+        with pytest.raises(kind, match=says):
+            opened(url, proxy.address, create=create, **quick)
+    proxy.meddle = lambda _: "pass"
     with opened(url, proxy.address, **quick) as store, store.writer() as writer:
         first = save(writer, store, CONTENTS[0])
         proxy.meddle = lambda request: answer if request.method in ("PUT", "POST") else "pass"
@@ -419,6 +416,19 @@ def test_what_the_store_refuses_is_said(
         assert read_back(store) == CONTENTS[0]
 
 
+@pytest.mark.radosgw
+def test_a_server_that_checks_says_what_is_wrong(s3: str, url: str) -> None:
+    opened(url, s3).close()
+    for wrong in ({"secret_access_key": "another"}, {"access_key_id": "nobody"}):
+        with pytest.raises(PermissionDenied, match="the credentials are wrong"):
+            ObjectStore(url, **{**options(s3), **wrong})
+    with pytest.raises(PermissionDenied, match="the credentials do not allow it"):
+        ObjectStore(url, **options(s3, skip_signature=True))
+    with pytest.raises(InvalidCheckpoint, match=r"no such bucket\. Make it"):
+        opened("s3://no-such-bucket/x", s3)
+
+
+@pytest.mark.moto
 def test_a_store_that_ignores_the_condition_is_refused(proxy: Proxy, url: str) -> None:
     proxy.meddle = lambda _: "without the condition"
     with opened(url, proxy.address) as store:
