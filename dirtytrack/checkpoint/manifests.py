@@ -19,6 +19,7 @@ from .checking import listed as _list
 from .checking import matches as _matches
 from .checking import number as _number
 from .checking import require as _require
+from .programs import require_program
 from .ranked import ranks_of, require_ranks
 
 if TYPE_CHECKING:
@@ -136,6 +137,7 @@ class Manifest:
         segments: oldest generation first; frames of a later one overwrite those of an earlier one.
         ranks: of a generation that many ranks saved together, what each of them has of it, and there are no segments
             here (`Joined`); of what one of them has, which it is (`Part`). None for all else.
+        threads: of the image of a process, what it was: docs/checkpoint-format.md. None for any other.
 
     Raises:
         InvalidCheckpoint: it makes no sense; the message tells where.
@@ -152,6 +154,7 @@ class Manifest:
     regions: tuple[RegionEntry, ...]
     segments: tuple[SegmentEntry, ...]
     ranks: Joined | Part | None = None
+    threads: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         _validate(self)
@@ -181,13 +184,18 @@ class Manifest:
         members["regions"] = [_plain(region) for region in self.regions]
         members["segments"] = [_plain(segment) for segment in self.segments]
         members["ranks"] = None if self.ranks is None else self.ranks.plain()
-        members["threads"] = None
         body = _json(members)
         head = _HEAD.pack(_MAGIC, VERSION, 0, len(body))
         if len(head) + len(body) + 32 > MOST_MANIFEST_NBYTES:
             raise InvalidCheckpoint(
                 f"the manifest of generation {self.generation} would take {len(body)} bytes, {MOST_MANIFEST_NBYTES} "
-                "are the most: keep less in meta, or compact, which makes one segment of many"
+                "are the most: "
+                + (
+                    "keep less in meta, or compact, which makes one segment of many"
+                    if self.threads is None
+                    else f"process {self.threads['pid']} has {len(self.threads['threads'])} threads and "
+                    f"{len(self.threads['mappings'])} mappings, whose registers and names are kept there"
+                )
             )
         return head + body + sha256(head + body).digest()
 
@@ -263,8 +271,7 @@ def _refuse(constant: str) -> Any:
 
 
 def _decoded(members: dict[str, Any]) -> Manifest:
-    given = _exactly(members, {field.name for field in fields(Manifest)} | {"threads"}, "it")
-    _require(given.pop("threads") is None, "threads is not null")
+    given = _exactly(members, {field.name for field in fields(Manifest)}, "it")
     given["ranks"] = ranks_of(given["ranks"])
     given["regions"] = tuple(_entry(RegionEntry, each, "a region") for each in _list(given["regions"], "regions"))
     given["segments"] = tuple(_entry(SegmentEntry, each, "a segment") for each in _list(given["segments"], "segments"))
@@ -295,6 +302,8 @@ def _validate(manifest: Manifest) -> None:
     _validate_regions(manifest.regions, generation)
     _validate_segments(manifest.segments, generation)
     require_ranks(manifest.ranks, manifest.regions, manifest.segments)
+    if manifest.threads is not None:
+        require_program(manifest.threads, page, manifest.regions)
 
 
 def _validate_regions(regions: tuple[RegionEntry, ...], generation: int) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 import dirtytrack
 from dirtytrack import checkpoint, delta, gc, observe, pagemap, process
+from dirtytrack.checkpoint import images
 
 if TYPE_CHECKING:
     from typing_extensions import assert_type
@@ -238,3 +239,13 @@ def many_ranks(comm: checkpoint.Communicator, grid: np.ndarray) -> None:
     checkpoint.coordinated(comm, "runs/a", {"grid": grid}, when_busy="skip")  # type: ignore[arg-type]
     checkpoint.coordinated(comm, "runs/a", {"grid": grid}, colour=1)  # type: ignore[call-arg]
     assert_type(checkpoint.restore_share(comm, "runs/a", names=["grid"]), checkpoint.State)
+
+
+def cores() -> None:
+    made = images.write_core("images/redis", "core.3", 3, progress=lambda done, total: print(done / total))
+    assert_type(made, images.Core)
+    assert_type(made.missing, tuple[images.Missing, ...])
+    found = images.compare_images("images/redis", 3, 7, objects=False)
+    assert_type(found.changed_pages, int)
+    assert_type(found.mappings[0].newer, images.MappedRange | None)
+    assert_type(found.objects, tuple[images.ObjectDifference, ...])
