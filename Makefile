@@ -111,6 +111,11 @@ bench-objects: $(VENV)/.test ## measure saves to an object store, for docs/objec
 	$(BIN)/python -m benchmarks --write docs/objects.json objects
 	$(BIN)/python docs/draw_tables.py docs/objects.json docs/object-stores.md
 
+.PHONY: bench-formats
+bench-formats: $(VENV)/.test ## measure a zarr array that follows a tracked one, for docs/formats.md
+	$(BIN)/python -m benchmarks --seconds 0.5 --write docs/formats.json zarr_rows
+	$(BIN)/python docs/draw_tables.py docs/formats.json docs/formats.md
+
 .PHONY: draw-observe
 draw-observe: $(VENV)/.test ## run a small program, and draw it for docs/top.md and docs/heatmap.md
 	$(BIN)/python docs/draw_observe.py docs/top.svg docs/heatmap.png
@@ -152,7 +157,8 @@ c-test: $(C_TESTS:tests/c/%.c=build/c/%.ran) ## the C core with its own tests, w
 .PHONY: test-torch
 test-torch: $(VENV)/.test ## pages and tests on PyTorch, which it installs: large, so neither make test nor CI does
 	$(PIP) install "$(TORCH)"
-	$(BIN)/python -m pytest tests/unit/test_docs.py tests/kernel/test_delta_torch.py tests/kernel/checkpoint -m torch $(ARGS)
+	$(BIN)/python -m pytest tests/unit/test_docs.py tests/kernel/test_delta_torch.py tests/kernel/checkpoint \
+	    tests/unit/checkpoint -m torch $(ARGS)
 
 .PHONY: radosgw
 radosgw: $(VENV)/.test ## the tests of object stores against Ceph's, which it installs: as root on Debian, 400 MB, so CI does not

@@ -26,6 +26,7 @@ from .objects import objects
 from .process import attaching, process, reading
 from .regions import regions
 from .remedies import remedies
+from .zarr_rows import zarr_rows
 
 BENCHMARKS: dict[str, Benchmark] = {
     "collect": collect,
@@ -52,9 +53,10 @@ BENCHMARKS: dict[str, Benchmark] = {
     "checkpoint_restore": checkpoint_restore,
     "migration": migration,
     "objects": objects,
+    "zarr_rows": zarr_rows,
 }
 
-BY_NAME = {"checkpoint", "checkpoint_beside", "migration", "objects"}
+BY_NAME = {"checkpoint", "checkpoint_beside", "migration", "objects", "zarr_rows"}
 """What runs only when it is asked for: its numbers stand on pages of their own (make bench-checkpoint, …)."""
 
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from .dirtyset import Mirror
+    from .kernel import _taking
     from .memory import AnyBuffer
     from .region import Span
 
@@ -88,12 +89,13 @@ class DirtyTracker:
         self._owned: tuple[Region, ...] = ()
         self._regions: dict[int, Region] = {}  # by the session's number; what is watched now
         self._parts: dict[int, Layout] = {}  # each region by itself
-        self._layout = Layout(())
         self._coming: list[tuple[Region, ...]] = []  # of each start or add under way
         self._lock = threading.RLock()  # of what is watched; never taken by a collect
         self._slot = engine.new_listener(session._handle, adaptive=adaptive, exact=exact, page_ns=page_ns)
         self._handle: Any = self._slot[0]
-        self._new, self._taken, self._take = core.taking.new, core.taking.Taken, engine.taker(self._handle)
+        self._collecting = engine.collecting(self._handle, DirtySet)
+        self._layout = Layout(())
+        _quicken()
         session._trackers.add(self)
         if audit:
             engine.set_audit(self._handle, audit)
@@ -138,6 +140,15 @@ class DirtyTracker:
         raise TypeError("a DirtyTracker cannot be pickled: it tracks this process's memory")
 
     # ---- which regions
+
+    @property
+    def _layout(self) -> Layout:
+        layout: Layout = self._collecting.layout
+        return layout
+
+    @_layout.setter
+    def _layout(self, now: Layout) -> None:
+        self._collecting.layout = now
 
     def _resolve(self, region: Region | str) -> Region:
         if isinstance(region, Region):
@@ -321,31 +332,6 @@ class DirtyTracker:
 
         Thread safety: of two collects at once each page goes to exactly one.
         """
-        if region is not None or budget_seconds is not None or exact or mirror is not None:
-            return self._collect_some(region, budget_seconds, exact, mirror)
-        # What can be done before the call is: the kernel has just flushed this processor's TLB when it returns. No step
-        # is taken that can be spared, each of which costs up to 0.2 µs around that call: no partial, no __init__, no
-        # self._take(...), for which Python looks among the methods first.
-        new, take = self._new, self._take
-        dirty = new(DirtySet)
-        dirty._layout = before = self._layout
-        dirty._held = taken = new(self._taken)
-        try:
-            take(taken)
-            if self._layout is not before:
-                dirty._layout = before.until(self._layout)
-        except core.taking.Failed as failed:
-            raise engine.take_error(failed, self._session._find) from None
-        except BaseException:
-            # In this very frame, and before any call: Python looks for signals whenever one begins or returns.
-            taken.delivered = 0
-            core.give_back(dirty._set)  # now, not when the last traceback that knows it goes
-            raise
-        return dirty
-
-    def _collect_some(
-        self, region: Region | str | None, budget_seconds: float | None, exact: bool, mirror: Mirror | None
-    ) -> DirtySet:
         if exact != (mirror is not None):
             raise InvalidMemory("exact=True compares with a mirror=, and a mirror is of use for that only")
         budget = -1.0
@@ -370,6 +356,10 @@ class DirtyTracker:
             core.give_back(cset)
             raise
         return dirty
+
+    def _explained(self, failed: _taking.Failed) -> Exception:
+        """What a collect in C raises."""
+        return engine.take_error(failed, self._session._find)
 
     def collect_into(self, mirror: Mirror, region: Region | str | None = None) -> DirtySet:
         """Collect, then copy the dirty bytes to a mirror, in one call without the GIL.
@@ -579,3 +569,15 @@ def track(
     )
     tracker._owned = regions
     return tracker
+
+
+_in_python = DirtyTracker.collect
+
+
+def _quicken() -> None:
+    """Have C collect where nothing is asked for: see taking.c. Not before the core is loaded, which is at first use."""
+    if DirtyTracker.collect is _in_python:
+        words = (
+            f"collect($self, region=None, *, budget_seconds=None, exact=False, mirror=None)\n--\n\n{_in_python.__doc__}"
+        )
+        DirtyTracker.collect = core.taking.quick_collect(DirtyTracker, _in_python, words)  # type: ignore[method-assign]

@@ -16,6 +16,11 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
+from dirtytrack import DirtySet, DirtyTracker
+from dirtytrack.kernel import engine
+from dirtytrack.layout import Layout
+from dirtytrack.process import ProcessTracker
+
 _HERE = str(Path(__file__).resolve().parent)
 _BEGINNING = -1
 
@@ -75,3 +80,28 @@ class Points:
             self.where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
             sys.settrace(None)
             self._act()
+
+
+COLLECT = compile("tracker.collect()", "its caller", "eval")
+"""A collect is C's: the points are its caller's, before it and as it returns."""
+
+
+def collect_as_its_caller(tracker: DirtyTracker | ProcessTracker) -> object:
+    """A collect whose caller `Points` sees."""
+    return eval(COLLECT, {"tracker": tracker})
+
+
+def moved_meanwhile(tracker: DirtyTracker) -> Any:
+    """What collects for a tracker, and finds another layout when it is through."""
+
+    class Moving(DirtySet):
+        __slots__ = ()
+
+        def __setattr__(self, name: str, value: object) -> None:
+            super().__setattr__(name, value)
+            if name == "_layout" and tracker._layout is value:
+                tracker._layout = Layout(tracker._layout.spans)
+
+    collecting = engine.collecting(tracker._handle, Moving)
+    collecting.layout = tracker._layout
+    return collecting

@@ -7,6 +7,7 @@
 from .chains import Pruned, Retention, compact, prune
 from .checkpointer import Checkpointer
 from .comparing import Comparison, RegionComparison, compare
+from .formats import Written, ZarrWriter, export_dcp, export_zarr
 from .jobs import Save
 from .listing import Summary, generations
 from .manifests import Manifest, RegionEntry, SegmentEntry
@@ -33,8 +34,12 @@ __all__ = [
     "Store",
     "Summary",
     "Verified",
+    "Written",
+    "ZarrWriter",
     "compact",
     "compare",
+    "export_dcp",
+    "export_zarr",
     "generations",
     "prune",
     "restore",

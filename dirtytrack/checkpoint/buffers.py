@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     Saveable = AnyBuffer | tuple[int, int] | Any  # a tensor of PyTorch has no buffer protocol
 
-__all__ = ["Described", "array_of", "describe", "misfits"]
+__all__ = ["Described", "array_of", "describe", "misfits", "numpy_dtype", "torch_dtype"]
 
 _TORCH = "torch."
 _LITTLE = "<" if sys.byteorder == "little" else ">"
@@ -152,6 +152,12 @@ def _numpy_dtype(numpy: Any, dtype: str) -> Any:
     return None if found.hasobject else found
 
 
+def numpy_dtype(dtype: str) -> Any:
+    """The type of NumPy, which must be there, for one as `Described` has it; None where NumPy knows no such type."""
+    plain = _plain_kind(dtype)
+    return None if plain.startswith(_TORCH) else _numpy_dtype(import_module("numpy"), plain)
+
+
 # ---- PyTorch
 
 
@@ -168,6 +174,14 @@ def _bytes_of_tensor(torch: Any, tensor: Any) -> Any:
         raise InvalidMemory("this tensor is empty")
     # Through NumPy, which makes PyTorch refuse to resize it.
     return tensor.detach().reshape(-1).view(torch.uint8).numpy()
+
+
+def torch_dtype(torch: Any, dtype: str) -> Any:
+    """The type of PyTorch for one as `Described` has it; None where PyTorch has none of these bytes."""
+    plain = _plain_kind(dtype)
+    kinds = {f"{'|' if kind.endswith('1') else _LITTLE}{kind}": name for name, kind in _SAME_IN_NUMPY.items()}
+    found = getattr(torch, kinds.get(plain, plain.removeprefix(_TORCH)), None)  # bfloat16 is called so by both
+    return found if isinstance(found, torch.dtype) else None
 
 
 # ---- anything else

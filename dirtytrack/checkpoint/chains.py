@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from ..errors import DamagedCheckpoint, InvalidCheckpoint, NoSuchGeneration
+from ..errors import DamagedCheckpoint, InvalidCheckpoint, NoSuchGeneration, StoreFailed
 from ..kernel.packing import all_zero
 from .coding import Decoder, Encoder
 from .crew import Crew
@@ -320,6 +320,9 @@ class Pruned(NamedTuple):
     """Those that are to be kept."""
     put_off: tuple[int, ...]
     """Those that would have been removed, had nobody read: prune again later."""
+    unreadable: tuple[str, ...] = ()
+    """Why no segment can be removed, a sentence for each manifest that is kept and cannot be read: nobody knows which
+    segments it names. Generations are removed all the same, without the room that they took."""
 
 
 def prune(
@@ -330,7 +333,7 @@ def prune(
     No generation needs another one: what is kept is restored as before. Kept is also the newest generation that can be
     restored, as far as manifests and indexes tell, whatever its number. Whatever interrupts this leaves each generation
     whole or gone; what else it leaves, the next writer removes. While somebody restores or verifies, nothing is
-    removed.
+    removed. While a manifest that is kept cannot be read, the segments of what is removed stay; ``unreadable`` tells.
 
     Args:
         store: it, or its path. Nobody else may write to it meanwhile: a `Checkpointer` prunes by itself (``retain=``).
@@ -347,16 +350,30 @@ def prune(
         raise InvalidCheckpoint(f"a retention is a Retention, as Retention(last=10), not {retention!r}")
     with open_store(store) as opened:
         if dry_run:
-            return _pruned(opened.catalog(), removable(opened, retention, now=now), True)
+            return _pruned(opened, opened.catalog(), removable(opened, retention, now=now), True)
         with opened.writer() as writer:
             catalog, gone = opened.catalog(), removable(opened, retention, now=now)
-            return _pruned(catalog, gone, writer.remove(gone) if gone else True)
+            return _pruned(opened, catalog, gone, writer.remove(gone) if gone else True)
 
 
-def _pruned(catalog: Collection[Kept], gone: Collection[Kept], done: bool) -> Pruned:
-    kept = {each.generation for each in set(catalog) - set(gone)}
+def _pruned(store: Store, catalog: Collection[Kept], gone: Collection[Kept], done: bool) -> Pruned:
+    left = set(catalog) - set(gone)
+    kept = {each.generation for each in left}
     removed = tuple(sorted({each.generation for each in gone} - kept))
-    return Pruned(removed if done else (), tuple(sorted(kept)), () if done else removed)
+    return Pruned(
+        removed if done else (), tuple(sorted(kept)), () if done else removed, tuple(_unreadable(store, sorted(left)))
+    )
+
+
+def _unreadable(store: Store, left: Iterable[Kept]) -> Iterator[str]:
+    """Of manifests, why they cannot be read, where they cannot."""
+    for kept in left:
+        try:
+            store.manifest(*kept)
+        except (DamagedCheckpoint, InvalidCheckpoint, StoreFailed) as error:
+            yield str(error)
+        except NoSuchGeneration:
+            continue  # somebody removed it
 
 
 def removable(

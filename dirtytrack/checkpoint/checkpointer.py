@@ -299,12 +299,15 @@ class Checkpointer:
         they are durable.
 
         Args:
-            meta: anything that JSON has a word for, nested at most 100 deep, kept with it.
+            meta: anything that JSON has a word for, nested at most 100 deep, kept with it. Or a function that returns
+                it, called within ``quiesce``, before the copy: for what must be of the same instant as the buffers. Its
+                time belongs to the stall; a save that is skipped does not call it.
             full: all bytes, whatever was written: a generation that needs no other one's segments.
 
         Raises:
             InvalidCheckpoint: JSON has no word for ``meta``; or ``quiesce`` swallowed an error.
-            StoreBusy: called by ``quiesce``, ``encrypt``, a finaliser or a signal handler within another call.
+            StoreBusy: called by ``quiesce``, ``meta``, ``encrypt``, a finaliser or a signal handler within another
+                call.
             RegionGone: a buffer's memory went away: `remove` it, then save again.
             StoreFailed, or whatever an earlier save failed of: told once, before anything is collected; the next call
                 saves, the pages of the failed one too.
@@ -312,14 +315,14 @@ class Checkpointer:
 
         What raises has collected nothing for good: all pages are in the next save.
         """
-        kept = as_json(meta)
+        kept = meta if callable(meta) else as_json(meta)
         with self._alone("save"):
             self._require_open()
             saver, began = self._saver, time.perf_counter()
             self._recover()
             saver.raise_unreported()
             if self._when_busy == "skip" and saver.busy:
-                return Save(None, "skipped", kept)
+                return Save(None, "skipped", None if callable(kept) else kept)
             saver.wait(only_aborted=self._when_busy != "wait")
             saver.raise_unreported()
             if not saver.busy:
@@ -362,10 +365,13 @@ class Checkpointer:
         full = full or known is None or self._tending.full_next
         generation = next(self._numbers)
         saver, stall = self._saver, Stall(self._saver, watched)
-        tracker, epoch, copied = self._watching.tracker, 0, False
+        tracker, copied = self._watching.tracker, False
+        epoch = tracker.epoch
         try:
             began = time.perf_counter()
             with self._quiesce() if self._quiesce is not None else nullcontext():
+                if callable(meta):
+                    meta = as_json(meta())
                 epoch, self._unsure = tracker.epoch, True
                 dirty = stall.dirty = tracker.collect()
                 dirty_nbytes = sets.nbytes(dirty._set, watched.extents)

@@ -19,7 +19,7 @@ __all__ = ["add_arguments", "run"]
 _MODULES = dict.fromkeys(("ls", "show", "verify", "diff"), "ckpt_told") | dict.fromkeys(
     ("compact", "prune"), "ckpt_done"
 )
-_MODULES["restore"] = "ckpt_files"
+_MODULES["restore"], _MODULES["export"] = "ckpt_files", "ckpt_export"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +41,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fallback", action="store_true", help="where it is damaged, the newest older generation that is not"
     )
     _add_function(command, "--decrypt", "what undoes the encryption")
+
+    command = _action(commands, "export", "write a generation in a format that other programs read")
+    command.add_argument("path", metavar="PATH", help="where to; not there yet, or an empty folder")
+    command.add_argument(
+        "--to", choices=("zarr", "dcp"), required=True, help="a zarr group, or a torch.distributed.checkpoint"
+    )
+    command.add_argument("--generation", metavar="N", type=_generation, help="the newest where it is left out")
+    command.add_argument("--name", action="append", metavar="NAME", help="only this buffer; may be given several times")
+    command.add_argument("--as-bytes", action="store_true", help="write what the format has no type for as bytes")
+    command.add_argument(
+        "--chunk", type=quantities.nbytes, metavar="SIZE", help="of zarr's chunks, at most (1MiB to 64MiB)"
+    )
+    command.add_argument(
+        "--memory", type=quantities.nbytes, default=128 << 20, metavar="SIZE", help="that it takes, about (128MiB)"
+    )
+    _add_function(command, "--decrypt", "what undoes the encryption")
+    command.set_defaults(refuse=command.error)
 
     command = _action(commands, "diff", "say which bytes differ between two generations")
     command.add_argument("older", metavar="A", type=_generation, help="a generation")

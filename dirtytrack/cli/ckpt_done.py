@@ -55,6 +55,12 @@ def prune(args: argparse.Namespace) -> int:
         what = "to be removed" if args.dry_run else "removed"
         print(f"{len(found.removed)} {what}: {_numbers(found.removed)}")
         print(f"{len(found.kept)} kept: {_numbers(found.kept)}")
+    for why in found.unreadable:
+        print(
+            f"dirtytrack: {why}. Nobody knows which segments it names: as long as it is there none is removed, and the "
+            "store does not become smaller. `dirtytrack ckpt verify` says which generations are whole",
+            file=sys.stderr,
+        )
     if found.put_off:
         print(
             f"dirtytrack: {len(found.put_off)} are put off, since somebody reads the store: prune again later",

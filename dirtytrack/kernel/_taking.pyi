@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What taking.c has: the set of one collect as an object of CPython itself."""
+"""What taking.c has: a collect, and its set, as objects of CPython itself."""
 
 from collections.abc import Callable
-from typing import TypeVar
-
-_T = TypeVar("_T")
+from typing import Any
 
 class Taken:
     """A dt_set, which is cleared with it."""
@@ -18,8 +16,19 @@ class Failed(Exception):
 
     args: tuple[Taken]
 
-def new(type_: type[_T], /) -> _T: ...
-def taker(address: int, /) -> Callable[[Taken], Taken]: ...
+class Collecting:
+    """Collects for a listener, whose handle the caller keeps; with a layout that its sets get.
+
+    Args:
+        listener: its address.
+        made: the type of the sets.
+    """
+
+    layout: Any
+    def __new__(cls, listener: int, made: type[Any], /) -> Collecting: ...
+    def collect(self) -> Any: ...
+
+def quick_collect(type_: type[Any], method: Callable[..., Any], words: str, /) -> Callable[..., Any]: ...
 def guard(
     pid: int,
     pidfd: int,

@@ -34,6 +34,7 @@ __all__ = [
     "close",
     "collect",
     "collect_into",
+    "collecting",
     "door",
     "epoch",
     "features",
@@ -63,7 +64,6 @@ __all__ = [
     "stop",
     "suspend",
     "take_error",
-    "taker",
     "unregister",
     "watched",
     "write_protect",
@@ -301,13 +301,13 @@ def new_listener(session: CData, *, adaptive: bool, exact: bool, page_ns: int) -
     return slot
 
 
-def taker(listener: CData) -> Callable[[_taking.Taken], object]:
+def collecting(listener: CData, made: type[Any]) -> _taking.Collecting:
     """What collects all regions of a listener, without a budget, in the fewest steps; the caller keeps the listener.
 
-    It fills a Taken, whose set is delivered when it returns. It raises `core.taking.Failed`, of which `take_error`
-    makes the error that is meant; by then everything has gone back.
+    Its sets are delivered when it returns them. It raises `core.taking.Failed`, of which `take_error` makes the error
+    that is meant; by then everything has gone back.
     """
-    return core.taking.taker(int(core.ffi.cast("uintptr_t", listener)))
+    return core.taking.Collecting(int(core.ffi.cast("uintptr_t", listener)), made)
 
 
 def take_error(failed: _taking.Failed, find: Find) -> Exception:

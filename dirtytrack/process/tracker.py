@@ -140,12 +140,12 @@ class ProcessTracker:
         self._parts: list[_Part] = []
         self._mappings: tuple[Mapping, ...] = ()
         self._untracked: list[tuple[int, int]] = []
-        self._layout = Layout(())
         self._refreshes = 0
         self._seconds = 0.0
         self._gone_number = 0
         self._listener = engine.new_listener(session[0], adaptive=False, exact=True, page_ns=0)
-        self._take = engine.taker(self._listener[0])
+        self._collecting = engine.collecting(self._listener[0], DirtySet)
+        self._layout = Layout(())
         with self._told():
             self._look(first=True)
 
@@ -179,6 +179,15 @@ class ProcessTracker:
 
     def __reduce__(self) -> tuple[object, ...]:
         raise TypeError("a ProcessTracker cannot be pickled: it holds descriptors")
+
+    @property
+    def _layout(self) -> Layout:
+        layout: Layout = self._collecting.layout
+        return layout
+
+    @_layout.setter
+    def _layout(self, now: Layout) -> None:
+        self._collecting.layout = now
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -362,41 +371,30 @@ class ProcessTracker:
             SessionClosed: it is detached.
             UsedAfterFork: this is a child of the process that attached.
         """
-        with self._lock:
-            begun = time.perf_counter()
-            try:  # not _told(), which takes 1 µs
+        taken: DirtySet | None = None
+        try:  # not _told(), which takes 1 µs
+            with self._lock:
+                begun = time.perf_counter()
                 self._refresh()
                 for rest in range(_ROUNDS, -1, -1):
                     try:
-                        dirty = self._taken_set()
+                        taken = self._collecting.collect()
                         break
-                    except RegionGone:
-                        if not rest:
-                            raise
-                        self._look()
-            except DirtyTrackError as error:
-                if (meant := self._meant(error)) is error:
-                    raise
+                    except core.taking.Failed as failed:
+                        error = engine.take_error(failed, self._note_gone)
+                    if not rest or not isinstance(error, RegionGone):
+                        raise error
+                    self._look()
+                assert taken is not None
+                dirty = DirtySet(self._with_untracked(taken._set), taken._layout) if self._untracked else taken
+                self._seconds += time.perf_counter() - begun
+                return dirty
+        except BaseException as error:  # an interrupt too: nobody gets the set
+            if taken is not None:
+                core.give_back(taken._set)
+            if isinstance(error, DirtyTrackError) and (meant := self._meant(error)) is not error:
                 raise meant from error
-            self._seconds += time.perf_counter() - begun
-            return dirty
-
-    def _taken_set(self) -> DirtySet:
-        """In as few steps as `DirtyTracker.collect`."""
-        dirty = core.taking.new(DirtySet)
-        dirty._layout = self._layout
-        dirty._held = taken = core.taking.new(core.taking.Taken)
-        try:
-            self._take(taken)
-            if self._untracked:
-                dirty._held = self._with_untracked(dirty._set)
-        except core.taking.Failed as failed:
-            raise engine.take_error(failed, self._note_gone) from None
-        except BaseException:
-            taken.delivered = 0
-            core.give_back(sets.lent(taken))
             raise
-        return dirty
 
     def _with_untracked(self, cset: Any) -> Any:
         if not self._untracked:

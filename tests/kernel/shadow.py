@@ -17,7 +17,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -30,6 +29,7 @@ from tests import oracle
 from tests.kernel.backends import session_of
 from tests.kernel.host import HUGE_PAGE, POOLS, machine_lock, on_disk
 from tests.oracle import PAGE
+from tests.points import moved_meanwhile
 from tests.strategies import Kind, Mapped, Span, Way
 
 PAGES = {
@@ -402,19 +402,14 @@ class World:
     def collect_and_fail(self, listener: Listener, region: dirtytrack.Region | None = None, into: bool = False) -> None:
         """An exception once the core has made the set: nothing is delivered."""
         tracker = listener.tracker
-        take, layout = tracker._take, tracker._layout
-
-        def and_move(taken: Any) -> None:
-            take(taken)
-            tracker._layout = Layout(layout.spans)
-
+        layout = tracker._layout
         watches = listener.selected(region)
         pages = self.check(watches, listener.tracker.peek(region))
         mirrors = {watch.region: watch.mirror for watch in watches}
         with (
             mock.patch("dirtytrack.dirtyset.DirtySet.__init__", side_effect=MemoryError),
             mock.patch.object(Layout, "until", side_effect=MemoryError),
-            mock.patch.object(tracker, "_take", and_move),
+            mock.patch.object(tracker, "_collecting", moved_meanwhile(tracker)),
             pytest.raises(MemoryError),
         ):
             (tracker.collect_into(mirrors, region) if into else tracker.collect(region))

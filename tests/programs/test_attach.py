@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
@@ -16,6 +17,7 @@ import pytest
 from dirtytrack import DirtySet, process
 from dirtytrack.errors import InvalidMemory, NotRegistered, RegionGone, SessionClosed, TargetBusy, TargetGone
 from dirtytrack.process import Mapping, ProcessTracker
+from tests.points import Points, collect_as_its_caller
 from tests.programs.targets import Program, descriptors, is_unharmed, running, tracers
 
 PAGE = 4096
@@ -48,6 +50,32 @@ def memory() -> Iterator[Memory]:
 
 def pages_of(dirty: DirtySet, address: int, count: int) -> list[int]:
     return [i for i in range(count) if address + i * PAGE in dirty]
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+# An interrupt that meets a finaliser is ignored by Python, which says so.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("untracked", [False, True])
+def test_interrupted_at_any_point_all_is_pending_still(memory: Memory, untracked: bool) -> None:
+    at = memory.do("map", 8)
+    if untracked:
+        memory.do("busy", memory.do("map", 4), 4)
+    with process.attach(memory.pid) as tracker:
+        tracker.collect()
+        assert bool(tracker._untracked) == untracked
+        for nth in itertools.count(1):
+            memory.do("write", at, nth % 8)
+            points = Points(nth, interrupt)
+            try:
+                points.call(lambda: collect_as_its_caller(tracker))
+            except KeyboardInterrupt:
+                assert nth % 8 in pages_of(tracker.collect(), at, 8), points.where
+            if not points.where:
+                break
+        assert nth > 5
 
 
 def mapping_at(tracker: ProcessTracker, address: int) -> Mapping:

@@ -33,6 +33,13 @@ def test_what_saves_cost_is_what_was_measured() -> None:
     )
 
 
+def test_what_following_a_tracked_array_costs_is_what_was_measured() -> None:
+    page = (DOCS / "formats.md").read_text(encoding="utf-8")
+    told = json.loads((DOCS / "formats.json").read_text(encoding="utf-8"))
+    assert runpy.run_path(str(DOCS / "draw_tables.py"))["render"](page, told) == page
+    assert {row["benchmark"] for row in told["rows"]} == set(re.findall(r"<!-- table: (\w+) -->", page))
+
+
 def test_no_time_stands_outside_the_tables() -> None:
     prose = re.sub(r"<!-- (?:machine|missed|table: \w+) -->.*?<!-- end -->", "", PAGE, flags=re.DOTALL)
     typed = re.findall(r"\d[\d.]* (?:ns|ms|s|million)\b|\d[\d.]* µs", prose)

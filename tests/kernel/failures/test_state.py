@@ -8,7 +8,6 @@ import pickle
 import signal
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 
@@ -17,6 +16,7 @@ from dirtytrack import DirtyTracker, Pagemap, UffdSession
 from dirtytrack.layout import Layout
 from tests.kernel.failures.world import PAGES, World, assert_finds_a_write, write
 from tests.oracle import PAGE
+from tests.points import Points, collect_as_its_caller, moved_meanwhile
 from tests.sandbox import run_in_child
 
 
@@ -206,16 +206,7 @@ def test_ctrl_c_in_a_collect(world: World, monkeypatch: pytest.MonkeyPatch) -> N
         signal.raise_signal(signal.SIGINT)
 
     tracker = world.tracker
-    take, layout = tracker._take, tracker._layout
-
-    def take_and_move(taken: Any) -> None:
-        take(taken)
-        tracker._layout = Layout(layout.spans)
-
-    def take_and_lose(taken: Any) -> None:
-        take(taken)
-        signal.raise_signal(signal.SIGINT)
-
+    layout = tracker._layout
     write(world.memory, 3)
     calls: tuple[Callable[[], object], ...] = (
         tracker.collect,
@@ -224,16 +215,33 @@ def test_ctrl_c_in_a_collect(world: World, monkeypatch: pytest.MonkeyPatch) -> N
         lambda: tracker.remove(world.region),
         tracker.stop,
     )
-    for call, taking in ((tracker.collect, take_and_lose), *((call, take_and_move) for call in calls)):
+    for call in calls:
         with monkeypatch.context() as patch:
             patch.setattr("dirtytrack.dirtyset.DirtySet.__init__", interrupted)
             patch.setattr(Layout, "until", interrupted)
-            patch.setattr(tracker, "_take", taking)
+            patch.setattr(tracker, "_collecting", moved_meanwhile(tracker))
             with pytest.raises(KeyboardInterrupt):
                 call()
         tracker._layout = layout
         assert list(tracker.peek().pages(world.region)) == [3]
+    points = Points(2, lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        points.call(lambda: collect_as_its_caller(tracker))  # as it returns: nobody has the set
+    assert list(tracker.peek().pages(world.region)) == [3]
     assert list(tracker.collect().pages(world.region)) == [3]
+
+
+def test_a_set_that_somebody_looked_at_is_delivered_however_it_ends(world: World) -> None:
+    write(world.memory, 3)
+    with pytest.raises(ZeroDivisionError):
+        1 // (world.tracker.collect().page_count - 1)
+    assert not world.tracker.collect()
+    write(world.memory, 3)
+    try:
+        raise ZeroDivisionError
+    except ZeroDivisionError:
+        world.tracker.collect()  # thrown away, while an error is handled
+    assert not world.tracker.collect()
 
 
 def test_ctrl_c_twice_before_a_final_set_was_given_back(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

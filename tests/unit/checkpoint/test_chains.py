@@ -312,6 +312,29 @@ def test_the_newest_that_can_be_restored_is_kept(where: Path) -> None:
     assert state.generation == 4 and bytes(state["x"]) == made.truth[4]["x"]
 
 
+def test_a_manifest_that_cannot_be_read_keeps_all_segments_and_prune_says_so(where: Path) -> None:
+    made = history(where, 4)
+    made.save(full=True)
+    made.write()
+    made.save()
+    names = made.store.segments()
+    path = where / "store" / "manifests" / made.manifests[5].name
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    retention = Retention(last=2)
+    for dry_run in (True, False):
+        found = prune(made.store, retention, dry_run=dry_run)
+        assert found.removed == (1, 2, 3, 4) and found.kept == (5, 6)
+        (why,) = found.unreadable
+        assert made.manifests[5].name in why
+    assert made.store.segments() == names  # its generations are gone, and took no room with them
+    path.write_bytes(whole)
+    assert prune(made.store, retention).unreadable == ()
+    assert len(made.store.segments()) == 2
+    path.write_bytes(whole[:-1])
+    assert prune(made.store, Retention(last=1)).unreadable == ()  # it is removed itself
+
+
 def test_siblings_are_pruned_apart(where: Path) -> None:
     made = history(where, 3)
     made.memory = {name: bytearray(data) for name, data in made.truth[2].items()}

@@ -83,6 +83,7 @@ def damage(path: Path, at: int) -> None:
         (["show", "store", "2"], "generation 2 of store", lambda found: found["generation"] == 2),
         (["verify", "store", "--all"], "generation 1: whole", lambda found: found["ok"]),
         (["restore", "store", "-o", "{}"], "generation 5: 2 buffers", lambda found: found["generation"] == 5),
+        (["export", "store", "--to", "zarr", "{}"], "generation 5: 2 buffers", lambda found: found["format"] == "zarr"),
         (["diff", "store", "1", "2"], "BUFFER", lambda found: found["changed_nbytes"] > 0),
         (["compact", "store"], "generation 5: revision 1", lambda found: found["kind"] == "compacted"),
         (["prune", "store", "--last", "2"], "3 removed: 1 2 3", lambda found: found["kept"] == [4, 5]),
@@ -207,6 +208,7 @@ def test_prune(where: Path, made: History) -> None:
         "removed": [],
         "kept": [1, 2, 3, 4, 5],
         "put_off": [],
+        "unreadable": [],
         "dry_run": False,
     }
     with made.store.reading():
@@ -214,6 +216,48 @@ def test_prune(where: Path, made: History) -> None:
         assert told["put_off"] == [1, 3]
     assert ckpt(where, "prune", "store", "--every", "2") == "2 removed: 1 3\n3 kept: 2 4 5\n"
     ckpt(where, "prune", "store", status=2, stderr="one of --last, --every and --age")
+
+
+def test_prune_says_that_nothing_becomes_smaller(where: Path, made: History) -> None:
+    (where / "store" / "manifests" / made.manifests[4].name).write_bytes(b"nothing")
+    says = r"0000000000000004\.0\.manifest.* is not what was written.*none is removed, and the store does not become"
+    assert ckpt(where, "prune", "store", "--last", "2", stderr=says).startswith("3 removed: 1 2 3\n2 kept: 4 5\n")
+    assert len(as_json(where, "prune", "store", "--last", "2", stderr=says)["unreadable"]) == 1
+
+
+def test_export(where: Path, made: History, monkeypatch: pytest.MonkeyPatch) -> None:
+    zarr = pytest.importorskip("zarr", minversion="3.1", reason="zarr 3 needs Python 3.11")
+    told = ckpt(where, "export", "store", "--to", "zarr", "out", "--generation", "3")
+    assert told == "generation 3: 2 buffers, 130 KiB, in out (zarr)\n"
+    group = zarr.open_group(where / "out", mode="r")
+    assert group.attrs["meta"] == {"step": 2} and group["grid"][...].tobytes() == made.truth[3]["grid"]
+    document = as_json(where, "export", "store", "two", "--to", "zarr", "--name", "grid", "--chunk", "8KiB")
+    assert document == {"generation": 5, "format": "zarr", "path": "two", "nbytes": 30 * PAGE, "buffers": ["grid"]}
+    assert zarr.open_group(where / "two", mode="r")["grid"].chunks == (2, 512)
+    ckpt(
+        where, "export", "store", "--to", "zarr", "out", status=1, stderr="is there already, and nothing is overwritten"
+    )
+    ckpt(where, "export", "store", "--to", "zarr", "new", "--generation", "9", status=1, stderr="no generation 9")
+    ckpt(where, "export", "store", "new", status=2, stderr="--to")
+    ckpt(where, "export", "store", "new", "--to", "dcp", "--chunk", "1MiB", status=2, stderr="--chunk is for --to zarr")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    ckpt(
+        where,
+        "export",
+        "store",
+        "new",
+        "--to",
+        "dcp",
+        status=1,
+        stderr=r'needs the package torch.*pip install "dirtytrack\[torch\]"',
+    )
+    assert not (where / "new").exists()
+
+
+@pytest.mark.torch
+def test_export_for_pytorch(where: Path, made: History) -> None:
+    assert ckpt(where, "export", "store", "--to", "dcp", "out") == "generation 5: 2 buffers, 130 KiB, in out (dcp)\n"
+    assert (where / "out" / ".metadata").exists()
 
 
 def test_what_is_encrypted_takes_a_function(where: Path, monkeypatch: pytest.MonkeyPatch) -> None:
