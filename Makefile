@@ -181,6 +181,13 @@ radosgw: $(VENV)/.test ## the tests of object stores against Ceph's, which it in
 	DIRTYTRACK_S3=radosgw $(BIN)/python -m pytest --timeout=600 tests/unit/checkpoint/test_contract.py \
 	    tests/unit/checkpoint/test_object_faults.py tests/kernel/checkpoint/test_object_stores.py $(ARGS)
 
+.PHONY: azurite
+azurite: $(VENV)/.test ## the tests of every kind of store against an emulator of Azure, which it installs in build: needs npm
+	@[ -x build/azurite/node_modules/.bin/azurite-blob ] || \
+	    { mkdir -p build/azurite && npm install --prefix build/azurite --no-audit --no-fund --silent azurite; }
+	DIRTYTRACK_AZURITE=$(CURDIR)/build/azurite/node_modules/.bin/azurite-blob \
+	    $(BIN)/python -m pytest tests/unit/checkpoint/test_contract.py $(ARGS)
+
 .PHONY: check-browser
 check-browser: ## say whether there is a browser for test-browser, and the command that installs one
 	@for browser in $(BROWSERS); do ! command -v $$browser >/dev/null || exit 0; done; \

@@ -118,7 +118,9 @@ class Place:
 
     @property
     def url(self) -> str:
-        return str(self.directory / "store") if self.kind == "directory" else f"s3://{BUCKET}/{self.prefix}/store"
+        if self.kind == "directory":
+            return str(self.directory / "store")
+        return f"{'az' if self.kind == 'azure' else 's3'}://{BUCKET}/{self.prefix}/store"
 
     @property
     def endpoint(self) -> str:
@@ -126,8 +128,15 @@ class Place:
 
     def environment(self) -> dict[str, str]:
         """With which a URL alone is enough."""
-        if self.kind == "directory":
-            return {}
+        if self.kind == "azure":
+            from tests.azurite import ACCOUNT, KEY
+
+            return {
+                "AZURE_STORAGE_ENDPOINT": self.endpoint,
+                "AZURE_ALLOW_HTTP": "true",
+                "AZURE_STORAGE_ACCOUNT_NAME": ACCOUNT,
+                "AZURE_STORAGE_ACCOUNT_KEY": KEY,
+            }
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ALLOW_HTTP": "true",
@@ -143,6 +152,8 @@ class Place:
         others.setdefault("grace_seconds", 0)
         if self.kind == "memory":
             return ObjectStore(self._memory, create=create, **others)
+        if self.kind == "azure":
+            return ObjectStore(self.url, create=create, **others)  # by the environment
         return ObjectStore(self.url, create=create, **options(self.endpoint, **others))
 
 

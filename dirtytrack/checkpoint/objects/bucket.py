@@ -336,7 +336,7 @@ class Upload:
     def __init__(self, bucket: Bucket, key: str, writer: Any) -> None:
         self._bucket, self._key, self._writer = bucket, key, writer
 
-    def write(self, part: bytes | bytearray) -> None:
+    def write(self, part: memoryview) -> None:
         """Hand over a part, which must not change any more; waits while as many as may be are under way."""
         self._ask(self._writer.write, part)
 

@@ -51,7 +51,7 @@ _KNOWN = (
         "the credentials have expired: renew them",
     ),
     _known(
-        r"InvalidAccessKeyId|SignatureDoesNotMatch|InvalidToken|InvalidSecurity|AuthenticationFailed"
+        r"InvalidAccessKeyId|SignatureDoesNotMatch|InvalidToken|InvalidSecurity|AuthenticationFailed|AuthorizationFailure"
         r"|UnauthenticatedError|Unauthenticated \{",
         PermissionDenied,
         errno.EACCES,
@@ -122,7 +122,7 @@ def refusal(error: BaseException, doing: str) -> PermissionDenied | StoreFailed 
         return error
     text = f"{type(error).__name__}: {error}"
     answer = _ANSWER.search(text.replace("\\n", " ").replace('\\"', '"'))
-    told = "" if answer is None else f" (it says {': '.join(filter(None, answer.groups()))})"
+    told = "" if answer is None else f" (it says {brief(': '.join(filter(None, answer.groups())))})"
     if says_bucket_missing(error):
         return InvalidCheckpoint(
             f"cannot {doing}: there is no such bucket. Make it first, or look at the name{told}", errno=errno.ENOENT

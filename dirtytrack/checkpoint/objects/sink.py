@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import mmap
+import weakref
 from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from ...errors import CheckpointerClosed, DirtyTrackError, StoreFailed
@@ -39,7 +42,9 @@ class ObjectSink:
     ) -> None:
         self._bucket, self._key, self._dropped = bucket, key, dropped
         self._part_nbytes, self._in_flight = part_nbytes, in_flight
-        self._part = bytearray()
+        self._rooms = _Rooms(part_nbytes)
+        self._part = self._rooms.take()
+        self._used = 0
         self._upload: Upload | None = None
         self._closed = self._may_be_there = False
         self.name, self.nbytes, self.finished = key.rpartition("/")[2], 0, False
@@ -54,21 +59,24 @@ class ObjectSink:
         self._require_open()
         rest = memoryview(data).cast("B")
         while rest:
-            if len(self._part) == self._part_nbytes:
+            if self._used == self._part_nbytes:
                 self._send()
-            some = rest[: self._part_nbytes - len(self._part)]
-            self._part += some
-            self.nbytes += some.nbytes
+            some = rest[: self._part_nbytes - self._used]
+            end = self._used + some.nbytes
+            self._part[self._used : end] = some
+            self._used, self.nbytes = end, self.nbytes + some.nbytes
             rest = rest[some.nbytes :]
 
     def _send(self) -> None:
-        part, self._part = self._part, bytearray()
+        part = self._rooms.lent(self._part, self._used)
         if self._upload is None:
             self._upload = self._begun(part)
         else:
             self._upload.write(part)
+        del part
+        self._part, self._used = self._rooms.take(), 0
 
-    def _begun(self, part: bytearray) -> Upload:
+    def _begun(self, part: memoryview) -> Upload:
         """The upload, with its first part. With that the store is asked to begin one: where its answer was cut, it is
         asked to begin another."""
         for attempt in range(_ATTEMPTS):
@@ -85,17 +93,17 @@ class ObjectSink:
         """Have the object appear: see `Sink.finish`."""
         self._require_open()
         try:
-            if self._upload is not None and self._part:
+            if self._upload is not None and self._used:
                 self._send()
             self._may_be_there = True
             if self._upload is None:
-                self._bucket.put(self._key, self._part)
+                self._bucket.put(self._key, self._part[: self._used])
             else:
                 self._upload.close()
         except StoreFailed:
             if not self._appeared():
                 raise
-        self._closed, self._upload, self._part = True, None, bytearray()
+        self.forget()
         self.finished = True
 
     def _appeared(self) -> bool:
@@ -107,8 +115,8 @@ class ObjectSink:
 
     def abandon(self) -> None:
         """Let go of it, and remove it: see `Sink.abandon`."""
-        self._closed = True
-        upload, self._upload, self._part = self._upload, None, bytearray()
+        upload = self._upload
+        self.forget()
         if upload is not None:
             with suppress(Exception):  # what the store keeps of it, its rule for incomplete uploads removes
                 upload.abort()
@@ -121,5 +129,32 @@ class ObjectSink:
             raise CheckpointerClosed(f"the segment {self._bucket.where(self._key)} is closed")
 
     def forget(self) -> None:
-        """In a child, whose parent goes on with it."""
-        self._closed, self._upload, self._part = True, None, bytearray()
+        """Let go of what it holds; all there is to do in a child, whose parent goes on with it."""
+        self._closed, self._upload, self._used = True, None, 0
+        self._part, self._rooms = memoryview(b""), _Rooms(0)
+
+
+class _Rooms:
+    """Room for parts, used again as soon as the library has let go of it: new memory costs more than the copy into it.
+
+    It is mapped, so that of a small segment's part no more is there than was written.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self._nbytes, self._free = nbytes, SimpleQueue[memoryview]()
+
+    def take(self) -> memoryview:
+        """Room that nobody uses."""
+        try:
+            return self._free.get_nowait()
+        except Empty:
+            room = mmap.mmap(-1, self._nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            with suppress(OSError):  # a kernel without huge pages
+                room.madvise(mmap.MADV_HUGEPAGE)
+            return memoryview(room)
+
+    def lent(self, room: memoryview, nbytes: int) -> memoryview:
+        """The first bytes of it; once nobody has them any more, it is free again."""
+        part = room[:nbytes]
+        weakref.finalize(part, self._free.put, room).atexit = False
+        return part

@@ -58,7 +58,7 @@ class ObjectStore(BaseStore):
         lease_seconds: how long after its last sign of life others wait for a writer on another machine.
         grace_seconds: how long segments are kept after the last generation that named them was removed, or without
             one: a restore that takes longer may find some gone. By the store's clock.
-        options: for `obstore.store.from_url`: ``region``, ``endpoint``, ``client_options``, ``retry_config``,
+        options: for ``obstore.store.from_url``: ``region``, ``endpoint``, ``client_options``, ``retry_config``,
             ``credential_provider``, …
 
     Raises:
@@ -76,7 +76,7 @@ class ObjectStore(BaseStore):
         where: Any,
         *,
         create: bool = False,
-        part_bytes: int = 8 << 20,
+        part_bytes: int = 5 << 20,
         parts_in_flight: int = 8,
         lease_seconds: float = 60.0,
         grace_seconds: float = 3600.0,

@@ -6,6 +6,7 @@ What every kind of store must do is tested in a directory, in an object store in
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +15,15 @@ from pathlib import Path
 import pytest
 
 from tests.buckets import Place
+
+
+@pytest.fixture(scope="session")
+def azure() -> Iterator[str]:
+    """The address of an emulator of Azure Blob Storage."""
+    from tests.azurite import served
+
+    with served() as address:
+        yield address
 
 
 @pytest.fixture
@@ -25,11 +35,14 @@ def where() -> Iterator[Path]:
     shutil.rmtree(path, ignore_errors=True)
 
 
-@pytest.fixture(params=["directory", "memory", "s3"])
+KINDS = ["directory", "memory", "s3"] + (["azure"] if "DIRTYTRACK_AZURITE" in os.environ else [])
+
+
+@pytest.fixture(params=KINDS)
 def place(request: pytest.FixtureRequest, where: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     """Where stores of each kind are, with nothing there yet; the environment has what it takes to open them."""
-    found = Place(request.param, where, lambda: request.getfixturevalue("s3"))
-    if found.kind == "s3":
+    found = Place(request.param, where, lambda: request.getfixturevalue(request.param))
+    if found.kind in ("s3", "azure"):
         for name, value in found.environment().items():
             monkeypatch.setenv(name, value)
     return found
