@@ -114,6 +114,11 @@ bench-ranks: $(VENV)/.test ## what it costs a rank to save together, at 1, 2 and
 	$(BIN)/python -m benchmarks.ranks --write docs/ranks.json
 	$(BIN)/python docs/draw_ranks.py docs/ranks.json docs/ranks.md
 
+.PHONY: bench-objects
+bench-objects: $(VENV)/.test ## measure saves to an object store, for docs/object-stores.md
+	$(BIN)/python -m benchmarks --write docs/objects.json objects
+	$(BIN)/python docs/draw_tables.py docs/objects.json docs/object-stores.md
+
 .PHONY: bench-formats
 bench-formats: $(VENV)/.test ## measure a zarr array that follows a tracked one, for docs/formats.md
 	$(BIN)/python -m benchmarks --seconds 0.5 --write docs/formats.json zarr_rows
@@ -167,6 +172,21 @@ test-torch: $(VENV)/.test ## pages and tests on PyTorch, which it installs: larg
 	$(PIP) install "$(TORCH)"
 	$(BIN)/python -m pytest tests/unit/test_docs.py tests/kernel/test_delta_torch.py tests/kernel/checkpoint \
 	    tests/unit/checkpoint -m torch $(ARGS)
+
+.PHONY: radosgw
+radosgw: $(VENV)/.test ## the tests of object stores against Ceph's, which it installs: as root on Debian, 400 MB, so CI does not
+	@lacks=""; for program in radosgw radosgw-admin ceph-mon ceph-osd ceph monmaptool; do \
+	    command -v $$program >/dev/null || lacks="radosgw ceph-mon ceph-osd ceph-common"; done; \
+	[ -z "$$lacks" ] || RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $$lacks
+	DIRTYTRACK_S3=radosgw $(BIN)/python -m pytest --timeout=600 tests/unit/checkpoint/test_contract.py \
+	    tests/unit/checkpoint/test_object_faults.py tests/kernel/checkpoint/test_object_stores.py $(ARGS)
+
+.PHONY: azurite
+azurite: $(VENV)/.test ## the tests of every kind of store against an emulator of Azure, which it installs in build: needs npm
+	@[ -x build/azurite/node_modules/.bin/azurite-blob ] || \
+	    { mkdir -p build/azurite && npm install --prefix build/azurite --no-audit --no-fund --silent azurite; }
+	DIRTYTRACK_AZURITE=$(CURDIR)/build/azurite/node_modules/.bin/azurite-blob \
+	    $(BIN)/python -m pytest tests/unit/checkpoint/test_contract.py $(ARGS)
 
 .PHONY: check-browser
 check-browser: ## say whether there is a browser for test-browser, and the command that installs one

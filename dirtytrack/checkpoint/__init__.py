@@ -11,6 +11,7 @@ from .formats import Written, ZarrWriter, export_dcp, export_zarr
 from .jobs import Save
 from .listing import Summary, generations
 from .manifests import Manifest, RegionEntry, SegmentEntry
+from .objects import ObjectStore
 from .protocols import Store
 from .ranked import Joined, JoinedRegion, Part, PartEntry
 from .ranks import Communicator, Coordinated, PartOptions, coordinated, restore_share
@@ -27,6 +28,7 @@ __all__ = [
     "Joined",
     "JoinedRegion",
     "Manifest",
+    "ObjectStore",
     "Part",
     "PartEntry",
     "PartOptions",

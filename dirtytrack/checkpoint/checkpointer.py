@@ -33,7 +33,7 @@ from .restoring import restore
 from .saving import Saver
 from .staging import Staging, default_staging_nbytes
 from .stall import Stall
-from .store import DirectoryStore, require_store
+from .store import require_store, store_of
 from .tending import Tending
 from .watching import Watching
 
@@ -64,7 +64,8 @@ class Checkpointer:
     Without ``quiesce``, the copy is of one instant only if nobody else writes meanwhile.
 
     Args:
-        store: a directory (made where there is none), or a `Store`. One at a time may write to it.
+        store: a directory or a URL as ``s3://bucket/prefix`` (made where there is none), or a `Store`. One at a time
+            may write to it.
         buffers: by name: arrays, tensors on the CPU, shared
             memory, anything with the buffer protocol, (address, nbytes). They are held until `remove` or `close`. One
             memory may have several names. Where two overlap in part, each is saved by itself: such are restored into
@@ -141,14 +142,14 @@ class Checkpointer:
         self._state: State | None = None
         self._filled: tuple[str, ...] = ()
         self._taken: Save | None = None
+        self._store: Store
         self._closing = _Closing()
         try:
-            owned = isinstance(store, (str, os.PathLike))
-            if not owned:
+            if isinstance(store, (str, os.PathLike)):
+                self._store = self._closing.store = store_of(store, create=True)
+            else:
                 require_store(store)
-            self._store: Store = DirectoryStore(store, create=True) if owned else store  # type: ignore[arg-type,assignment]
-            if owned:
-                self._closing.store = self._store
+                self._store = store
             self._writer: Writer = self._store.writer()
             self._closing.writer = self._writer
             base = self._resume(resume, described, buffers, decrypt, threads)

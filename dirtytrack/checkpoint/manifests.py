@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MOST_GENERATION",
     "MOST_MANIFEST_NBYTES",
+    "MOST_SEGMENT_NBYTES",
     "Manifest",
     "RegionEntry",
     "SegmentEntry",
@@ -43,7 +44,7 @@ VERSION = 1
 MOST_MANIFEST_NBYTES = 16 << 20
 MOST_GENERATION = 10**16 - 1
 _MOST_REVISION = 10**9 - 1
-_MOST_NBYTES = 1 << 56  # all of an address space: of a region, of all regions, of a segment
+MOST_SEGMENT_NBYTES = _MOST_NBYTES = 1 << 56  # all of an address space: of a region, of all regions, of a segment
 _MAGIC = b"DTMANIFS"
 _HEAD = struct.Struct("<8sIIQ")
 _KINDS = ("full", "increment", "compacted")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from contextlib import AbstractContextManager
     from types import TracebackType
 
@@ -40,6 +40,10 @@ class Source(Protocol):
     def nbytes(self) -> int:
         """Of it."""
 
+    def will_read(self, spans: Iterable[tuple[int, int]]) -> None:
+        """A hint: these will be read, offset and length, each once, in about this order. One that is far away asks for
+        them ahead."""
+
     def read_into(self, buffers: Sequence[Any], offset: int) -> None:
         """Fill these writable buffers with the bytes from ``offset`` on.
 
@@ -68,6 +72,10 @@ class Sink(Protocol):
     @property
     def nbytes(self) -> int:
         """Written so far."""
+
+    @property
+    def most_nbytes(self) -> int:
+        """That one may have; who has more to write begins another one."""
 
     def write(self, data: Any) -> None:
         """Write all of a contiguous buffer behind what is there.

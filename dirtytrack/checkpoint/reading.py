@@ -278,6 +278,8 @@ class Generation:
                 continue
             reader = segment.reader
             with self._told(), closing(self._store.open_segment(reader.entry.name)) as source:
+                wanted = [frame for frame, _ in jobs if held is None or held.get(index, frame) is None]
+                source.will_read((frame.offset, frame.stored_nbytes) for frame in wanted)
 
                 def put(
                     job: tuple[Frame, Window],

@@ -6,12 +6,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import DamagedCheckpoint, InvalidCheckpoint, NoSuchGeneration
+from .base import RANKS, rank_folder
 from .joining import opened_part, part_manifests, parts_of, told_of_part
 from .manifests import manifest_name
 from .protocols import Kept
 from .ranked import Joined
 from .segments import HEADER_NBYTES, MOST_FRAME_NBYTES, FrameKind, SegmentReader
-from .store import RANKS, open_store
+from .store import open_store
 
 if TYPE_CHECKING:
     import os
@@ -119,7 +120,7 @@ class _Verifying:
                 for made in part_manifests(part, manifest, rank):
                     yield from (told_of_part(rank, each) for each in self._damage(part, made))
                 yield from (told_of_part(rank, each) for each in part.damage())
-                within = f"{RANKS}/{rank:06d}"
+                within = f"{RANKS}/{rank_folder(rank)}"
                 self._strangers.update(f"{within}/{each}" for each in part.strangers())
                 there = {kept.generation for kept in self._store.catalog()}
                 self._strangers.update(
@@ -171,6 +172,7 @@ def segment_damage(store: Store, entry: SegmentEntry, count: Callable[[int], obj
         count(HEADER_NBYTES + entry.index_nbytes)
         try:
             room = bytearray()
+            reader.will_read(reader.frames())
             for frame in reader.frames():
                 if len(room) < frame.stored_nbytes:
                     room = bytearray(min(max(2 * frame.stored_nbytes, 1 << 20), MOST_FRAME_NBYTES))

@@ -23,11 +23,12 @@ from ..errors import (
     StoreBusy,
     StoreFailed,
 )
+from .base import MANIFESTS, MARKER, RANKS, SEGMENTS, marker_of
 from .files import Directory, File, failure
-from .manifests import MOST_GENERATION, manifest_name, segment_name, segment_of_name
+from .manifests import MOST_GENERATION, MOST_SEGMENT_NBYTES, manifest_name, segment_name, segment_of_name
 from .protocols import Kept
 from .segments import SegmentWriter
-from .store import MANIFESTS, MARKER, RANKS, READERS, SEGMENTS, WRITER, marker_of
+from .store import READERS, WRITER
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -446,6 +447,10 @@ class _FileSink:
         self._where = writer._store.path / SEGMENTS / name
         self.name, self.nbytes, self.finished = name, 0, False
         self._begun = 0
+
+    @property
+    def most_nbytes(self) -> int:
+        return MOST_SEGMENT_NBYTES
 
     def open(self, directory: Directory) -> None:
         try:
