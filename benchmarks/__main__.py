@@ -22,6 +22,7 @@ from .gc import gc
 from .harness import Benchmark, Settings, machine
 from .importing import import_
 from .migration import migration
+from .objects import objects
 from .process import attaching, process, reading
 from .regions import regions
 from .remedies import remedies
@@ -51,10 +52,11 @@ BENCHMARKS: dict[str, Benchmark] = {
     "checkpoint_beside": checkpoint_beside,
     "checkpoint_restore": checkpoint_restore,
     "migration": migration,
+    "objects": objects,
     "zarr_rows": zarr_rows,
 }
 
-BY_NAME = {"checkpoint", "checkpoint_beside", "migration", "zarr_rows"}
+BY_NAME = {"checkpoint", "checkpoint_beside", "migration", "objects", "zarr_rows"}
 """What runs only when it is asked for: its numbers stand on pages of their own (make bench-checkpoint, …)."""
 
 

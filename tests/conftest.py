@@ -7,7 +7,7 @@ import gc
 import os
 import platform
 import signal
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
@@ -24,6 +24,7 @@ IN_CI = os.environ.get("CI") == "true"
 SOAK = os.environ.get("DIRTYTRACK_SOAK") == "1"
 TORCH = find_spec("torch") is not None
 BROWSER = any(map(which, BROWSERS))
+RADOSGW = os.environ.get("DIRTYTRACK_S3") == "radosgw"
 GDB = which("gdb") is not None
 SANITIZED = os.environ.get("DIRTYTRACK_SANITIZE") == "1"
 
@@ -78,6 +79,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=support.why_not))
         runs = SOAK or not item.get_closest_marker("soak")
         runs = runs and (TORCH or not item.get_closest_marker("torch"))
+        runs = runs and not item.get_closest_marker("moto" if RADOSGW else "radosgw")
         runs = runs and (BROWSER or not item.get_closest_marker("browser"))
         runs = runs and not (SANITIZED and item.get_closest_marker("unsanitized"))
         (kept if runs else dropped).append(item)
@@ -91,6 +93,15 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     del session
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """The address of a server that speaks S3: moto's; or Ceph's, with DIRTYTRACK_S3=radosgw (make radosgw)."""
+    from tests import buckets, radosgw
+
+    with radosgw.served() if RADOSGW else buckets.served() as address:
+        yield address
 
 
 def _fail_if_skipped(report: pytest.TestReport | pytest.CollectReport) -> None:

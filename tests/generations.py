@@ -13,7 +13,6 @@ from typing import Any
 from dirtytrack.checkpoint.coding import Encoder
 from dirtytrack.checkpoint.manifests import Manifest, RegionEntry, SegmentEntry
 from dirtytrack.checkpoint.segments import FrameKind, SegmentWriter
-from dirtytrack.checkpoint.store import DirectoryStore
 from dirtytrack.delta import diff
 from dirtytrack.kernel.packing import all_zero
 
@@ -46,7 +45,7 @@ class History:
 
     def __init__(
         self,
-        store: DirectoryStore,
+        store: Any,
         seed: int = 1,
         *,
         deltas: bool = True,
@@ -102,7 +101,7 @@ class History:
     def save(self, meta: Any = None, *, full: bool = False, parent: int | None = None) -> int:
         """Save what is dirty, on the generation before (or the ``parent``, whose contents are to be in memory)."""
         with self.store.writer() as writer:
-            generation = writer.next_generation()
+            generation: int = writer.next_generation()
             before = parent if parent is not None else max(self.truth, default=None)
             base = None if before is None or full else self.manifests[before]
             segment = writer.create_segment(generation)

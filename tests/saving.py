@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dirtytrack import allocate
-from dirtytrack.checkpoint import Checkpointer, Save, restore
+from dirtytrack.checkpoint import Checkpointer, Save, Store, restore
 from dirtytrack.checkpoint.coding import Decoder
 from dirtytrack.checkpoint.store import DirectoryStore
 from tests.storing import read_back
@@ -61,13 +61,13 @@ def scribble(buffer: Any, draw: random.Random, share: float = 0.1) -> None:
 
 
 def require_equal(
-    where: Path | DirectoryStore,
+    where: Path | Store,
     expected: Mapping[str, bytes],
     generation: int | None = None,
     decrypt: Decrypt | None = None,
 ) -> None:
     """The generation is these bytes: by `restore`, and by the plainest way to put frames together."""
-    store = where if isinstance(where, DirectoryStore) else DirectoryStore(where)
+    store: Store = DirectoryStore(where) if isinstance(where, Path) else where
     plain = read_back(store, generation, Decoder(decrypt))
     state = restore(store, generation=generation, decrypt=decrypt, threads=1)
     assert plain.keys() == expected.keys() == state.keys()

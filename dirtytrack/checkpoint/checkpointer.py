@@ -33,12 +33,12 @@ from .restoring import restore
 from .saving import Saver
 from .staging import Staging, default_staging_nbytes
 from .stall import Stall
-from .store import DirectoryStore, require_store
+from .store import require_store, store_of
 from .tending import Tending
 from .watching import Watching
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
     from types import TracebackType
 
@@ -64,7 +64,8 @@ class Checkpointer:
     Without ``quiesce``, the copy is of one instant only if nobody else writes meanwhile.
 
     Args:
-        store: a directory (made where there is none), or a `Store`. One at a time may write to it.
+        store: a directory or a URL as ``s3://bucket/prefix`` (made where there is none), or a `Store`. One at a time
+            may write to it.
         buffers: by name: arrays, tensors on the CPU, shared
             memory, anything with the buffer protocol, (address, nbytes). They are held until `remove` or `close`. One
             memory may have several names. Where two overlap in part, each is saved by itself: such are restored into
@@ -108,6 +109,10 @@ class Checkpointer:
     another. A signal handler that interrupts one of them may not call another.
     """
 
+    _saver_kind: type[Saver] = Saver
+    _of_ranks = False
+    """Whether it saves one rank's part of what many ranks save together."""
+
     def __init__(
         self,
         store: Store | str | os.PathLike[str],
@@ -137,14 +142,14 @@ class Checkpointer:
         self._state: State | None = None
         self._filled: tuple[str, ...] = ()
         self._taken: Save | None = None
+        self._store: Store
         self._closing = _Closing()
         try:
-            owned = isinstance(store, (str, os.PathLike))
-            if not owned:
+            if isinstance(store, (str, os.PathLike)):
+                self._store = self._closing.store = store_of(store, create=True)
+            else:
                 require_store(store)
-            self._store: Store = DirectoryStore(store, create=True) if owned else store  # type: ignore[arg-type,assignment]
-            if owned:
-                self._closing.store = self._store
+                self._store = store
             self._writer: Writer = self._store.writer()
             self._closing.writer = self._writer
             base = self._resume(resume, described, buffers, decrypt, threads)
@@ -163,7 +168,7 @@ class Checkpointer:
                 can_compact=encrypt is None or decrypt is not None,
             )
             staging = Staging(self._staging_nbytes())
-            self._saver = Saver(
+            self._saver = self._saver_kind(
                 store=self._store,
                 writer=self._writer,
                 staging=staging,
@@ -181,7 +186,7 @@ class Checkpointer:
                 for plan in self._watching.now().plans:
                     mirrors.add(plan.entry.number, plan.address, plan.entry.nbytes, plan.granule)
                     mirrors.know(plan.entry.number, plan.address, unpinned=plan.unpinned)
-            self._numbers = itertools.count(self._writer.next_generation())
+            self._numbers: Iterator[int] = itertools.count(self._writer.next_generation())
         except BaseException:
             self._closing()
             raise
@@ -201,7 +206,14 @@ class Checkpointer:
             return None
         generation = None if resume is True else resume
         try:
-            there = [region.name for region in self._store.manifest(generation).regions]
+            manifest = self._store.manifest(generation)
+            there = [region.name for region in manifest.regions]
+            if manifest.ranks is not None and not self._of_ranks:
+                raise InvalidCheckpoint(
+                    f"generation {manifest.generation} of {self._store.name} was saved by many ranks together, and "
+                    "only ranks can go on from it, as many or others: see dirtytrack.checkpoint.coordinated; or "
+                    "restore() it, and save to another store"
+                )
         except DamagedCheckpoint:  # restoring says it too, and which older one is whole
             there = []
         lacking = [name for name in there if name not in described]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from contextlib import AbstractContextManager
     from types import TracebackType
 
@@ -40,6 +40,10 @@ class Source(Protocol):
     def nbytes(self) -> int:
         """Of it."""
 
+    def will_read(self, spans: Iterable[tuple[int, int]]) -> None:
+        """A hint: these will be read, offset and length, each once, in about this order. One that is far away asks for
+        them ahead."""
+
     def read_into(self, buffers: Sequence[Any], offset: int) -> None:
         """Fill these writable buffers with the bytes from ``offset`` on.
 
@@ -68,6 +72,10 @@ class Sink(Protocol):
     @property
     def nbytes(self) -> int:
         """Written so far."""
+
+    @property
+    def most_nbytes(self) -> int:
+        """That one may have; who has more to write begins another one."""
 
     def write(self, data: Any) -> None:
         """Write all of a contiguous buffer behind what is there.
@@ -101,7 +109,7 @@ class Writer(Protocol):
         """
 
     def remove(self, manifests: Sequence[Kept]) -> bool:
-        """Remove manifests, then the segments that no manifest names any more.
+        """Remove manifests, durably, then the segments that no manifest names any more.
 
         Returns:
             False where somebody reads: nothing was removed, come back later.
@@ -160,6 +168,20 @@ class Store(Protocol):
             StoreBusy: somebody else does; ``pid`` where that is known.
             PermissionDenied, StoreFailed: it cannot be written.
         """
+
+    def part(self, rank: int, *, create: bool = False) -> Store:
+        """The store that a rank's parts of generations are in, within this one; who calls closes it.
+
+        Args:
+            create: make it where it is not there.
+
+        Raises:
+            InvalidCheckpoint: it is not there.
+            DamagedCheckpoint, PermissionDenied, StoreFailed: it cannot be opened.
+        """
+
+    def parts(self) -> tuple[int, ...]:
+        """The ranks that have such a store here, in order."""
 
     def strangers(self) -> tuple[str, ...]:
         """What is in the store and belongs to no generation: leftovers, a save that goes on, other people's files."""

@@ -206,6 +206,9 @@ class Generation:
             f"generation {self.manifest.generation} of {self._store.name} cannot be restored: {why}"
         )
 
+    def close(self) -> None:
+        """Nothing is open: see `JoinedGeneration`."""
+
     @property
     def segment_count(self) -> int:
         """How many segments it is read from."""
@@ -275,6 +278,8 @@ class Generation:
                 continue
             reader = segment.reader
             with self._told(), closing(self._store.open_segment(reader.entry.name)) as source:
+                wanted = [frame for frame, _ in jobs if held is None or held.get(index, frame) is None]
+                source.will_read((frame.offset, frame.stored_nbytes) for frame in wanted)
 
                 def put(
                     job: tuple[Frame, Window],

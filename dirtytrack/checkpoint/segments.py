@@ -15,7 +15,7 @@ from ..kernel.packing import all_zero, runs_nbytes, xxh64
 from .manifests import SegmentEntry, segment_of_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from types import TracebackType
 
     from typing_extensions import Self
@@ -118,8 +118,10 @@ class SegmentWriter:
         return self._sink.nbytes + len(self._index)
 
     def has_room(self, run_count: int) -> bool:
-        """Whether the index has room for one more frame of that many runs; else finish this segment, begin another."""
-        return len(self._index) + _ENTRY.size + 16 * run_count <= MOST_INDEX_NBYTES
+        """Whether the segment has room for one more frame of that many runs; else finish it, begin another."""
+        index_nbytes = len(self._index) + _ENTRY.size + 16 * run_count
+        most = self._sink.most_nbytes - MOST_FRAME_NBYTES
+        return index_nbytes <= MOST_INDEX_NBYTES and self._sink.nbytes + index_nbytes <= most
 
     def add(
         self,
@@ -296,6 +298,10 @@ class SegmentReader:
             yield frame
         if at != len(index) or count or offset != self.entry.index_offset:
             raise self._invalid("its index does not end with its last frame, or its frames not with the index")
+
+    def will_read(self, frames: Iterable[Frame]) -> None:
+        """A hint: these will be read, each once."""
+        self._source.will_read((frame.offset, frame.stored_nbytes) for frame in frames)
 
     def read_into(self, frame: Frame, buffers: Sequence[Any]) -> None:
         """Read a frame's stored bytes into buffers of as many bytes. Its checksum is not looked at: see `check`."""

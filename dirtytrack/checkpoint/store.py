@@ -6,67 +6,71 @@ from __future__ import annotations
 import errno
 import os
 import re
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
-from ..errors import (
-    CheckpointerClosed,
-    DamagedCheckpoint,
-    InvalidCheckpoint,
-    NoSuchGeneration,
-)
-from ..kernel.packing import Xxh64, xxh64
+from ..errors import CheckpointerClosed, DamagedCheckpoint, InvalidCheckpoint, NoSuchGeneration
+from ..kernel.packing import Xxh64
+from .base import MANIFESTS, MARKER, MARKER_NBYTES, RANKS, SEGMENTS, BaseStore, rank_folder, rank_of_folder
 from .files import Directory, File, Files, failure
-from .manifests import (
-    MOST_MANIFEST_NBYTES,
-    Manifest,
-    manifest_name,
-    manifest_of_name,
-    segment_of_name,
-)
+from .manifests import MOST_MANIFEST_NBYTES, manifest_name, manifest_of_name, segment_of_name
 from .protocols import Kept
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from types import TracebackType
 
     from typing_extensions import Self
 
     from .protocols import Source, Store, Writer
 
-__all__ = [
-    "MANIFESTS",
-    "MARKER",
-    "READERS",
-    "SEGMENTS",
-    "WRITER",
-    "DirectoryStore",
-    "marker_of",
-    "open_store",
-    "require_store",
-]
+__all__ = ["READERS", "WRITER", "DirectoryStore", "open_store", "require_store", "store_of"]
 
-MARKER, WRITER, READERS = "dirtytrack-store", "writer.lock", "readers.lock"
-SEGMENTS, MANIFESTS = "segments", "manifests"
-VERSION = 1
-_MARKER = re.compile(rb"dirtytrack-store ([0-9]{1,9}) ([0-9a-f]{32}) ([0-9a-f]{16})\n")
-_MARKER_NBYTES = 128  # more is never read
+WRITER, READERS = "writer.lock", "readers.lock"
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://(.*)", re.DOTALL)
+_MANGLED = re.compile(r"(s3a?|gs|az|azure|abfss?|adl|file):/[^/]")
 
 
 @contextmanager
 def open_store(where: Store | str | os.PathLike[str], *, create: bool = False) -> Iterator[Store]:
-    """A store as it is, or the one in the directory of that path, which is closed again.
+    """A store as it is, or the one at that path or URL, which is closed again.
+
+    Args:
+        where: the store, its directory, or its URL.
+        create: make it where there is none.
 
     Raises:
-        InvalidCheckpoint: it is neither.
+        InvalidCheckpoint: it is neither, or there is none.
     """
     if isinstance(where, (str, os.PathLike)):
-        with DirectoryStore(where, create=create) as store:
+        with closing(store_of(where, create=create)) as store:
             yield store
     else:
         require_store(where)
         yield where
+
+
+def store_of(where: str | os.PathLike[str], *, create: bool = False) -> Store:
+    """The store in a directory, or at a URL as ``s3://bucket/prefix``; who asks closes it.
+
+    Raises:
+        InvalidCheckpoint: there is none, or no such kind of store.
+    """
+    url = _URL.fullmatch(where) if isinstance(where, str) else None
+    if url is None:
+        if not isinstance(where, str) and _MANGLED.match(os.fsdecode(where)):
+            raise InvalidCheckpoint(f"{str(where)!r} was a URL before a Path took a slash of it: pass it as a string")
+        return DirectoryStore(where, create=create)
+    if url[1].lower() == "file":
+        host, slash, path = url[2].partition("/")
+        if host not in ("", "localhost") or not slash:
+            raise InvalidCheckpoint(f"{where} is no URL of a directory here: that begins with file:///")
+        return DirectoryStore(unquote(slash + path), create=create)
+    from .objects import ObjectStore
+
+    return ObjectStore(str(where), create=create)
 
 
 def require_store(where: Any) -> None:
@@ -76,19 +80,13 @@ def require_store(where: Any) -> None:
         InvalidCheckpoint.
     """
     if not callable(getattr(where, "writer", None)):
-        raise InvalidCheckpoint(f"a store is a path or a Store, not {where!r}")
+        raise InvalidCheckpoint(f"a store is a path, a URL or a Store, not {where!r}")
 
 
 # ---- a directory
 
 
-def marker_of(store_id: str) -> bytes:
-    """What is in a store's marker."""
-    text = f"dirtytrack-store {VERSION} {store_id} ".encode()
-    return text + b"%016x\n" % xxh64(text)
-
-
-class DirectoryStore:
+class DirectoryStore(BaseStore):
     """Checkpoints in a directory of a local file system. Others than its owner may not read it.
 
     Args:
@@ -114,7 +112,6 @@ class DirectoryStore:
             if create:
                 self._make_directory()
             self._open()
-            self._damage: str | None = None
             if create and MARKER not in self.listed(self._root):
                 self._make_marker()
             self.store_id = self._read_marker()
@@ -157,37 +154,17 @@ class DirectoryStore:
         """The store's id. A marker that is damaged or gone does not take its checkpoints with it: each has the id."""
         where = self.path / MARKER
         try:
-            data = self._read(self._root, MARKER, _MARKER_NBYTES)
+            data = self._read(self._root, MARKER, MARKER_NBYTES)
         except FileNotFoundError:
-            return self._id_of_manifests(
+            return self.id_of_manifests(
                 f"{where} is missing",
                 InvalidCheckpoint(f"{self.name} is no store of checkpoints: it has no file {MARKER}"),
             )
         except OSError as error:
             if error.errno != errno.EIO:
                 raise failure(error, f"read {where}") from error
-            return self._id_of_manifests(f"{where} cannot be read", failure(error, f"read {where}"))
-        found = _MARKER.fullmatch(data)
-        if found is None or b"%016x" % xxh64(data[:-17]) != found[3]:
-            damage = f"{where} is not what was written"
-            return self._id_of_manifests(
-                damage, DamagedCheckpoint(f"{damage}, and no checkpoint is there to be read", damage=(damage,))
-            )
-        if int(found[1]) != VERSION:
-            raise InvalidCheckpoint(
-                f"{self.name} is a store of version {int(found[1])}, this library knows version {VERSION}: update it"
-            )
-        return found[2].decode()
-
-    def _id_of_manifests(self, damage: str, otherwise: Exception) -> str:
-        for kept in reversed(self.catalog()):
-            try:
-                store_id = Manifest.decode(self.read_manifest(kept)).store_id
-            except (DamagedCheckpoint, InvalidCheckpoint):
-                continue
-            self._damage = damage
-            return store_id
-        raise otherwise
+            return self.id_of_manifests(f"{where} cannot be read", failure(error, f"read {where}"))
+        return self.id_of_marker(data, str(where))
 
     def close(self) -> None:
         """Let go of its directories. Closing again does nothing."""
@@ -279,46 +256,6 @@ class DirectoryStore:
             damage += " (a store's own files are never symbolic links)"
         return DamagedCheckpoint(damage, damage=(damage,), errno=error.errno)
 
-    def manifest(self, generation: int | None = None, revision: int | None = None) -> Manifest:
-        """Read a manifest: see `Store.manifest`."""
-        catalog = self.catalog()
-        wanted = generation if generation is not None else max(catalog, default=Kept(0, 0)).generation
-        revisions = [kept for kept in catalog if kept.generation == wanted and revision in (None, kept.revision)]
-        if not revisions:
-            raise self._no_such(generation, revision, catalog)
-        problem: DamagedCheckpoint | None = None
-        for kept in reversed(revisions):
-            try:
-                return self.read(kept)
-            except DamagedCheckpoint as error:
-                problem = problem or error
-        assert problem is not None
-        raise problem
-
-    def read(self, kept: Kept) -> Manifest:
-        """Read one manifest; raises as `manifest`."""
-        what = f"{MANIFESTS}/{manifest_name(*kept)} of {self.name}"
-        try:
-            manifest = Manifest.decode(self.read_manifest(kept), what)
-        except DamagedCheckpoint as error:
-            error.generation = kept.generation
-            raise
-        if manifest.store_id != self.store_id:
-            raise InvalidCheckpoint(f"{what} cannot be: it is of another store")
-        if (manifest.generation, manifest.revision) != kept:
-            raise InvalidCheckpoint(
-                f"{what} cannot be: it says that it is generation {manifest.generation}, revision {manifest.revision}"
-            )
-        return manifest
-
-    def _no_such(self, generation: int | None, revision: int | None, catalog: Sequence[Kept]) -> NoSuchGeneration:
-        numbers = sorted({kept.generation for kept in catalog})
-        if not numbers:
-            return NoSuchGeneration(f"the store {self.name} has no checkpoint yet")
-        shown = ", ".join(map(str, numbers if len(numbers) <= 12 else [*numbers[:3], "…", *numbers[-6:]]))
-        which = f"{generation}" if revision is None else f"{generation}, revision {revision}"
-        return NoSuchGeneration(f"the store {self.name} has no generation {which}; it has {shown}")
-
     def open_segment(self, name: str) -> Source:
         """Open a segment that a manifest names: see `Store.open_segment`."""
         if segment_of_name(name) is None:
@@ -371,7 +308,7 @@ class DirectoryStore:
 
     def strangers(self) -> tuple[str, ...]:
         """What is in the store and belongs to no generation; paths within the store, sorted."""
-        own = {MARKER, WRITER, READERS, SEGMENTS, MANIFESTS}
+        own = {MARKER, WRITER, READERS, SEGMENTS, MANIFESTS, RANKS}
         found = [name for name in self.listed(self.directory()) if name not in own]
         found += [name for name in (WRITER, READERS) if self._holds_bytes(name)]
         found += [
@@ -392,19 +329,31 @@ class DirectoryStore:
         except OSError as error:
             raise failure(error, f"read {self.path / name}") from error
 
-    def damage(self) -> tuple[str, ...]:
-        """What is wrong with its marker, if anything."""
-        return () if self._damage is None else (self._damage,)
-
-    def repaired(self) -> None:
-        """A writer wrote the marker anew."""
-        self._damage = None
-
     def writer(self) -> Writer:
         """Become the one who writes: see `Store.writer`."""
         from .writing import DirectoryWriter
 
         return DirectoryWriter(self)
+
+    # ---- ranks
+
+    def part(self, rank: int, *, create: bool = False) -> DirectoryStore:
+        """The store of a rank's parts: see `Store.part`."""
+        return DirectoryStore(self.path / RANKS / rank_folder(rank), create=create, files=self.files)
+
+    def parts(self) -> tuple[int, ...]:
+        """The ranks whose parts have a store here, in order."""
+        try:
+            within = self.files.open_directory(RANKS, self.directory())
+        except FileNotFoundError:
+            return ()
+        except OSError as error:
+            raise failure(error, f"open {self.path / RANKS}") from error
+        try:
+            found = map(rank_of_folder, self.listed(within))
+            return tuple(rank for rank in found if rank is not None)
+        finally:
+            self.files.close(within)
 
 
 class _OpenSegment:
@@ -414,6 +363,9 @@ class _OpenSegment:
         self._files, self._file, self._where = files, file, where
         self.name = where.name
         self.nbytes = files.nbytes(file)
+
+    def will_read(self, spans: Iterable[tuple[int, int]]) -> None:
+        """The kernel reads ahead."""
 
     def read_into(self, buffers: Sequence[Any], offset: int) -> None:
         left = [view for view in (memoryview(buffer).cast("B") for buffer in buffers) if view.nbytes]

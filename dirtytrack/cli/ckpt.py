@@ -143,7 +143,7 @@ def _action(commands: Any, name: str, says: str) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(
         name, help=says, description=says[0].upper() + says[1:] + "."
     )
-    command.add_argument("store", metavar="STORE", help="the folder of checkpoints")
+    command.add_argument("store", metavar="STORE", help="the folder of checkpoints, or a URL as s3://bucket/prefix")
     command.add_argument("--json", action="store_true", help="for machines")
     return command
 

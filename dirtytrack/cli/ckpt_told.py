@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import compare, generations
 from ..checkpoint import verify as verified
+from ..checkpoint.ranked import Joined
 from ..checkpoint.store import open_store
 from ..observe.units import show_bytes
 
@@ -124,7 +125,9 @@ def show(args: argparse.Namespace) -> int:
         return 0
     parent = f"continues generation {manifest.parent}" if manifest.parent else "continues none"
     print(f"generation {manifest.generation} of {args.store}: {manifest.kind}, revision {manifest.revision}, {parent}")
-    print(f"created {when(manifest.created)}, {show_bytes(manifest.nbytes)} from {show_bytes(manifest.stored_nbytes)}")
+    joined = manifest.ranks if isinstance(manifest.ranks, Joined) else None
+    stored = sum(part.stored_nbytes for part in joined.parts if part) if joined else manifest.stored_nbytes
+    print(f"created {when(manifest.created)}, {show_bytes(manifest.nbytes)} from {show_bytes(stored)}")
     if (program := manifest.threads) is not None:
         print(
             f"image of process {program['pid']} ({word(program['comm'])}): {len(program['threads'])} threads, "
@@ -140,11 +143,41 @@ def show(args: argparse.Namespace) -> int:
         )
     print()
     print("\n".join(table(rows, "<><<>")))
+    if joined:
+        print()
+        print("\n".join(table(_parts(joined), "><>>>")))
+        return 0
     segments = [("SEGMENT", "SIZE", "GENERATION")]
     segments += [(each.name, show_bytes(each.nbytes), str(each.generation)) for each in manifest.segments]
     print()
     print("\n".join(table(segments, "<>>")))
     return 0
+
+
+def _parts(joined: Joined) -> list[tuple[str, ...]]:
+    """What each rank has."""
+    rows: list[tuple[str, ...]] = [("RANK", "BUFFERS", "SIZE", "WRITTEN", "RESTORED FROM")]
+    names: dict[int, list[str]] = {}
+    nbytes = dict.fromkeys(range(joined.size), 0)
+    for region in joined.regions:
+        for rank, low, high in region.pieces():
+            names.setdefault(rank, []).append(word(region.name))
+            nbytes[rank] += high - low
+    for rank, part in enumerate(joined.parts):
+        if part is None:
+            rows.append((str(rank), "", "", "", ""))
+            continue
+        which = names[rank] if len(names[rank]) <= 4 else [*names[rank][:3], "..."]
+        rows.append(
+            (
+                str(rank),
+                " ".join(which),
+                show_bytes(nbytes[rank]),
+                show_bytes(part.written_nbytes),
+                f"{show_bytes(part.stored_nbytes)} in {part.segment_count}",
+            )
+        )
+    return rows
 
 
 # ---- verify

@@ -228,6 +228,19 @@ def checkpoints() -> None:
     assert_type(checkpoint.generations("runs/a"), tuple[checkpoint.Summary, ...])
 
 
+def many_ranks(comm: checkpoint.Communicator, grid: np.ndarray) -> None:
+    with checkpoint.coordinated(
+        comm, "runs/a", {"grid": grid}, partition={"grid": 0}, replicated=["weights"], resume=True, compression=None
+    ) as ckpt:
+        assert_type(ckpt, checkpoint.Coordinated)
+        assert_type(ckpt.resumed, checkpoint.State | None)
+        assert_type(ckpt.save({"step": 1}), checkpoint.Save)
+        assert_type(ckpt.rank, int)
+    checkpoint.coordinated(comm, "runs/a", {"grid": grid}, when_busy="skip")  # type: ignore[arg-type]
+    checkpoint.coordinated(comm, "runs/a", {"grid": grid}, colour=1)  # type: ignore[call-arg]
+    assert_type(checkpoint.restore_share(comm, "runs/a", names=["grid"]), checkpoint.State)
+
+
 def cores() -> None:
     made = images.write_core("images/redis", "core.3", 3, progress=lambda done, total: print(done / total))
     assert_type(made, images.Core)

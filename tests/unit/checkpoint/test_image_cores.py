@@ -221,7 +221,7 @@ def refused(where: Path, error: type[BaseException], match: str, *words: Any, **
     assert sorted(where.iterdir()) == before
 
 
-def test_what_is_refused(where: Path) -> None:
+def test_what_no_core_is_made_of(where: Path) -> None:
     with DirectoryStore(where / "store", create=True) as store, store.writer() as writer:
         save(writer, store, {"x": pages(2)})
     refused(where, InvalidCheckpoint, "is no image of a process, but a checkpoint of buffers")

@@ -261,7 +261,7 @@ def test_images_of_two_processes_are_told(where: Path) -> None:
     assert note == "these are images of two processes, 100 (/nowhere/never) and 101 (/nowhere/never)"
 
 
-def test_what_is_refused(where: Path) -> None:
+def test_what_is_not_compared(where: Path) -> None:
     history = History(where / "store")
     history.save([Area(BASE, 1, {0: pages(1)})])
     with history.store.writer() as writer:

@@ -328,7 +328,8 @@ def damage(path: Path, at: int = -1) -> None:
 
 
 def newest_segment(made: History, generation: int) -> Path:
-    return made.store.path / "segments" / made.manifests[generation].segments[-1].name
+    path: Path = made.store.path
+    return path / "segments" / made.manifests[generation].segments[-1].name
 
 
 def test_a_damaged_newest_is_refused_and_the_older_whole_one_named(where: Path) -> None:

@@ -26,6 +26,9 @@ class InMemory:
     """A sink and a source."""
 
     name = segment_name(3, b"\x01" * 8)
+    most_nbytes = 1 << 56
+
+    def will_read(self, spans: Any) -> None: ...
 
     def __init__(self) -> None:
         self.data = bytearray()

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 from array import array
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dirtytrack.checkpoint import Checkpointer, DirectoryStore, compact, generations, prune, restore, verify
-from dirtytrack.checkpoint.coding import Encoder
 from dirtytrack.checkpoint.files import Files
 from dirtytrack.checkpoint.manifests import Manifest, RegionEntry, SegmentEntry, manifest_name, segment_name
-from dirtytrack.checkpoint.protocols import Kept
-from dirtytrack.checkpoint.store import open_store
 from dirtytrack.errors import (
     CheckpointerClosed,
     InvalidCheckpoint,
@@ -39,55 +35,6 @@ CONTENTS = [{"a": bytes([i]) * 3 * PAGE, "ü": b"\x07" * 50, "c/../c": bytes(PAG
 
 
 # ---- round trips
-
-
-@pytest.mark.parametrize("compression", [None, "zstd"])
-def test_what_is_saved_comes_back(where: Path, compression: Any) -> None:
-    with store_at(where / "a" / "deep" / "store") as store, store.writer() as writer:
-        newest, before = None, None
-        for i, contents in enumerate(CONTENTS):
-            newest = save(writer, store, contents, before, newest, encoder=Encoder(compression), meta={"step": i})
-            before = contents
-        with open_store(store) as same:
-            assert same is store
-    with open_store(where / "a" / "deep" / "store") as again:
-        assert again.catalog() == tuple(Kept(i, 0) for i in range(1, 9))
-        for i, contents in enumerate(CONTENTS):
-            assert read_back(again, i + 1) == contents
-            assert again.manifest(i + 1).meta == {"step": i}
-        assert again.manifest().parent == 7
-        assert again.manifest(1).parent is None
-        with pytest.raises(NoSuchGeneration, match="it has 1, 2, 3, 4, 5, 6, 7, 8"):
-            again.manifest(9)
-        with pytest.raises(NoSuchGeneration, match="revision 1"):
-            again.manifest(8, 1)
-    report = verify(where / "a" / "deep" / "store", all=True)
-    assert report.ok and len(report.checked) == 8 and not report.strangers
-
-
-def test_a_buffer_that_grows_goes_or_comes(where: Path) -> None:
-    steps = [
-        {"a": b"\x01" * 5000, "b": b"\x02" * 5000},
-        {"a": b"\x03" * 9000, "b": b"\x02" * 5000},
-        {"b": b"\x02" * 5000},
-        {"a": b"\x04" * 100, "b": b"\x05" * 5000},
-    ]
-    with store_at(where / "store") as store, store.writer() as writer:
-        newest, before = None, None
-        for contents in steps:
-            newest = save(writer, store, contents, before, newest)
-            before = contents
-        assert [read_back(store, i + 1) for i in range(4)] == steps
-        assert verify(store, all=True).ok
-        # Siblings: another generation on the first.
-        other = {"a": b"\x09" * 5000, "b": b"\x02" * 5000}
-        sibling = save(writer, store, other, steps[0], store.manifest(1))
-        assert (sibling.generation, sibling.parent) == (5, 1)
-        assert read_back(store) == other
-        # Whatever goes takes nothing with it that another one needs.
-        assert writer.remove([Kept(1, 0), Kept(3, 0)])
-        assert read_back(store) == other and read_back(store, 4) == steps[3] and read_back(store, 2) == steps[1]
-        assert verify(store, all=True).ok
 
 
 NAMES = st.text(max_size=20)
@@ -140,22 +87,6 @@ def test_a_manifest_comes_back(manifest: Manifest) -> None:
     assert Manifest.decode(data).encode() == data
     assert manifest.name == manifest_name(manifest.generation, manifest.revision)
     assert manifest.stored_nbytes >= len(manifest.segments)
-
-
-@pytest.mark.parametrize("meta", [object(), {1, 2}, float("nan"), [float("inf")], b"bytes", {(1, 2): 3}])
-def test_meta_that_json_does_not_know(where: Path, meta: Any) -> None:
-    with store_at(where / "store") as store, store.writer() as writer:
-        with pytest.raises(InvalidCheckpoint, match="JSON"):
-            save(writer, store, CONTENTS[0], meta=meta)
-        assert not store.catalog()
-        assert not store.segments()
-
-
-def test_meta_that_is_too_long(where: Path) -> None:
-    with store_at(where / "store") as store, store.writer() as writer:
-        with pytest.raises(InvalidCheckpoint, match="keep less in meta"):
-            save(writer, store, CONTENTS[0], meta="x" * (16 << 20))
-        assert not store.segments()
 
 
 # ---- who writes
@@ -273,41 +204,6 @@ def test_a_childs_life_does_not_keep_its_dead_parents_locks(where: Path) -> None
             parent.stdout.close()
 
 
-def test_a_generation_is_published_once_and_only_with_segments_that_are_there(where: Path) -> None:
-    with store_at(where / "store") as store, store.writer() as writer:
-        first = save(writer, store, CONTENTS[0])
-        with pytest.raises(InvalidCheckpoint, match="nothing is overwritten"):
-            writer.publish(first)
-        missing = SegmentEntry(segment_name(2, b"12345678"), 2, 5000, 4500, 500, "0" * 64)
-        with pytest.raises(InvalidCheckpoint, match="finished and there"):
-            writer.publish(Manifest(**{**vars(first), "generation": 2, "segments": (missing,)}))
-        segment = writer.create_segment(2)
-        begun = SegmentEntry(segment.name, 2, 5000, 4500, 500, "0" * 64)
-        with pytest.raises(InvalidCheckpoint, match="finished and there"):
-            writer.publish(Manifest(**{**vars(first), "generation": 2, "segments": (begun,)}))
-        with pytest.raises(InvalidCheckpoint, match="another store"):
-            writer.publish(Manifest(**{**vars(first), "store_id": "0" * 32}))
-        with pytest.raises(InvalidCheckpoint, match="from 1 to"):
-            writer.create_segment(0)
-        assert len(store.segments()) == 2
-        segment.abandon()
-        assert not store.strangers()
-        assert len(store.segments()) == 1
-        assert read_back(store) == CONTENTS[0]
-
-
-def test_abandoning_what_was_published_removes_nothing(where: Path) -> None:
-    with store_at(where / "store") as store, store.writer() as writer:
-        segment = writer.create_segment(1)
-        segment.add(0, array("Q", [0, 5]), b"hello")
-        entry = segment.finish()
-        writer.publish(
-            Manifest(store.store_id, 1, 0, None, 1.0, "full", PAGE, None, (RegionEntry(0, "a", 5),), (entry,))
-        )
-        segment.abandon()
-    assert read_back(DirectoryStore(where / "store")) == {"a": b"hello"}
-
-
 def test_readers_put_removal_off(where: Path) -> None:
     with store_at(where / "store") as store, DirectoryStore(where / "store") as other, store.writer() as writer:
         first = save(writer, store, CONTENTS[0])
@@ -391,38 +287,6 @@ def test_threads_list_at_once(where: Path) -> None:
     assert lengths == [200] * 400
 
 
-def test_threads_save_and_read_at_once(where: Path) -> None:
-    """One writer, two segments at a time, as saving and compacting do; readers beside them."""
-    with store_at(where / "store") as store, store.writer() as writer:
-        first = save(writer, store, CONTENTS[0])
-        errors: list[BaseException] = []
-
-        def attempt(function: Callable[[], object]) -> None:
-            try:
-                for _ in range(20):
-                    function()
-            except BaseException as error:
-                errors.append(error)
-
-        revisions = iter(range(1, 1000))
-        numbers = iter(range(2, 1000))
-        work: list[Callable[[], object]] = [
-            lambda: save(writer, store, CONTENTS[0], None, first, revision=next(revisions), generation=1),
-            lambda: save(writer, store, CONTENTS[1], CONTENTS[0], first, generation=next(numbers)),
-            writer.clean,
-            lambda: read_back(store, 1),
-        ]
-        threads = [threading.Thread(target=attempt, args=(function,)) for function in work]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert not errors
-        assert len(store.catalog()) == 41
-        assert verify(store, all=True).ok
-        assert not store.strangers()
-
-
 # ---- what is made, and what is refused
 
 
@@ -487,30 +351,6 @@ def test_what_an_interrupted_beginning_left_is_no_hindrance(where: Path) -> None
         assert not store.strangers()
 
 
-def test_a_closed_store(where: Path) -> None:
-    store = store_at(where / "store")
-    writer = store.writer()
-    segment = writer.create_segment(1)
-    writer.close()
-    writer.close()
-    assert not store.segments()
-    calls: list[Callable[[], object]] = [writer.next_generation, writer.clean]
-    calls += [lambda: writer.create_segment(1), lambda: writer.remove([])]
-    for call in calls:
-        with pytest.raises(CheckpointerClosed, match="is closed"):
-            call()
-    with pytest.raises(CheckpointerClosed, match="is closed"):
-        segment.finish()
-    store.close()
-    store.close()
-    calls = [store.catalog, store.manifest, store.writer, store.segments, store.strangers]
-    for call in calls:
-        with pytest.raises(CheckpointerClosed, match="is closed"):
-            call()
-    with pytest.raises(TypeError, match="cannot be pickled"):
-        store.__reduce__()
-
-
 def test_what_is_forgotten_is_let_go_of(where: Path) -> None:
     files = Failing()
     writer = store_at(where / "store", files).writer()
@@ -538,7 +378,7 @@ def test_what_is_no_store_nor_retention(tmp_path: Path) -> None:
     DirectoryStore(tmp_path / "store", create=True).close()
     nothing: Any = None
     for call in (restore, generations, verify, compact):
-        with pytest.raises(InvalidCheckpoint, match="a store is a path or a Store, not None"):
+        with pytest.raises(InvalidCheckpoint, match="a store is a path, a URL or a Store, not None"):
             call(nothing)
     with pytest.raises(InvalidCheckpoint, match="a store is a path"):
         Checkpointer(nothing, {"a": bytearray(1)})
