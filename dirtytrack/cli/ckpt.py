@@ -105,7 +105,7 @@ def _add_save(commands: Any) -> None:
         "save", help=says, description=says[0].upper() + says[1:] + "."
     )
     command.add_argument("pid", metavar="PID", type=_pid, help="a running process")
-    command.add_argument("store", metavar="STORE", help="the folder of checkpoints; made where there is none")
+    command.add_argument("store", metavar="STORE", help="the folder of checkpoints, or a URL; made where there is none")
     command.add_argument("--json", action="store_true", help="a line for machines for each generation")
     command.add_argument("--every", type=quantities.seconds, metavar="TIME", help="again and again: 5s, 500ms")
     command.add_argument("--count", type=_generation, metavar="N", help="end after so many; 1 without --every")

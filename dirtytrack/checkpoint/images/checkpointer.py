@@ -18,7 +18,7 @@ from ..crew import Crew, default_threads
 from ..manifests import Manifest
 from ..options import as_json, frame_nbytes, require_kinds
 from ..staging import Staging
-from ..store import DirectoryStore, require_store
+from ..store import require_store, store_of
 from ..tending import Tending
 from .attempt import Attempt
 from .copying import Compared, Copying
@@ -56,7 +56,8 @@ class ProcessCheckpointer:
     **No page is lost to a save that fails**: its pages are in the next one.
 
     Args:
-        store: a directory (made where there is none), or a `Store`. One at a time may write to it.
+        store: a directory or a URL as ``s3://bucket/prefix`` (made where there is none), or a `Store`. One at a time
+            may write to it.
         pid: the process.
         exclude: mappings that are not saved: names (``"/dev/shm/*"``, ``"[heap]"``; ``"[anon]"`` is what has none),
             (start, end) addresses, or a list of these. A mapping that is touched is left out as a whole. What is marked
@@ -117,7 +118,7 @@ class ProcessCheckpointer:
             self._watched = Watched(pid, exclude, timeout=timeout, seccomp=seccomp)
             opened.callback(self._watched.close)
             if isinstance(store, (str, os.PathLike)):
-                self._store: Store = DirectoryStore(store, create=True)
+                self._store: Store = store_of(store, create=True)
                 opened.callback(self._store.close)
             else:
                 require_store(store)
