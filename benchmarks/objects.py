@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ LINE = 125_000_000
 def server(bytes_per_second: int | None = None) -> Iterator[dict[str, Any]]:
     """A server on this machine, as if behind a line of some speed; what it takes to use it."""
     words = [] if bytes_per_second is None else [str(bytes_per_second)]
-    process = subprocess.Popen([sys.executable, "-m", "benchmarks.s3", *words], stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("s3.py")), *words], stdout=subprocess.PIPE)
     assert process.stdout is not None
     try:
         yield {
