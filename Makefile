@@ -79,6 +79,9 @@ programs: ## install the programs that tests/programs attaches to, as root on De
 	command -v redis-server >/dev/null && command -v redis-benchmark >/dev/null || lacks="$$lacks redis-server redis-tools"; \
 	command -v node >/dev/null || lacks="$$lacks nodejs"; \
 	command -v java >/dev/null || lacks="$$lacks default-jre-headless"; \
+	command -v gdb >/dev/null || lacks="$$lacks gdb libc6-dbg"; \
+	$(PYTHON) -c 'import os, sys; p = os.path.realpath(sys.executable) + "-gdb.py"; sys.exit( \
+	    not any(map(os.path.exists, (p, "/usr/share/gdb/auto-load" + p))))' || lacks="$$lacks python3-dbg"; \
 	[ -z "$$lacks" ] || RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $$lacks
 
 .PHONY: demo
@@ -111,6 +114,11 @@ bench-objects: $(VENV)/.test ## measure saves to an object store, for docs/objec
 	$(BIN)/python -m benchmarks --write docs/objects.json objects
 	$(BIN)/python docs/draw_tables.py docs/objects.json docs/object-stores.md
 
+.PHONY: bench-ranks
+bench-ranks: $(VENV)/.test ## what it costs a rank to save together, at 1, 2 and 4, and modelled to 10,000, for docs/ranks.md
+	$(BIN)/python -m benchmarks.ranks --write docs/ranks.json
+	$(BIN)/python docs/draw_ranks.py docs/ranks.json docs/ranks.md
+
 .PHONY: bench-formats
 bench-formats: $(VENV)/.test ## measure a zarr array that follows a tracked one, for docs/formats.md
 	$(BIN)/python -m benchmarks --seconds 0.5 --write docs/formats.json zarr_rows
@@ -124,6 +132,11 @@ draw-observe: $(VENV)/.test ## run a small program, and draw it for docs/top.md 
 bench-observe: $(VENV)/.test ## measure what recording costs redis (apt-get install redis-server redis-tools), for docs/observe.md
 	$(BIN)/python -m benchmarks.observe --write docs/observing.json
 	$(BIN)/python docs/draw_observing.py docs/observing.json docs/observe.md
+
+.PHONY: bench-images
+bench-images: $(VENV)/.test ## save a redis under load, and gcore beside it (make programs, gdb), for docs/process-images.md
+	$(BIN)/python -m benchmarks.process_images --write docs/process_images.json
+	$(BIN)/python docs/draw_images.py docs/process_images.json docs/process-images.md
 
 .PHONY: bench-barriers
 bench-barriers: $(VENV)/.test ## measure write barriers side by side, and libgc (apt-get install libgc-dev), for docs/gc.md
@@ -218,7 +231,9 @@ pythons: $(VENV)/.built ## one wheel from the sdist, installed and tried in each
 	        build/pythons/$$version/bin/python -m pip -q --disable-pip-version-check install build/pythons/*.whl && \
 	        (cd build/pythons/$$version && bin/dirtytrack doctor) && \
 	        build/pythons/$$version/bin/python -m pip -q --disable-pip-version-check install numpy && \
-	        for example in examples/*.py; do build/pythons/$$version/bin/python -I -W error $$example || exit 1; done \
+	        for example in examples/*.py; do \
+	            build/pythons/$$version/bin/python -I -W error $$example || [ $$? -eq 77 ] || exit 1; \
+	        done \
 	        || exit 1; \
 	        tried=$$((tried + 1)); break; \
 	    done; \

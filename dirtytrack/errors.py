@@ -17,6 +17,9 @@
     ├── StoreBusy            OSError             somebody else writes to the store
     ├── StoreFailed          OSError             the store's disk is full, read-only, broken, or went away
     ├── CheckpointerClosed   RuntimeError        the checkpointer, or the store, is closed
+    ├── RankFailed           RuntimeError        another rank could not do its part, so that none did
+    ├── RankLost             ConnectionError     the ranks cannot reach one another any more
+    ├── RanksDisagree        ValueError          not all ranks asked for the same
     ├── NotRegistered        ValueError          the memory is not registered, or is no longer
     ├── RangeBusy            OSError             another userfaultfd has the memory
     ├── RegionGone           OSError             a mapping went away beneath its region
@@ -89,6 +92,9 @@ __all__ = [
     "PermissionDenied",
     "ProtocolViolated",
     "RangeBusy",
+    "RankFailed",
+    "RankLost",
+    "RanksDisagree",
     "RegionGone",
     "SessionClosed",
     "StoreBusy",
@@ -228,6 +234,34 @@ class StoreFailed(DirtyTrackError, OSError):
 
 class CheckpointerClosed(DirtyTrackError, RuntimeError):
     """The checkpointer is closed, or the store is."""
+
+
+class RankFailed(DirtyTrackError, RuntimeError):
+    """A rank could not do its part, so that no rank did; the message has its error.
+
+    Attributes:
+        ranks: which ranks could not.
+        generation: the one that did not come to be, or None where there was none yet.
+    """
+
+    ranks: tuple[int, ...] = ()
+    generation: int | None = None
+    _TRAVELLING = (*DirtyTrackError._TRAVELLING, "ranks", "generation")
+
+    def __init__(
+        self, message: str, *, ranks: tuple[int, ...] = (), generation: int | None = None, **known: Any
+    ) -> None:
+        super().__init__(message, **known)
+        self.ranks = ranks
+        self.generation = generation
+
+
+class RankLost(DirtyTrackError, ConnectionError):
+    """The ranks cannot reach one another any more: whether the last generation came to be, the store tells."""
+
+
+class RanksDisagree(DirtyTrackError, ValueError):
+    """Not all ranks asked for the same: other buffers, another step, another store."""
 
 
 class NotRegistered(DirtyTrackError, ValueError):

@@ -65,6 +65,8 @@ DESELECTED: dict[str, str] = {
     "tests/kernel/test_contract_threads.py::test_dropped_in_any_order_nothing_stays": (
         "18 s each on a processor of its own: minutes under emulation, and the time-out ends it"
     ),
+    "tests/kernel/checkpoint/test_ranks_mpi.py": "programs of several processes: minutes under emulation",
+    "tests/kernel/test_examples.py::test_an_example_checks_itself[ranks_simulation]": "the same",
     "tests/unit/test_packaging.py": "builds wheels: needs pip's network and a whole toolchain",
     "tests/unit/test_docs.py": "tells of the sources, not of the kernel; runs make and git",
     "tests/unit/test_layers.py": "tells of the sources, not of the kernel",

@@ -25,6 +25,7 @@ SOAK = os.environ.get("DIRTYTRACK_SOAK") == "1"
 TORCH = find_spec("torch") is not None
 BROWSER = any(map(which, BROWSERS))
 RADOSGW = os.environ.get("DIRTYTRACK_S3") == "radosgw"
+GDB = which("gdb") is not None
 SANITIZED = os.environ.get("DIRTYTRACK_SANITIZE") == "1"
 
 # In CI a skip is a failure, so that a green run means that everything ran. Not so for these: the beginning of a test's
@@ -53,6 +54,8 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
         lines.append("PyTorch is not installed: docs/cookbook/torch.md and its tests are NOT run; make test-torch does")
     if not BROWSER:
         lines.append("No browser is here: the page of a heat map is NOT opened; make test-browser does")
+    if not GDB:
+        lines.append("No gdb is here: core files of images are NOT opened; make programs installs it")
     if IN_CI:
         lines.append("CI=true: a skipped test is a failure, except " + (", ".join(MAY_BE_SKIPPED) or "none"))
     return lines

@@ -361,10 +361,12 @@ def save(
     encoder: Encoder | None = None,
     meta: Any = None,
     frame_pages: int = 3,
+    threads: Any = None,
 ) -> Manifest:
     """Save contents, whole or what differs from ``before``, in frames of a few pages.
 
-    With a revision, the generation is written anew in one segment, as compacting does.
+    With a revision, the generation is written anew in one segment, as compacting does. With ``threads`` it is the image
+    of a process.
     """
     number = generation or writer.next_generation()
     encoder = encoder or Encoder(None)
@@ -405,6 +407,7 @@ def save(
             meta=meta,
             regions=tuple(sorted(regions, key=lambda region: region.number)),
             segments=entries,
+            threads=threads,
         )
         writer.publish(manifest)
     except BaseException:

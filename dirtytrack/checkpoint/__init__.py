@@ -13,16 +13,25 @@ from .listing import Summary, generations
 from .manifests import Manifest, RegionEntry, SegmentEntry
 from .objects import ObjectStore
 from .protocols import Store
+from .ranked import Joined, JoinedRegion, Part, PartEntry
+from .ranks import Communicator, Coordinated, PartOptions, coordinated, restore_share
 from .restoring import State, restore
 from .store import DirectoryStore
 from .verifying import Report, Verified, verify
 
 __all__ = [
     "Checkpointer",
+    "Communicator",
     "Comparison",
+    "Coordinated",
     "DirectoryStore",
+    "Joined",
+    "JoinedRegion",
     "Manifest",
     "ObjectStore",
+    "Part",
+    "PartEntry",
+    "PartOptions",
     "Pruned",
     "RegionComparison",
     "RegionEntry",
@@ -38,10 +47,12 @@ __all__ = [
     "ZarrWriter",
     "compact",
     "compare",
+    "coordinated",
     "export_dcp",
     "export_zarr",
     "generations",
     "prune",
     "restore",
+    "restore_share",
     "verify",
 ]

@@ -15,9 +15,9 @@ from .protocols import Kept
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["MANIFESTS", "MARKER", "MARKER_NBYTES", "SEGMENTS", "BaseStore", "marker_of"]
+__all__ = ["MANIFESTS", "MARKER", "MARKER_NBYTES", "RANKS", "SEGMENTS", "BaseStore", "marker_of"]
 
-MARKER, SEGMENTS, MANIFESTS = "dirtytrack-store", "segments", "manifests"
+MARKER, SEGMENTS, MANIFESTS, RANKS = "dirtytrack-store", "segments", "manifests", "ranks"
 MARKER_NBYTES = 128  # more is never read
 _VERSION = 1
 _MARKER = re.compile(rb"dirtytrack-store ([0-9]{1,9}) ([0-9a-f]{32}) ([0-9a-f]{16})\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -12,6 +13,8 @@ from ..errors import DamagedCheckpoint, InvalidCheckpoint, NoSuchGeneration, Sto
 from ..kernel.packing import all_zero
 from .coding import Decoder, Encoder
 from .crew import Crew
+from .joining import generation_of, parts_of
+from .ranked import Joined
 from .reading import Generation, HeldFrames, Window, letting_go, reading_threads, target_of
 from .segments import FRAME_NBYTES, Codec, FrameKind
 from .store import open_store
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
     from .protocols import Kept, Store, Writer
     from .segments import SegmentWriter
 
-__all__ = ["Pruned", "Retention", "compact", "compacted", "prune", "removable"]
+__all__ = ["Named", "Pruned", "Retention", "compact", "compacted", "prune", "removable"]
 
 _LEAST_MEMORY = 8 * FRAME_NBYTES
 
@@ -75,7 +78,25 @@ def compact(
     decoder = Decoder(decrypt)
     with letting_go(), open_store(store) as opened, opened.writer() as writer:
         with opened.reading():
-            found = Generation(opened, opened.manifest(generation), decoder=decoder)
+            manifest = opened.manifest(generation)
+            for rank in parts_of(
+                manifest
+            ):  # that of all stays as it is: whichever revision a rank has, it says the same
+                with closing(opened.part(rank)) as part:
+                    compact(
+                        part,
+                        manifest.generation,
+                        compression=compression,
+                        level=level,
+                        encrypt=encrypt,
+                        decrypt=decrypt,
+                        memory_bytes=memory_bytes,
+                        threads=threads,
+                        progress=progress,
+                    )
+            if isinstance(manifest.ranks, Joined):
+                return manifest
+            found = Generation(opened, manifest, decoder=decoder)
             if _is_compact(found.manifest):
                 return found.manifest
             same = "zstd" if any(frame.codec == Codec.ZSTD for frame in found.frames()) else None
@@ -353,7 +374,34 @@ def prune(
             return _pruned(opened, opened.catalog(), removable(opened, retention, now=now), True)
         with opened.writer() as writer:
             catalog, gone = opened.catalog(), removable(opened, retention, now=now)
-            return _pruned(opened, catalog, gone, writer.remove(gone) if gone else True)
+            done = writer.remove(gone) if gone else True
+            if done:
+                _prune_parts(opened)
+            return _pruned(opened, catalog, gone, done)
+
+
+def _prune_parts(store: Store) -> None:
+    """Remove what ranks have of generations that are gone. Where somebody reads it, the next run does."""
+    named = Named(kept.generation for kept in store.catalog())
+    for rank in store.parts():
+        with closing(store.part(rank)) as part, part.writer() as writer:
+            writer.remove(removable(part, named, whole=0))
+
+
+class Named(Retention):
+    """Those that have these numbers, and no others.
+
+    Args:
+        generations: the numbers.
+    """
+
+    def __init__(self, generations: Iterable[int]) -> None:
+        object.__setattr__(self, "_generations", frozenset(generations))
+
+    def kept(self, generations: Collection[int], created: Callable[[int], float], now: float) -> set[int]:
+        """Those of them that are kept."""
+        found: frozenset[int] = self._generations  # type: ignore[attr-defined]
+        return set(generations) & found
 
 
 def _pruned(store: Store, catalog: Collection[Kept], gone: Collection[Kept], done: bool) -> Pruned:
@@ -385,14 +433,14 @@ def removable(
         store: which.
         retention: what is kept.
         now: in seconds since 1970.
-        whole: a generation that is known to be whole, so that nobody need look for one.
+        whole: a generation that is known to be whole, so that nobody need look for one; 0 where none need be kept.
     """
     catalog = store.catalog()
     revisions: dict[int, list[Kept]] = {}
     for each in catalog:
         revisions.setdefault(each.generation, []).append(each)
     keep = retention.kept(revisions, _Ages(store, revisions), time.time() if now is None else now)
-    if whole not in keep:
+    if whole is None or (whole and whole not in keep):
         keep |= {next((number for number in sorted(revisions, reverse=True) if _whole(store, revisions[number])), 0)}
     gone = {each for each in catalog if each.generation not in keep}
     for number in keep & revisions.keys():
@@ -406,7 +454,7 @@ def _whole(store: Store, revisions: Collection[Kept]) -> Kept | None:
     with store.reading():
         for each in sorted(revisions, reverse=True):
             try:
-                Generation(store, store.manifest(*each))
+                generation_of(store, store.manifest(*each)).close()
             except (DamagedCheckpoint, InvalidCheckpoint, NoSuchGeneration):
                 continue
             return each

@@ -38,7 +38,7 @@ from .tending import Tending
 from .watching import Watching
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
     from types import TracebackType
 
@@ -109,6 +109,10 @@ class Checkpointer:
     another. A signal handler that interrupts one of them may not call another.
     """
 
+    _saver_kind: type[Saver] = Saver
+    _of_ranks = False
+    """Whether it saves one rank's part of what many ranks save together."""
+
     def __init__(
         self,
         store: Store | str | os.PathLike[str],
@@ -164,7 +168,7 @@ class Checkpointer:
                 can_compact=encrypt is None or decrypt is not None,
             )
             staging = Staging(self._staging_nbytes())
-            self._saver = Saver(
+            self._saver = self._saver_kind(
                 store=self._store,
                 writer=self._writer,
                 staging=staging,
@@ -182,7 +186,7 @@ class Checkpointer:
                 for plan in self._watching.now().plans:
                     mirrors.add(plan.entry.number, plan.address, plan.entry.nbytes, plan.granule)
                     mirrors.know(plan.entry.number, plan.address, unpinned=plan.unpinned)
-            self._numbers = itertools.count(self._writer.next_generation())
+            self._numbers: Iterator[int] = itertools.count(self._writer.next_generation())
         except BaseException:
             self._closing()
             raise
@@ -202,7 +206,14 @@ class Checkpointer:
             return None
         generation = None if resume is True else resume
         try:
-            there = [region.name for region in self._store.manifest(generation).regions]
+            manifest = self._store.manifest(generation)
+            there = [region.name for region in manifest.regions]
+            if manifest.ranks is not None and not self._of_ranks:
+                raise InvalidCheckpoint(
+                    f"generation {manifest.generation} of {self._store.name} was saved by many ranks together, and "
+                    "only ranks can go on from it, as many or others: see dirtytrack.checkpoint.coordinated; or "
+                    "restore() it, and save to another store"
+                )
         except DamagedCheckpoint:  # restoring says it too, and which older one is whole
             there = []
         lacking = [name for name in there if name not in described]

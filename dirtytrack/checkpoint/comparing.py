@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack, closing
 from itertools import takewhile
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -10,7 +11,8 @@ from ..delta import diff
 from ..errors import InvalidCheckpoint
 from .coding import Decoder
 from .crew import Crew
-from .reading import Generation, HeldFrames, Window, letting_go, reading_threads, target_of
+from .joining import generation_of
+from .reading import HeldFrames, Window, letting_go, reading_threads, target_of
 from .segments import FRAME_NBYTES
 from .store import open_store
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable
 
+    from .joining import AnyGeneration
     from .manifests import RegionEntry
     from .protocols import Store
 
@@ -79,8 +82,11 @@ def compare(
     if type(memory_bytes) is not int or memory_bytes < 8 * FRAME_NBYTES:
         raise InvalidCheckpoint(f"memory_bytes= is a number from {8 * FRAME_NBYTES} on, not {memory_bytes!r}")
     decoder = Decoder(decrypt)
-    with letting_go(), open_store(store) as opened, opened.reading():
-        before, after = (Generation(opened, opened.manifest(each), decoder=decoder) for each in (older, newer))
+    with letting_go(), open_store(store) as opened, opened.reading(), ExitStack() as stack:
+        before, after = (
+            stack.enter_context(closing(generation_of(opened, opened.manifest(each), decoder=decoder)))
+            for each in (older, newer)
+        )
         with Crew(reading_threads() if threads is None else threads) as crew:
             comparing = _Comparing(before, after, crew, memory_bytes, progress)
             return Comparison(older, newer, tuple(comparing.regions()))
@@ -89,14 +95,15 @@ def compare(
 class _Comparing:
     def __init__(
         self,
-        before: Generation,
-        after: Generation,
+        before: AnyGeneration,
+        after: AnyGeneration,
         crew: Crew,
         memory_bytes: int,
         progress: Callable[[int, int], object] | None,
     ) -> None:
         self._both, self._crew, self._progress = (before, after), crew, progress
         pairs = zip(before.manifest.segments, after.manifest.segments, strict=False)
+        # Of generations of many ranks, whose segments are in their parts, none.
         self._common = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
         # Two windows, and what `diff` makes of them.
         self._most = memory_bytes // 8 // FRAME_NBYTES * FRAME_NBYTES

@@ -7,10 +7,13 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import DamagedCheckpoint, InvalidCheckpoint, NoSuchGeneration
+from .joining import opened_part, part_manifests, parts_of, told_of_part
+from .ranked import Joined
 from .store import open_store
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Iterator
 
     from .manifests import Manifest, SegmentEntry
     from .protocols import Kept, Store
@@ -63,9 +66,20 @@ def _summary(store: Store, kept: Kept, looked: dict[SegmentEntry, tuple[str, ...
     except (DamagedCheckpoint, InvalidCheckpoint, NoSuchGeneration) as error:
         damage = error.damage if isinstance(error, DamagedCheckpoint) else (str(error),)
         return Summary(*kept, None, None, None, None, None, None, None, None, damage)
-    for entry in manifest.segments:
-        if entry not in looked:
-            looked[entry] = _missing(store, entry)
+    missing = [*_all_missing(store, manifest, looked)]
+    written, stored, count = _written_nbytes(manifest), manifest.stored_nbytes, len(manifest.segments)
+    if isinstance(manifest.ranks, Joined):
+        for rank in parts_of(manifest):
+            try:
+                with opened_part(store, manifest, rank) as part:
+                    made = next(part_manifests(part, manifest, rank))
+                    missing += [told_of_part(rank, each) for each in _all_missing(part, made, looked)]
+            except DamagedCheckpoint as error:
+                missing += error.damage
+        parts = [part for part in manifest.ranks.parts if part is not None]
+        written = sum(part.written_nbytes for part in parts)
+        stored = sum(part.stored_nbytes for part in parts)
+        count = sum(part.segment_count for part in parts)
     return Summary(
         generation=manifest.generation,
         revision=manifest.revision,
@@ -73,12 +87,19 @@ def _summary(store: Store, kept: Kept, looked: dict[SegmentEntry, tuple[str, ...
         parent=manifest.parent,
         created=manifest.created,
         nbytes=manifest.nbytes,
-        written_nbytes=_written_nbytes(manifest),
-        stored_nbytes=manifest.stored_nbytes,
-        segment_count=len(manifest.segments),
+        written_nbytes=written,
+        stored_nbytes=stored,
+        segment_count=count,
         meta=manifest.meta,
-        damage=tuple(damage for entry in manifest.segments for damage in looked[entry]),
+        damage=tuple(missing),
     )
+
+
+def _all_missing(store: Store, manifest: Manifest, looked: dict[SegmentEntry, tuple[str, ...]]) -> Iterator[str]:
+    for entry in manifest.segments:
+        if entry not in looked:
+            looked[entry] = _missing(store, entry)
+        yield from looked[entry]
 
 
 def _written_nbytes(manifest: Manifest) -> int:

@@ -12,9 +12,20 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import DamagedCheckpoint, InvalidCheckpoint
+from .checking import HEX32 as _HEX32
+from .checking import HEX64 as _HEX64
+from .checking import exactly as _exactly
+from .checking import listed as _list
+from .checking import matches as _matches
+from .checking import number as _number
+from .checking import require as _require
+from .programs import require_program
+from .ranked import ranks_of, require_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from .ranked import Joined, Part
 
 __all__ = [
     "MOST_GENERATION",
@@ -39,7 +50,6 @@ _HEAD = struct.Struct("<8sIIQ")
 _KINDS = ("full", "increment", "compacted")
 _SEGMENT = re.compile(r"([0-9]{16})-([0-9a-f]{16})\.segment")
 _MANIFEST = re.compile(r"([0-9]{16})\.(0|[1-9][0-9]{0,8})\.manifest")
-_HEX32, _HEX64 = (re.compile(f"[0-9a-f]{{{n}}}") for n in (32, 64))
 
 
 # ---- names
@@ -125,6 +135,9 @@ class Manifest:
         meta: what the user gave, as JSON has it.
         regions: in the order of their numbers.
         segments: oldest generation first; frames of a later one overwrite those of an earlier one.
+        ranks: of a generation that many ranks saved together, what each of them has of it, and there are no segments
+            here (`Joined`); of what one of them has, which it is (`Part`). None for all else.
+        threads: of the image of a process, what it was: docs/checkpoint-format.md. None for any other.
 
     Raises:
         InvalidCheckpoint: it makes no sense; the message tells where.
@@ -140,6 +153,8 @@ class Manifest:
     meta: Any
     regions: tuple[RegionEntry, ...]
     segments: tuple[SegmentEntry, ...]
+    ranks: Joined | Part | None = None
+    threads: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         _validate(self)
@@ -168,13 +183,19 @@ class Manifest:
         members = {field.name: getattr(self, field.name) for field in fields(self)}
         members["regions"] = [_plain(region) for region in self.regions]
         members["segments"] = [_plain(segment) for segment in self.segments]
-        members["ranks"] = members["threads"] = None
+        members["ranks"] = None if self.ranks is None else self.ranks.plain()
         body = _json(members)
         head = _HEAD.pack(_MAGIC, VERSION, 0, len(body))
         if len(head) + len(body) + 32 > MOST_MANIFEST_NBYTES:
             raise InvalidCheckpoint(
                 f"the manifest of generation {self.generation} would take {len(body)} bytes, {MOST_MANIFEST_NBYTES} "
-                "are the most: keep less in meta, or compact, which makes one segment of many"
+                "are the most: "
+                + (
+                    "keep less in meta, or compact, which makes one segment of many"
+                    if self.threads is None
+                    else f"process {self.threads['pid']} has {len(self.threads['threads'])} threads and "
+                    f"{len(self.threads['mappings'])} mappings, whose registers and names are kept there"
+                )
             )
         return head + body + sha256(head + body).digest()
 
@@ -250,49 +271,21 @@ def _refuse(constant: str) -> Any:
 
 
 def _decoded(members: dict[str, Any]) -> Manifest:
-    given = _exactly(members, {field.name for field in fields(Manifest)} | {"ranks", "threads"}, "it")
-    for name in ("ranks", "threads"):
-        _require(given.pop(name) is None, f"{name} is not null")
+    given = _exactly(members, {field.name for field in fields(Manifest)}, "it")
+    given["ranks"] = ranks_of(given["ranks"])
     given["regions"] = tuple(_entry(RegionEntry, each, "a region") for each in _list(given["regions"], "regions"))
     given["segments"] = tuple(_entry(SegmentEntry, each, "a segment") for each in _list(given["segments"], "segments"))
     return Manifest(**given)
 
 
 def _entry(kind: Any, value: Any, what: str) -> Any:
-    _require(isinstance(value, dict), f"{what} is no object")
     given = _exactly(value, {field.name for field in fields(kind)}, what)
     if "shape" in given and given["shape"] is not None:
         given["shape"] = tuple(_list(given["shape"], "a shape"))
     return kind(**given)
 
 
-def _exactly(members: dict[str, Any], names: set[str], what: str) -> dict[str, Any]:
-    for name in members.keys() ^ names:
-        _require(False, f"{what} {'has no' if name in names else 'has an unknown'} {name[:40]!r}")
-    return dict(members)
-
-
-def _list(value: Any, what: str) -> list[Any]:
-    _require(isinstance(value, list), f"{what} is no list")
-    found: list[Any] = value
-    return found
-
-
 # ---- what makes sense
-
-
-def _require(holds: bool, problem: str) -> None:
-    if not holds:
-        raise InvalidCheckpoint(problem)
-
-
-def _number(value: Any, least: int, most: int, what: str) -> int:
-    _require(type(value) is int and least <= value <= most, f"{what} is no whole number from {least} to {most}")
-    return int(value)
-
-
-def _matches(pattern: re.Pattern[str], value: Any, what: str) -> None:
-    _require(isinstance(value, str) and bool(pattern.fullmatch(value)), f"{what} is not {pattern.pattern}")
 
 
 def _validate(manifest: Manifest) -> None:
@@ -308,6 +301,9 @@ def _validate(manifest: Manifest) -> None:
     _require(not page & (page - 1), "page_bytes is no power of two")
     _validate_regions(manifest.regions, generation)
     _validate_segments(manifest.segments, generation)
+    require_ranks(manifest.ranks, manifest.regions, manifest.segments)
+    if manifest.threads is not None:
+        require_program(manifest.threads, page, manifest.regions)
 
 
 def _validate_regions(regions: tuple[RegionEntry, ...], generation: int) -> None:

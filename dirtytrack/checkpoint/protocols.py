@@ -109,7 +109,7 @@ class Writer(Protocol):
         """
 
     def remove(self, manifests: Sequence[Kept]) -> bool:
-        """Remove manifests, then the segments that no manifest names any more.
+        """Remove manifests, durably, then the segments that no manifest names any more.
 
         Returns:
             False where somebody reads: nothing was removed, come back later.
@@ -168,6 +168,20 @@ class Store(Protocol):
             StoreBusy: somebody else does; ``pid`` where that is known.
             PermissionDenied, StoreFailed: it cannot be written.
         """
+
+    def part(self, rank: int, *, create: bool = False) -> Store:
+        """The store that a rank's parts of generations are in, within this one; who calls closes it.
+
+        Args:
+            create: make it where it is not there.
+
+        Raises:
+            InvalidCheckpoint: it is not there.
+            DamagedCheckpoint, PermissionDenied, StoreFailed: it cannot be opened.
+        """
+
+    def parts(self) -> tuple[int, ...]:
+        """The ranks that have such a store here, in order."""
 
     def strangers(self) -> tuple[str, ...]:
         """What is in the store and belongs to no generation: leftovers, a save that goes on, other people's files."""

@@ -206,6 +206,9 @@ class Generation:
             f"generation {self.manifest.generation} of {self._store.name} cannot be restored: {why}"
         )
 
+    def close(self) -> None:
+        """Nothing is open: see `JoinedGeneration`."""
+
     @property
     def segment_count(self) -> int:
         """How many segments it is read from."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Mapping
+from contextlib import closing
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,8 @@ from ..memory import allocate
 from .buffers import array_of, describe, misfits
 from .coding import Decoder
 from .crew import Crew
-from .reading import Generation, Target, Window, letting_go, reading_threads, target_of
+from .joining import generation_of, opened_part, part_manifests, parts_of
+from .reading import Target, Window, letting_go, reading_threads, target_of
 from .store import open_store
 from .verifying import segment_damage
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from .buffers import Described, Saveable
+    from .joining import AnyGeneration
     from .manifests import Manifest, RegionEntry, SegmentEntry
     from .protocols import Kept, Store
 
@@ -197,7 +200,10 @@ class _Restoring:
 
     def _restored(self, kept: Kept) -> tuple[Manifest, dict[str, Any]]:
         manifest = self._store.manifest(*kept)
-        found = Generation(self._store, manifest, self._given, self._decoder)
+        with closing(generation_of(self._store, manifest, self._given, self._decoder)) as found:
+            return self._read(manifest, found)
+
+    def _read(self, manifest: Manifest, found: AnyGeneration) -> tuple[Manifest, dict[str, Any]]:
         memories: dict[str, Any] = {}
         if self._given is None:
             memories = {region.name: _memory(region, found) for region in found.regions}
@@ -226,7 +232,7 @@ class _Restoring:
             self._progress(self._done, self._total)
 
 
-def _memory(region: RegionEntry, found: Generation) -> Any:
+def _memory(region: RegionEntry, found: AnyGeneration) -> Any:
     if region.nbytes >= _SPARSE_BYTES and found.told_nbytes(region.number) < region.nbytes // 4:
         # As whoever saved it must have had it: the kernel does not promise more memory than there is.
         return mmap.mmap(-1, region.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
@@ -258,17 +264,22 @@ def _newest_whole(store: Store, below: int) -> int | None:
     """The newest older generation of which every byte is as it was written."""
     looked: dict[SegmentEntry, bool] = {}  # a segment that many generations need is read once
 
-    def whole(entry: SegmentEntry) -> bool:
-        if entry not in looked:
-            looked[entry] = not any(segment_damage(store, entry, int))
-        return looked[entry]
+    def whole(store: Store, manifest: Manifest) -> bool:
+        for entry in manifest.segments:
+            if entry not in looked:
+                looked[entry] = not any(segment_damage(store, entry, int))
+        return all(looked[entry] for entry in manifest.segments)
+
+    def part_whole(manifest: Manifest, rank: int) -> bool:
+        with opened_part(store, manifest, rank) as part:
+            return any(whole(part, made) for made in part_manifests(part, manifest, rank))
 
     for kept in sorted((kept for kept in store.catalog() if kept.generation < below), reverse=True):
         try:
             manifest = store.manifest(*kept)
             if all(looked.get(entry, True) for entry in manifest.segments):
-                Generation(store, manifest)
-                if all(map(whole, manifest.segments)):
+                generation_of(store, manifest).close()
+                if whole(store, manifest) and all(part_whole(manifest, rank) for rank in parts_of(manifest)):
                     return kept.generation
         except (DamagedCheckpoint, InvalidCheckpoint, NoSuchGeneration):
             continue

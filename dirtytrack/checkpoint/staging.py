@@ -103,6 +103,10 @@ class Staging:
         """To its first byte; the caller keeps the staging buffer."""
         return core.pointer_to(self._address + room.offset)
 
+    def at(self, offset: int) -> Any:
+        """A pointer to one of its bytes, for who has all of it; the caller keeps the staging buffer."""
+        return core.pointer_to(self._address + offset)
+
     def shorten(self, room: Room, nbytes: int) -> None:
         """Give back the end of what was taken last."""
         with self._mutex:

@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 from ..errors import CheckpointerClosed, DamagedCheckpoint, InvalidCheckpoint, NoSuchGeneration
 from ..kernel.packing import Xxh64
-from .base import MANIFESTS, MARKER, MARKER_NBYTES, SEGMENTS, BaseStore
+from .base import MANIFESTS, MARKER, MARKER_NBYTES, RANKS, SEGMENTS, BaseStore
 from .files import Directory, File, Files, failure
 from .manifests import MOST_MANIFEST_NBYTES, manifest_name, manifest_of_name, segment_of_name
 from .protocols import Kept
@@ -31,6 +31,7 @@ __all__ = ["READERS", "WRITER", "DirectoryStore", "open_store", "require_store",
 WRITER, READERS = "writer.lock", "readers.lock"
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://(.*)", re.DOTALL)
 _MANGLED = re.compile(r"(s3a?|gs|az|azure|abfss?|adl|file):/[^/]")
+_PART = re.compile(r"[0-9]{6}")
 
 
 @contextmanager
@@ -308,7 +309,7 @@ class DirectoryStore(BaseStore):
 
     def strangers(self) -> tuple[str, ...]:
         """What is in the store and belongs to no generation; paths within the store, sorted."""
-        own = {MARKER, WRITER, READERS, SEGMENTS, MANIFESTS}
+        own = {MARKER, WRITER, READERS, SEGMENTS, MANIFESTS, RANKS}
         found = [name for name in self.listed(self.directory()) if name not in own]
         found += [name for name in (WRITER, READERS) if self._holds_bytes(name)]
         found += [
@@ -334,6 +335,25 @@ class DirectoryStore(BaseStore):
         from .writing import DirectoryWriter
 
         return DirectoryWriter(self)
+
+    # ---- ranks
+
+    def part(self, rank: int, *, create: bool = False) -> DirectoryStore:
+        """The store of a rank's parts: see `Store.part`."""
+        return DirectoryStore(self.path / RANKS / f"{rank:06d}", create=create, files=self.files)
+
+    def parts(self) -> tuple[int, ...]:
+        """The ranks whose parts have a store here, in order."""
+        try:
+            within = self.files.open_directory(RANKS, self.directory())
+        except FileNotFoundError:
+            return ()
+        except OSError as error:
+            raise failure(error, f"open {self.path / RANKS}") from error
+        try:
+            return tuple(int(name) for name in self.listed(within) if _PART.fullmatch(name))
+        finally:
+            self.files.close(within)
 
 
 class _OpenSegment:

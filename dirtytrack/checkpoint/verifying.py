@@ -6,7 +6,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import DamagedCheckpoint, InvalidCheckpoint, NoSuchGeneration
+from .base import RANKS
+from .joining import opened_part, part_manifests, parts_of, told_of_part
+from .manifests import manifest_name
 from .protocols import Kept
+from .ranked import Joined
 from .segments import HEADER_NBYTES, MOST_FRAME_NBYTES, FrameKind, SegmentReader
 from .store import open_store
 
@@ -87,17 +91,45 @@ class _Verifying:
     def __init__(self, store: Store, progress: Callable[[int, int], object] | None) -> None:
         self._store, self._progress = store, progress
         self._found: dict[SegmentEntry, tuple[str, ...]] = {}  # a segment that many manifests name is read once
+        self._strangers = set[str]()  # within the parts that were looked at
         self._read = self._total = 0
 
     def report(self, catalog: tuple[Kept, ...]) -> Report:
         manifests = [(kept, *self._manifest(kept)) for kept in catalog]
         self._total = sum({entry: entry.nbytes for _, each, _ in manifests if each for entry in each.segments}.values())
+        self._total += sum(
+            part.stored_nbytes
+            for _, each, _ in manifests
+            if each and isinstance(each.ranks, Joined)
+            for part in each.ranks.parts
+            if part
+        )
         checked = []
         for kept, manifest, damage in manifests:
             if manifest is not None:
-                damage = tuple(self._damage(manifest))
+                damage = tuple(self._damage(self._store, manifest))
+                damage += tuple(each for rank in parts_of(manifest) for each in self._part(manifest, rank))
             checked.append(Verified(*kept, damage))
-        return Report(tuple(checked), self._store.damage(), self._store.strangers(), self._read)
+        strangers = (*self._store.strangers(), *sorted(self._strangers))
+        return Report(tuple(checked), self._store.damage(), strangers, self._read)
+
+    def _part(self, manifest: Manifest, rank: int) -> Iterator[str]:
+        """What is damaged in what a rank has of a generation."""
+        try:
+            with opened_part(self._store, manifest, rank) as part:
+                for made in part_manifests(part, manifest, rank):
+                    yield from (told_of_part(rank, each) for each in self._damage(part, made))
+                yield from (told_of_part(rank, each) for each in part.damage())
+                within = f"{RANKS}/{rank:06d}"
+                self._strangers.update(f"{within}/{each}" for each in part.strangers())
+                there = {kept.generation for kept in self._store.catalog()}
+                self._strangers.update(
+                    f"{within}/manifests/{manifest_name(*kept)}"
+                    for kept in part.catalog()
+                    if kept.generation not in there
+                )
+        except DamagedCheckpoint as error:
+            yield from error.damage
 
     def _manifest(self, kept: Kept) -> tuple[Manifest | None, tuple[str, ...]]:
         try:
@@ -107,16 +139,18 @@ class _Verifying:
         except (InvalidCheckpoint, NoSuchGeneration) as error:
             return None, (str(error),)
 
-    def _damage(self, manifest: Manifest) -> Iterator[str]:
+    def _damage(self, store: Store, manifest: Manifest) -> Iterator[str]:
         for entry in manifest.segments:
             if entry not in self._found:
-                self._found[entry] = tuple(segment_damage(self._store, entry, self._count))
+                self._found[entry] = tuple(segment_damage(store, entry, self._count))
             yield from self._found[entry]
+        if isinstance(manifest.ranks, Joined):  # all of it is in the parts
+            return
         if not any(self._found[entry] for entry in manifest.segments):
             try:
                 yield from (
                     f"{region.name!r} has no bytes at {at}"
-                    for region, at in uncovered(manifest, frames_of(self._store, manifest))
+                    for region, at in uncovered(manifest, frames_of(store, manifest))
                 )
             except (DamagedCheckpoint, InvalidCheckpoint) as error:
                 yield str(error)

@@ -23,7 +23,7 @@ from ..errors import (
     StoreBusy,
     StoreFailed,
 )
-from .base import MANIFESTS, MARKER, SEGMENTS, marker_of
+from .base import MANIFESTS, MARKER, RANKS, SEGMENTS, marker_of
 from .files import Directory, File, failure
 from .manifests import MOST_GENERATION, MOST_SEGMENT_NBYTES, manifest_name, segment_name, segment_of_name
 from .protocols import Kept
@@ -97,6 +97,7 @@ def make_store(path: Path, files: Files) -> None:
                 READERS,
                 SEGMENTS,
                 MANIFESTS,
+                RANKS,
             }
             if foreign:
                 raise InvalidCheckpoint(
@@ -343,7 +344,10 @@ class DirectoryWriter:
                         with suppress(FileNotFoundError):
                             files.unlink(self._store.directory(MANIFESTS), manifest_name(*kept))
                         self._named.pop(Kept(*kept), None)
-                    self.clean()
+                    cleaned = self.clean()
+                    if manifests and not any(name.startswith(SEGMENTS) for name in cleaned):
+                        # Else that has done it. What ranks have of a generation may go once it is gone for good.
+                        files.sync_directory(self._store.directory(MANIFESTS))
                 finally:
                     files.release(readers)
             except OSError as error:

@@ -24,7 +24,7 @@ COMMANDS = {
     "heatmap": "draw which memory was written when, of a recording: as text, a picture or a page",
     "migrate": "run a program whose memory is tracked, and move it to another process while it runs",
     "receive": "listen for a program that is moved here, and run it",
-    "ckpt": "list, verify, restore, export, compare, compact and prune the checkpoints in a store",
+    "ckpt": "save a process, open it in gdb; list, verify, restore, export, compare, compact and prune checkpoints",
     "demo": "index the standard library in tracked memory, epoch by epoch, and compare the cost",
 }
 """By name of the module, which has add_arguments(parser) and run(args) -> exit status."""

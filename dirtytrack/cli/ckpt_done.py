@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ..checkpoint import Retention
 from ..checkpoint import compact as compacted
 from ..checkpoint import prune as pruned
+from ..checkpoint.ranked import Joined
 from ..observe.units import show_bytes
 from .ckpt_told import progress
 
@@ -35,6 +36,8 @@ def compact(args: argparse.Namespace) -> int:
         )
     if args.json:
         print(json.dumps(asdict(made), indent=2))
+    elif isinstance(made.ranks, Joined):
+        print(f"generation {made.generation}: the parts of {made.ranks.size} ranks, {show_bytes(made.nbytes)}")
     else:
         count = len(made.segments)
         print(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import compare, generations
 from ..checkpoint import verify as verified
+from ..checkpoint.ranked import Joined
 from ..checkpoint.store import open_store
 from ..observe.units import show_bytes
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from ..checkpoint.listing import Summary
 
-__all__ = ["diff", "ls", "progress", "show", "verify", "when"]
+__all__ = ["diff", "ls", "progress", "show", "table", "verify", "when", "word"]
 
 
 # ---- how it is told
@@ -57,12 +58,12 @@ def when(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
-def _word(text: str) -> str:
+def word(text: str) -> str:
     """A name that cannot upset a terminal."""
     return text if text.isprintable() else ascii(text)
 
 
-def _table(rows: Sequence[Sequence[str]], left: str) -> Iterator[str]:
+def table(rows: Sequence[Sequence[str]], left: str) -> Iterator[str]:
     """Lines of aligned columns, of which those marked ``<`` in ``left`` begin at the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -92,7 +93,7 @@ def ls(args: argparse.Namespace) -> int:
     head = ("GENERATION", "KIND", "PARENT", "CREATED", "STATE", "WRITTEN", "RESTORED FROM", "META")
     rows = [head, *map(_row, found)]
     width = max(80, shutil.get_terminal_size().columns) if sys.stdout.isatty() else 10_000
-    for line in _table(rows, "><><>>><"):
+    for line in table(rows, "><><>>><"):
         print(line if len(line) <= width else f"{line[: width - 3]}...")
     for each in found:
         for damage in each.damage:
@@ -124,22 +125,59 @@ def show(args: argparse.Namespace) -> int:
         return 0
     parent = f"continues generation {manifest.parent}" if manifest.parent else "continues none"
     print(f"generation {manifest.generation} of {args.store}: {manifest.kind}, revision {manifest.revision}, {parent}")
-    print(f"created {when(manifest.created)}, {show_bytes(manifest.nbytes)} from {show_bytes(manifest.stored_nbytes)}")
+    joined = manifest.ranks if isinstance(manifest.ranks, Joined) else None
+    stored = sum(part.stored_nbytes for part in joined.parts if part) if joined else manifest.stored_nbytes
+    print(f"created {when(manifest.created)}, {show_bytes(manifest.nbytes)} from {show_bytes(stored)}")
+    if (program := manifest.threads) is not None:
+        print(
+            f"image of process {program['pid']} ({word(program['comm'])}): {len(program['threads'])} threads, "
+            f"{len(program['mappings'])} mappings, stood still at {when(program['frozen_at'])}"
+        )
     if manifest.meta is not None:
         print(f"meta {json.dumps(manifest.meta)}")
     rows = [("BUFFER", "SIZE", "TYPE", "SHAPE", "SINCE")]
     for region in manifest.regions:
         shape = "" if region.shape is None else " x ".join(map(str, region.shape)) or "scalar"
         rows.append(
-            (_word(region.name), show_bytes(region.nbytes), _word(region.dtype or "bytes"), shape, str(region.since))
+            (word(region.name), show_bytes(region.nbytes), word(region.dtype or "bytes"), shape, str(region.since))
         )
     print()
-    print("\n".join(_table(rows, "<><<>")))
+    print("\n".join(table(rows, "<><<>")))
+    if joined:
+        print()
+        print("\n".join(table(_parts(joined), "><>>>")))
+        return 0
     segments = [("SEGMENT", "SIZE", "GENERATION")]
     segments += [(each.name, show_bytes(each.nbytes), str(each.generation)) for each in manifest.segments]
     print()
-    print("\n".join(_table(segments, "<>>")))
+    print("\n".join(table(segments, "<>>")))
     return 0
+
+
+def _parts(joined: Joined) -> list[tuple[str, ...]]:
+    """What each rank has."""
+    rows: list[tuple[str, ...]] = [("RANK", "BUFFERS", "SIZE", "WRITTEN", "RESTORED FROM")]
+    names: dict[int, list[str]] = {}
+    nbytes = dict.fromkeys(range(joined.size), 0)
+    for region in joined.regions:
+        for rank, low, high in region.pieces():
+            names.setdefault(rank, []).append(word(region.name))
+            nbytes[rank] += high - low
+    for rank, part in enumerate(joined.parts):
+        if part is None:
+            rows.append((str(rank), "", "", "", ""))
+            continue
+        which = names[rank] if len(names[rank]) <= 4 else [*names[rank][:3], "..."]
+        rows.append(
+            (
+                str(rank),
+                " ".join(which),
+                show_bytes(nbytes[rank]),
+                show_bytes(part.written_nbytes),
+                f"{show_bytes(part.stored_nbytes)} in {part.segment_count}",
+            )
+        )
+    return rows
 
 
 # ---- verify
@@ -170,7 +208,7 @@ def verify(args: argparse.Namespace) -> int:
     for damage in report.damage:
         print(damage)
     for name in report.strangers:
-        print(f"{_word(name)}: belongs to no generation")
+        print(f"{word(name)}: belongs to no generation")
     print(f"{show_bytes(report.read_nbytes)} read, {'nothing' if report.ok else 'something'} is damaged")
     if not report.ok and report.whole is not None:
         print(f"the newest whole generation of these is {report.whole}")
@@ -182,6 +220,12 @@ def verify(args: argparse.Namespace) -> int:
 
 def diff(args: argparse.Namespace) -> int:
     """What two generations differ in."""
+    with open_store(args.store) as store, store.reading():
+        images = [store.manifest(generation).threads is not None for generation in (args.older, args.newer)]
+    if all(images):
+        from .ckpt_core import diff_images
+
+        return diff_images(args)
     with progress("comparing") as tell:
         found = compare(args.store, args.older, args.newer, decrypt=args.decrypt, progress=tell)
     if args.json:
@@ -201,10 +245,10 @@ def diff(args: argparse.Namespace) -> int:
         size = sizes[1] or sizes[0] or ""
         if None not in sizes and each.older_nbytes != each.newer_nbytes:
             size = f"{sizes[0]} -> {sizes[1]}"
-        rows.append((_word(each.name), each.what, size, f"{each.changed_nbytes:,}", f"{len(each.runs):,}"))
-    print("\n".join(_table(rows, "<<>>>")))
+        rows.append((word(each.name), each.what, size, f"{each.changed_nbytes:,}", f"{len(each.runs):,}"))
+    print("\n".join(table(rows, "<<>>>")))
     if args.runs:
         for each in found.regions:
             for offset, nbytes in each.runs:
-                print(f"{_word(each.name)} {offset:#x} {nbytes}")
+                print(f"{word(each.name)} {offset:#x} {nbytes}")
     return 0

@@ -14,7 +14,7 @@ from .failures import raise_failure
 if TYPE_CHECKING:
     from .core import CData
 
-__all__ = ["Xxh64", "all_zero", "begin_writing", "pack", "runs_nbytes", "unpack", "xxh64"]
+__all__ = ["PageDigests", "Xxh64", "all_zero", "begin_writing", "pack", "runs_nbytes", "unpack", "xxh64"]
 
 _NO_RUNS = 2**64 - 1
 
@@ -77,6 +77,30 @@ def all_zero(data: Any) -> bool:
     core.load()
     pinned = core.pin(data, writable=False)
     return bool(core.lib.dt_all_zero(pinned, len(pinned)))
+
+
+class PageDigests:
+    """Hashes of pages, of 128 bits, under a random key of its own: two pages that differ have the same one for at most
+    one key in 2^64, whatever is in them. Any thread may call."""
+
+    __slots__ = ("_key",)
+
+    NBYTES = 16
+    """Of a hash."""
+
+    def __init__(self) -> None:
+        core.load()
+        self._key = os.urandom(core.PAGE_BYTES + 16)
+
+    def of(self, pages: Any) -> bytes:
+        """The hashes of a contiguous buffer's pages, one behind the other."""
+        pinned = core.pin(pages, writable=False)
+        if len(pinned) % core.PAGE_BYTES:
+            raise InvalidMemory(f"{len(pinned)} bytes are no whole pages")
+        count = len(pinned) // core.PAGE_BYTES
+        out = core.ffi.new("uint64_t[]", 2 * count)
+        core.lib.dt_digest_pages(pinned, count, core.PAGE_BYTES, core.ffi.from_buffer("uint8_t[]", self._key), out)
+        return bytes(core.ffi.buffer(out, self.NBYTES * count))
 
 
 def _spans(runs: Any) -> tuple[CData, int, CData]:

@@ -264,8 +264,8 @@ static PyObject *guard(PyObject *module, PyObject *arguments)
 {
     (void)module;
     dt_guard_wish wish = {0};
-    if (!PyArg_ParseTuple(arguments, "iiiIIIII", &wish.pid, &wish.pidfd, &wish.channel, &wish.freeze, &wish.timeout_ms,
-                          &wish.suspend_seccomp, &wish.fault_step, &wish.fault_tracker))
+    if (!PyArg_ParseTuple(arguments, "iiiIIIIII", &wish.pid, &wish.pidfd, &wish.channel, &wish.freeze, &wish.timeout_ms,
+                          &wish.suspend_seccomp, &wish.fault_step, &wish.fault_tracker, &wish.registers))
         return NULL;
     return PyLong_FromLong(dt_guard_run(&wish));
 }

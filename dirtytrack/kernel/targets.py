@@ -28,6 +28,7 @@ __all__ = [
     "Fault",
     "Guardian",
     "Row",
+    "ThreadState",
     "adopt",
     "has_memory",
     "is_alive",
@@ -39,9 +40,11 @@ __all__ = [
     "open_userfaultfd",
     "outlives",
     "read",
+    "read_until",
     "register",
     "remove",
     "steps",
+    "thread_states",
 ]
 
 ENDING_SECONDS = 0.25
@@ -74,7 +77,7 @@ class Answer(NamedTuple):
 
 def steps() -> dict[str, int]:
     """The steps at which a guardian may fail, by name."""
-    names = "OPEN", "GADGET", "STOP", "CALL", "USERFAULTFD", "TAKE"
+    names = "OPEN", "GADGET", "STOP", "CALL", "USERFAULTFD", "TAKE", "REGISTERS"
     return {name: int(getattr(core.lib, f"DT_GUARD_{name}")) for name in names}
 
 
@@ -100,6 +103,7 @@ class Guardian:
         timeout: float,
         *,
         freeze: bool = False,
+        registers: bool = False,
         suspend_seccomp: bool = False,
         fault: Fault | None = None,
     ) -> None:
@@ -116,7 +120,7 @@ class Guardian:
         with theirs:
             number = theirs.fileno()
             milliseconds = max(1, int(timeout * 1000))
-            wish = (pid, pidfd, number, freeze, milliseconds, suspend_seccomp, fault.step, fault.tracker)
+            wish = (pid, pidfd, number, freeze, milliseconds, suspend_seccomp, fault.step, fault.tracker, registers)
             script = str(Path(__file__).with_name("guardian.py"))
             extension = str(core.taking.__file__)
             self._forked = 0
@@ -137,6 +141,8 @@ class Guardian:
                 ours.close()
                 raise
         self._channel = ours
+        self.end: Answer | None = None
+        """What it answered when it had let go, where it held threads; None before that, and where it was killed."""
 
     def _wait(self) -> int:
         """For its end: the exit status, or the negated number of the signal that ended it."""
@@ -159,29 +165,33 @@ class Guardian:
         Raises:
             KernelRefused: it ended without one.
         """
-        struct = core.ffi.new("dt_guard_answer *")
-        nbytes = core.ffi.sizeof(struct[0])
-        fd = -1
-        data, ancillary = b"", list[tuple[int, int, bytes]]()
+        found = None
         for seconds in (self._timeout + _ANSWER_SECONDS, 0.0):  # the whole machine may have stood still meanwhile
-            self._channel.settimeout(seconds)
             with suppress(TimeoutError, BlockingIOError):
-                data, ancillary, _flags, _address = self._channel.recvmsg(
-                    nbytes, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC
-                )
+                found = self._receive(seconds)
                 break
         else:
             self._kill()
-        for _level, kind, content in ancillary:
-            if kind == socket.SCM_RIGHTS:
-                fd = int.from_bytes(content[:4], sys.byteorder)
-        if len(data) != nbytes:
+        if found is None:
             status = self._wait()
             how = f"by {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
             raise KernelRefused(
                 f"the guardian, the process that was to stop the target, ended {how} before it answered. The target "
                 "runs on; try again"
             )
+        return found
+
+    def _receive(self, seconds: float) -> Answer | None:
+        """What comes through the channel in that time; None at its end."""
+        struct = core.ffi.new("dt_guard_answer *")
+        nbytes, fd = core.ffi.sizeof(struct[0]), -1
+        self._channel.settimeout(seconds)
+        data, ancillary, _flags, _address = self._channel.recvmsg(nbytes, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
+        for _level, kind, content in ancillary:
+            if kind == socket.SCM_RIGHTS:
+                fd = int.from_bytes(content[:4], sys.byteorder)
+        if len(data) != nbytes:
+            return None
         core.ffi.buffer(struct, nbytes)[:] = data
         return Answer(struct.code, struct.step, struct.stall_ns, struct.threads, struct.steps, fd)
 
@@ -190,6 +200,8 @@ class Guardian:
         if self._channel.fileno() >= 0:
             self._channel.shutdown(socket.SHUT_WR)
             self._wait()
+            with suppress(OSError):
+                self.end = self._receive(0.0)
             self._channel.close()
 
     def __enter__(self) -> Guardian:
@@ -197,6 +209,41 @@ class Guardian:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class ThreadState(NamedTuple):
+    """A thread that stands still. Register sets are as the kernel gives them to a tracer; empty where it has none."""
+
+    tid: int
+    name: str
+    prstatus: bytes
+    """NT_PRSTATUS: the general ones. A thread that was stopped in a system call has the kernel's own answer there
+    (-ERESTARTSYS and its like): the call is made again when it goes on."""
+    fpregset: bytes
+    """NT_PRFPREG."""
+    xstate: bytes
+    """NT_X86_XSTATE: what XSAVE stores."""
+    signal_mask: int
+
+
+def thread_states(fd: int) -> tuple[ThreadState, ...]:
+    """The threads of the file that came with a guardian's answer, the first of the process first."""
+    with open(fd, "rb", closefd=False) as file:
+        file.seek(0)
+        data = file.read()
+    size, at, found = core.ffi.sizeof("dt_thread_state"), 0, []
+    state = core.ffi.new("dt_thread_state *")
+    while at < len(data):
+        core.ffi.buffer(state, size)[:] = data[at : at + size]
+        at += size
+        middle = at + state.prstatus_bytes
+        last = middle + state.fpregset_bytes
+        end = last + state.xstate_bytes
+        name = core.ffi.string(state.name).decode(errors="surrogateescape")
+        sets = data[at:middle], data[middle:last], data[last:end]
+        found.append(ThreadState(state.tid, name, sets[0], sets[1], sets[2], state.signal_mask))
+        at = end + -end % 8
+    return tuple(found)
 
 
 # ---- sessions
@@ -314,6 +361,17 @@ def read(pid: int, mem: int, cset: CData, out: CData, room: int) -> int:
     if code:
         raise error_of(code, why, f"read from process {pid}", pid=pid)
     return int(done[0])
+
+
+def read_until(pid: int, mem: int, cset: CData, out: CData, room: int) -> tuple[int, int, int]:
+    """As `read`, up to the first page that cannot be read.
+
+    Returns:
+        How many bytes were read; the error number of what ended it, 0 where all was read; the address of that page.
+    """
+    why, done = new_failure(), core.ffi.new("uint64_t *")
+    code = core.lib.dt_read_target(pid, mem, cset, out, room, done, why)
+    return int(done[0]), -code if code else 0, int(why.start)
 
 
 def kill_after(sites: int, nth: int) -> None:

@@ -7,9 +7,20 @@ with dirtytrack.process.attach(pid) as tracker:
 """
 
 from .attaching import attach
+from .frozen import Frozen, ThreadState
 from .mappings import Mapping
 from .offering import accept, offer
 from .tracker import ProcessStatistics, ProcessTracker
 from .workers import Workers
 
-__all__ = ["Mapping", "ProcessStatistics", "ProcessTracker", "Workers", "accept", "attach", "offer"]
+__all__ = [
+    "Frozen",
+    "Mapping",
+    "ProcessStatistics",
+    "ProcessTracker",
+    "ThreadState",
+    "Workers",
+    "accept",
+    "attach",
+    "offer",
+]

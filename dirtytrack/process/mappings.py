@@ -130,13 +130,17 @@ class Filter:
         self._include = None if include is None else _patterns(include, "include")
         self._exclude = () if exclude is None else _patterns(exclude, "exclude")
 
+    def excludes(self, row: Row) -> bool:
+        """Whether one of the patterns of ``exclude`` matches it."""
+        return any(_matches(row, pattern) for pattern in self._exclude)
+
     def refuses(self, row: Row) -> str:
         """Why a mapping is not chosen; empty where it is."""
         if not row.writable:
             return "not writable"
         if row.name.startswith(_KERNELS_OWN):
             return "the kernel's own"
-        if any(_matches(row, pattern) for pattern in self._exclude):
+        if self.excludes(row):
             return "excluded by exclude="
         if self._include is not None:
             return "" if any(_matches(row, pattern) for pattern in self._include) else "not in include="

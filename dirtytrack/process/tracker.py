@@ -19,6 +19,7 @@ from ..kernel import core, engine, sets, targets
 from ..layout import Layout
 from ..memory import pin
 from ..region import Span
+from .frozen import Frozen, frozen_of
 from .mappings import EXCLUDED, TRACKED, UNTRACKED, Filter, Mapping, called, excluded, named
 
 if TYPE_CHECKING:
@@ -155,6 +156,12 @@ class ProcessTracker:
     def mappings(self) -> tuple[Mapping, ...]:
         """All mappings of the process as of the last refresh, sorted."""
         return self._mappings
+
+    @property
+    def tracked(self) -> tuple[tuple[int, int], ...]:
+        """[start, end) of what was registered as of the last refresh, sorted: every write there is in the next collect.
+        Mappings that are read-only for now may be among it."""
+        return tuple((part.start, part.end) for part in self._parts)
 
     @property
     def epoch(self) -> int:
@@ -434,7 +441,9 @@ class ProcessTracker:
         return view
 
     @contextmanager
-    def frozen(self, *, timeout: float = 2.0, by: Literal["ptrace", "cgroup"] = "ptrace") -> Iterator[None]:
+    def frozen(
+        self, *, timeout: float = 2.0, by: Literal["ptrace", "cgroup"] = "ptrace", registers: bool = False
+    ) -> Iterator[Frozen]:
         """A context manager in which every thread of the process stands still: for a consistent cut.
 
         ``"ptrace"``: its threads are stopped by a guardian of their own: they go on when the ``with`` ends, and by
@@ -448,6 +457,7 @@ class ProcessTracker:
         Args:
             timeout: in seconds.
             by: how it is stopped.
+            registers: tell those of its threads, as ``"ptrace"`` alone can: see `Frozen`.
 
         Raises:
             TargetBusy: a thread did not stop in time (it waits for a child of vfork, which only ptrace minds, or for a
@@ -463,35 +473,47 @@ class ProcessTracker:
         require_seconds(timeout)
         if by not in ("ptrace", "cgroup"):
             raise InvalidMemory(f"by takes 'ptrace' or 'cgroup', not {by!r}")
+        if registers and by != "ptrace":
+            raise InvalidMemory('registers=True takes by="ptrace": only who traces a thread may read its registers')
         with self._lock, self._told():
             engine.require(self._session[0])
             if not self.pid:
                 raise InvalidMemory(
                     "a process in another pid namespace cannot be stopped from here: have it stop its threads itself"
                 )
-        stop = self._frozen_by_cgroup if by == "cgroup" else self._frozen_by_ptrace
-        with stop(timeout):
-            yield
+        with (
+            self._frozen_by_cgroup(timeout) if by == "cgroup" else self._frozen_by_ptrace(timeout, registers) as frozen
+        ):
+            yield frozen
 
     @contextmanager
-    def _frozen_by_ptrace(self, timeout: float) -> Iterator[None]:
+    def _frozen_by_ptrace(self, timeout: float, registers: bool) -> Iterator[Frozen]:
         from .attaching import refuse_answer, start_guardian
 
         with ExitStack() as held:
             with self._lock, self._told():
                 engine.require(self._session[0])
-                guardian = held.enter_context(start_guardian(self.pid, self._pidfd, timeout, freeze=True))
+                guardian = held.enter_context(
+                    start_guardian(self.pid, self._pidfd, timeout, freeze=True, registers=registers)
+                )
             answer = guardian.answer()
+            frozen = frozen_of(answer)
             with self._lock, self._told():  # it may have been detached meanwhile
                 engine.require(self._session[0])
                 if not targets.outlives(self._pidfd, answer):  # then its number may be another's
                     raise self._gone(TargetGone(""))
             if answer.code:
                 refuse_answer(answer, self.pid, "freeze", timeout)
-            yield
+            begun = time.perf_counter()
+            try:
+                yield frozen
+            finally:
+                guardian.close()
+                told = guardian.end.stall_ns / 1e9 if guardian.end is not None else 0.0
+                frozen.seconds = told or time.perf_counter() - begun
 
     @contextmanager
-    def _frozen_by_cgroup(self, timeout: float) -> Iterator[None]:
+    def _frozen_by_cgroup(self, timeout: float) -> Iterator[Frozen]:
         from .freezer import frozen_group
 
         with ExitStack() as frozen:
@@ -501,7 +523,12 @@ class ProcessTracker:
                 self._require_alive()
                 raise
             self._require_alive()
-            yield
+            found, begun = Frozen(), time.perf_counter()
+            try:
+                yield found
+            finally:
+                frozen.close()
+                found.seconds = time.perf_counter() - begun
 
     def _require_alive(self) -> None:
         if not targets.is_alive(self._pidfd):  # then its number may be another's

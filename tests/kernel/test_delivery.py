@@ -305,3 +305,18 @@ def test_a_handler_changes_the_session_at_any_point(call: str, inner: str) -> No
         assert ("low", 3) in world.pages(world.tracker.collect())
 
     at_each_point(SESSIONS[call], SESSIONS[inner], check)
+
+
+def test_a_set_that_somebody_looked_at_is_delivered_however_it_ends() -> None:
+    """What a collect gave goes back where an error takes it away unseen: not otherwise."""
+    world = World()
+    with pytest.raises(ZeroDivisionError):
+        1 // (world.tracker.collect().page_count - len(OWED))
+    assert not world.tracker.collect()
+    world.write("low", 3)
+    try:
+        raise Interrupted
+    except Interrupted:
+        world.tracker.collect()  # thrown away, while an error is handled
+    assert not world.tracker.collect()
+    world.end()

@@ -33,6 +33,7 @@ def test_the_examples_are_there() -> None:
         "gc_write_barrier",
         "incremental_checkpoint",
         "precopy_migration",
+        "ranks_simulation",
         "resumed_simulation",
     ]
 

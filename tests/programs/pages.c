@@ -2,6 +2,7 @@
  * Does to its memory what its standard input says, and answers each line with an address in hex:
  *   map PAGES | write ADDRESS PAGE | unmap ADDRESS PAGES | grow ADDRESS FROM TO | move ADDRESS PAGES | again ADDRESS PAGES
  *   discard ADDRESS PAGE | share PAGES | file PATH PAGES | vfork MILLISECONDS | exec | guard ADDRESS PAGE | busy ADDRESS PAGES
+ *   out ADDRESS PAGES (into swap) | hide ADDRESS PAGES (1: MADV_DONTDUMP, 0: MADV_DODUMP) | rights ADDRESS PAGES RIGHTS | brk PAGES | reserve PAGES
  *   over ADDRESS PAGES OTHER (in decimal): the shared memory of one place is mapped at the other too */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -87,6 +88,18 @@ int main(int count, char **arguments)
                 madvise(at + b * PAGE, PAGE, MADV_DONTNEED);
             else if (!strcmp(word, "punch"))
                 madvise(at + b * PAGE, PAGE, MADV_REMOVE);
+            else if (!strcmp(word, "out"))
+                madvise(at, b * PAGE, 21 /* MADV_PAGEOUT */);
+            else if (!strcmp(word, "hide"))
+                madvise(at, b * PAGE, c ? MADV_DONTDUMP : MADV_DODUMP);
+            else if (!strcmp(word, "rights"))
+                mprotect(at, b * PAGE, (int)c);
+            else if (!strcmp(word, "brk")) {
+                at = sbrk((intptr_t)strtol(line + 4, NULL, 10) * PAGE);
+                if (line[4] != '-')
+                    *at = 1;
+            } else if (!strcmp(word, "reserve"))
+                at = mmap(NULL, strtoul(line + 8, NULL, 10) * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
             else if (!strcmp(word, "busy"))
                 at = take(at, b * PAGE) ? NULL : at;
             else if (!strcmp(word, "vfork")) {

@@ -27,7 +27,7 @@ def built(name: str) -> Path:
     if not program.exists() or program.stat().st_mtime < source.stat().st_mtime:
         made = program.with_suffix(f".{os.getpid()}")
         subprocess.run(
-            ["cc", "-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread", source, "-o", made], check=True
+            ["cc", "-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", source, "-o", made], check=True
         )
         made.rename(program)
     return program

@@ -408,6 +408,23 @@ def test_nothing_is_written_while_frozen() -> None:
         assert tracker.collect()
 
 
+def test_registers_of_every_thread_whoever_stops_first() -> None:
+    """The stop of one that comes while another is waited for was once taken for its end."""
+    with running("consistent", 3) as program, process.attach(program.pid) as tracker:
+        program.answer()
+        for _ in range(25):
+            with tracker.frozen(registers=True) as frozen:
+                tasks = {int(task.name) for task in Path(f"/proc/{program.pid}/task").iterdir()}
+                assert {each.tid for each in frozen.threads} == tasks
+            assert frozen.threads[0].tid == program.pid
+            assert 0 < frozen.seconds < 5
+            assert f"{len(tasks)} threads" in repr(frozen)
+        with pytest.raises(InvalidMemory, match="ptrace"), tracker.frozen(by="cgroup", registers=True):
+            pass
+        with tracker.frozen() as frozen:
+            assert frozen.threads == ()
+
+
 def test_a_signal_that_arrives_while_frozen_is_handled() -> None:
     with running("target", 2) as program, process.attach(program.pid) as tracker:
         with tracker.frozen():

@@ -12,6 +12,7 @@ import numpy as np
 
 import dirtytrack
 from dirtytrack import checkpoint, delta, gc, observe, pagemap, process
+from dirtytrack.checkpoint import images
 
 if TYPE_CHECKING:
     from typing_extensions import assert_type
@@ -225,3 +226,26 @@ def checkpoints() -> None:
     assert_type(checkpoint.prune("runs/a", checkpoint.Retention(age_seconds=3600)).removed, tuple[int, ...])
     assert_type(checkpoint.compare("runs/a", 1, 2).regions[0].runs, tuple[tuple[int, int], ...])
     assert_type(checkpoint.generations("runs/a"), tuple[checkpoint.Summary, ...])
+
+
+def many_ranks(comm: checkpoint.Communicator, grid: np.ndarray) -> None:
+    with checkpoint.coordinated(
+        comm, "runs/a", {"grid": grid}, partition={"grid": 0}, replicated=["weights"], resume=True, compression=None
+    ) as ckpt:
+        assert_type(ckpt, checkpoint.Coordinated)
+        assert_type(ckpt.resumed, checkpoint.State | None)
+        assert_type(ckpt.save({"step": 1}), checkpoint.Save)
+        assert_type(ckpt.rank, int)
+    checkpoint.coordinated(comm, "runs/a", {"grid": grid}, when_busy="skip")  # type: ignore[arg-type]
+    checkpoint.coordinated(comm, "runs/a", {"grid": grid}, colour=1)  # type: ignore[call-arg]
+    assert_type(checkpoint.restore_share(comm, "runs/a", names=["grid"]), checkpoint.State)
+
+
+def cores() -> None:
+    made = images.write_core("images/redis", "core.3", 3, progress=lambda done, total: print(done / total))
+    assert_type(made, images.Core)
+    assert_type(made.missing, tuple[images.Missing, ...])
+    found = images.compare_images("images/redis", 3, 7, objects=False)
+    assert_type(found.changed_pages, int)
+    assert_type(found.mappings[0].newer, images.MappedRange | None)
+    assert_type(found.objects, tuple[images.ObjectDifference, ...])

@@ -37,6 +37,8 @@ APART = {
     "gc": {"process", "observe", "checkpoint", "migration"},
 }
 """What a consumer knows nothing of, though it is above it."""
+IMAGES = PACKAGE / "checkpoint" / "images"
+"""Checkpoints of other processes: nothing of `checkpoint` but this knows of `process`, nor imports it."""
 CODE = {".py", ".pyi", ".c", ".h", ".sh", ".toml"}
 CODE_BY_NAME = {"Makefile", "run", "MANIFEST.in", ".gitignore"}
 NOT_OURS = {".git", ".venv", "build", "dist", "node_modules"}
@@ -96,7 +98,12 @@ def test_imports_point_downwards_only(path: Path) -> None:
     highest = RANK["tracker"] + 1 if layer == "__init__" else RANK[layer]
     upwards = {name for name in imported_layers(path) if RANK[name] >= highest and name != layer}
     assert not upwards
-    assert not imported_layers(path) & APART.get(layer, set())
+    apart = APART.get(layer, set())
+    if IMAGES in path.parents:
+        apart = apart - {"process"}
+    assert not imported_layers(path) & apart
+    if layer == "checkpoint" and IMAGES not in path.parents:
+        assert not {name for name in imported_modules(path) if name.startswith("dirtytrack.checkpoint.images")}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)

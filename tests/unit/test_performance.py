@@ -64,6 +64,14 @@ def test_what_barriers_cost_is_what_was_measured() -> None:
     assert {row["barrier"] for row in told["rows"]} >= {"none", "cards", "mprotect", "plain", "adaptive"}
 
 
+def test_what_ranks_cost_is_what_was_measured() -> None:
+    page = (DOCS / "ranks.md").read_text(encoding="utf-8")
+    told = json.loads((DOCS / "ranks.json").read_text(encoding="utf-8"))
+    assert runpy.run_path(str(DOCS / "draw_ranks.py"))["render"](page, told) == page
+    assert [row["ranks"] for row in told["rows"]] == [1, 2, 4]
+    assert told["modelled"][-1]["ranks"] == 10_000
+
+
 @pytest.mark.parametrize(("script", "plot"), [("draw_epochs.py", "epochs.svg"), ("draw_density.py", "density.svg")])
 def test_the_plots_are_what_was_measured(script: str, plot: str) -> None:
     draw = runpy.run_path(str(DOCS / script))["draw"]

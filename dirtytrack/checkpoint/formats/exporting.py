@@ -20,7 +20,8 @@ from ...errors import (
     UnsupportedKernel,
 )
 from ..coding import Decoder
-from ..reading import Generation, HeldFrames, Window, letting_go
+from ..joining import generation_of as any_generation_of
+from ..reading import HeldFrames, Window, letting_go
 from ..segments import FRAME_NBYTES
 from ..store import open_store
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
 
     from ..crew import Crew
+    from ..joining import AnyGeneration
     from ..manifests import Manifest, RegionEntry
     from ..protocols import Store
     from ..reading import Target
@@ -203,8 +205,8 @@ def of_a_whole_revision(
 
 def generation_of(
     store: Store, manifest: Manifest, names: Collection[str] | None, decrypt: Callable[[bytes], bytes] | None
-) -> Generation:
-    """A generation, or some of its buffers.
+) -> AnyGeneration:
+    """A generation, or some of its buffers; close it.
 
     Raises:
         InvalidCheckpoint: it has no buffer of such a name.
@@ -214,7 +216,7 @@ def generation_of(
         if name not in known:
             there = ", ".join(map(repr, known[:8])) + (", …" if len(known) > 8 else "")
             raise InvalidCheckpoint(f"generation {manifest.generation} has no buffer {name!r}; it has {there}")
-    return Generation(store, manifest, None if names is None else set(names), Decoder(decrypt))
+    return any_generation_of(store, manifest, None if names is None else set(names), Decoder(decrypt))
 
 
 class Reading:
@@ -230,7 +232,7 @@ class Reading:
     """
 
     def __init__(
-        self, found: Generation, crew: Crew, memory_bytes: int, progress: Callable[[int, int], object] | None
+        self, found: AnyGeneration, crew: Crew, memory_bytes: int, progress: Callable[[int, int], object] | None
     ) -> None:
         self._found, self._crew, self._memory_bytes, self._progress = found, crew, memory_bytes, progress
         self._region: RegionEntry | None = None

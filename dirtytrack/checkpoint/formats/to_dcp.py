@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from ...errors import InvalidCheckpoint, StoreFailed
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
     from pathlib import Path
 
+    from ..joining import AnyGeneration
     from ..manifests import Manifest, RegionEntry
     from ..protocols import Store
-    from ..reading import Generation
 
 __all__ = ["export_dcp"]
 
@@ -86,12 +87,12 @@ def export_dcp(
     saving = imported("torch.distributed.checkpoint", "torch")
 
     def export(opened: Store, manifest: Manifest) -> None:
-        found = generation_of(opened, manifest, names, decrypt)
-        tensors = _tensors(torch, found, as_bytes)
-        with appearing(target) as folder, Crew(reading_threads() if threads is None else threads) as crew:
-            reading = Reading(found, crew, memory_bytes // 4, progress)
-            planner = _planner(torch, tensors, _told(found), reading, min(_MOST_CHUNK_NBYTES, memory_bytes // 4))
-            _save(saving, folder, planner)
+        with closing(generation_of(opened, manifest, names, decrypt)) as found:
+            tensors = _tensors(torch, found, as_bytes)
+            with appearing(target) as folder, Crew(reading_threads() if threads is None else threads) as crew:
+                reading = Reading(found, crew, memory_bytes // 4, progress)
+                planner = _planner(torch, tensors, _told(found), reading, min(_MOST_CHUNK_NBYTES, memory_bytes // 4))
+                _save(saving, folder, planner)
 
     return of_a_whole_revision(store, generation, export)
 
@@ -139,7 +140,7 @@ class _Tensor:
             yield slab.box.begin, slab.box.shape, slab.low, slab.nbytes
 
 
-def _tensors(torch: Any, found: Generation, as_bytes: bool) -> dict[str, _Tensor]:
+def _tensors(torch: Any, found: AnyGeneration, as_bytes: bool) -> dict[str, _Tensor]:
     tensors: dict[str, _Tensor] = {}
     unknown: list[RegionEntry] = []
     for region in found.regions:
@@ -161,7 +162,7 @@ def _tensors(torch: Any, found: Generation, as_bytes: bool) -> dict[str, _Tensor
     return tensors
 
 
-def _told(found: Generation) -> dict[str, Any]:
+def _told(found: AnyGeneration) -> dict[str, Any]:
     manifest = found.manifest
     return {
         "meta": manifest.meta,

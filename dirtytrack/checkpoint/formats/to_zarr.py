@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -29,9 +29,9 @@ from .exporting import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
 
+    from ..joining import AnyGeneration
     from ..manifests import Manifest, RegionEntry
     from ..protocols import Store
-    from ..reading import Generation
     from .chunking import Box, Slab
 
 __all__ = ["export_zarr", "node_name", "zarr_package"]
@@ -101,14 +101,14 @@ def export_zarr(
     zarr = zarr_package()
 
     def export(opened: Store, manifest: Manifest) -> None:
-        found = generation_of(opened, manifest, names, decrypt)
-        layouts = _layouts(found, as_bytes, chunk_bytes, chunks or {}, shards or {}, memory_bytes)
-        with _group(zarr, target) as group, Crew(reading_threads() if threads is None else threads) as crew:
-            reading = Reading(found, crew, memory_bytes // 4, progress)
-            for layout in layouts:
-                array = layout.created(zarr, group, compressors)
-                _write(array, layout, reading, memory_bytes // 4)
-            group.update_attributes(_attributes(found, layouts))
+        with closing(generation_of(opened, manifest, names, decrypt)) as found:
+            layouts = _layouts(found, as_bytes, chunk_bytes, chunks or {}, shards or {}, memory_bytes)
+            with _group(zarr, target) as group, Crew(reading_threads() if threads is None else threads) as crew:
+                reading = Reading(found, crew, memory_bytes // 4, progress)
+                for layout in layouts:
+                    array = layout.created(zarr, group, compressors)
+                    _write(array, layout, reading, memory_bytes // 4)
+                group.update_attributes(_attributes(found, layouts))
 
     return of_a_whole_revision(store, generation, export)
 
@@ -220,7 +220,7 @@ def _has(dtype: Any) -> bool:
 
 
 def _layouts(
-    found: Generation,
+    found: AnyGeneration,
     as_bytes: bool,
     chunk_bytes: int | None,
     chunks: Mapping[str, Sequence[int]],
@@ -355,7 +355,7 @@ def _set(array: Any, box: Box, data: Any) -> None:
         raise StoreFailed(f"zarr could not write {box.slices} of {array.store_path}: {error}") from error
 
 
-def _attributes(found: Generation, layouts: list[_Layout]) -> dict[str, Any]:
+def _attributes(found: AnyGeneration, layouts: list[_Layout]) -> dict[str, Any]:
     manifest = found.manifest
     told = {
         "generation": manifest.generation,

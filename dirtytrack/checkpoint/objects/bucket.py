@@ -97,6 +97,7 @@ class Bucket:
         obstore: the package.
         store: one of its stores.
         name: for messages.
+        prefix: of all keys, within the store's own.
 
     Each method raises PermissionDenied, StoreFailed or InvalidCheckpoint (there is no such bucket); beside those what
     its own lines say.
@@ -104,9 +105,13 @@ class Bucket:
     Thread safety: everything may be called from any thread. The library's threads are not there in a forked child.
     """
 
-    def __init__(self, obstore: Any, store: Any, name: str) -> None:
-        self._obstore, self._store, self.name = obstore, store, name
+    def __init__(self, obstore: Any, store: Any, name: str, prefix: str = "") -> None:
+        self._obstore, self._store, self.name, self._prefix = obstore, store, name, prefix
         self._pid = os.getpid()
+
+    def within(self, folder: str) -> Bucket:
+        """The objects in a folder."""
+        return Bucket(self._obstore, self._store, self.where(folder), f"{self._prefix}{folder}/")
 
     def where(self, key: str) -> str:
         """For messages."""
@@ -147,7 +152,7 @@ class Bucket:
         """
 
         def run() -> bytes:
-            return bytes(self._obstore.get(self._store, key).bytes())
+            return bytes(self._obstore.get(self._store, self._prefix + key).bytes())
 
         return self._ask(f"read {self.where(key)}", run)  # type: ignore[no-any-return]
 
@@ -159,7 +164,7 @@ class Bucket:
         """
 
         def run() -> tuple[memoryview, int]:
-            answer = self._obstore.get(self._store, key, options={"range": (0, nbytes)})
+            answer = self._obstore.get(self._store, self._prefix + key, options={"range": (0, nbytes)})
             return memoryview(answer.bytes()), int(answer.meta["size"])
 
         return self._ask(f"read {self.where(key)}", run)  # type: ignore[no-any-return]
@@ -172,7 +177,7 @@ class Bucket:
         """
 
         def run() -> memoryview:
-            return memoryview(self._obstore.get_range(self._store, key, start=offset, length=nbytes))
+            return memoryview(self._obstore.get_range(self._store, self._prefix + key, start=offset, length=nbytes))
 
         return self._ask(f"read {self.where(key)}", run)  # type: ignore[no-any-return]
 
@@ -182,22 +187,29 @@ class Bucket:
         Raises:
             Absent.
         """
-        return int(self._ask(f"look at {self.where(key)}", self._obstore.head, self._store, key)["size"])
+        return int(self._ask(f"look at {self.where(key)}", self._obstore.head, self._store, self._prefix + key)["size"])
 
     def list(self, prefix: str = "") -> list[Found]:
         """The objects below a folder, sorted."""
 
         def run() -> Any:
-            return self._obstore.list(self._store, prefix or None, chunk_size=1000).collect()
+            return self._obstore.list(
+                self._store, (self._prefix + prefix).rstrip("/") or None, chunk_size=1000
+            ).collect()
 
         found = self._ask(f"list {self.where(prefix)}", run)
-        return sorted(Found(str(each["path"]), int(each["size"]), each["last_modified"].timestamp()) for each in found)
+        return sorted(
+            Found(str(each["path"]).removeprefix(self._prefix), int(each["size"]), each["last_modified"].timestamp())
+            for each in found
+        )
 
     # ---- writing
 
     def put(self, key: str, data: Any) -> None:
         """Put an object, over the one that is there."""
-        self._ask(f"write {self.where(key)}", self._obstore.put, self._store, key, data, use_multipart=False)
+        self._ask(
+            f"write {self.where(key)}", self._obstore.put, self._store, self._prefix + key, data, use_multipart=False
+        )
 
     def create(self, key: str, data: bytes) -> None:
         """Put an object, unless there is one: a conditional put.
@@ -205,13 +217,23 @@ class Bucket:
         Raises:
             Present.
         """
-        self._ask(f"write {self.where(key)}", self._obstore.put, self._store, key, data, mode="create", again=False)
+        self._ask(
+            f"write {self.where(key)}",
+            self._obstore.put,
+            self._store,
+            self._prefix + key,
+            data,
+            mode="create",
+            again=False,
+        )
 
     def upload(self, key: str, part_nbytes: int, in_flight: int) -> Upload:
         """Begin to put an object in parts."""
 
         def run() -> Any:
-            return self._obstore.open_writer(self._store, key, buffer_size=part_nbytes, max_concurrency=in_flight)
+            return self._obstore.open_writer(
+                self._store, self._prefix + key, buffer_size=part_nbytes, max_concurrency=in_flight
+            )
 
         return Upload(self, key, self._ask(f"write {self.where(key)}", run))
 
@@ -220,11 +242,16 @@ class Bucket:
         for at in range(0, len(keys), 1000):
             some = keys[at : at + 1000]
             try:
-                self._ask(f"remove {self.where(some[0])}", self._obstore.delete, self._store, list(some))
+                self._ask(
+                    f"remove {self.where(some[0])}",
+                    self._obstore.delete,
+                    self._store,
+                    [self._prefix + key for key in some],
+                )
             except Absent:  # some kinds say so, and stop
                 for key in some:
                     try:
-                        self._ask(f"remove {self.where(key)}", self._obstore.delete, self._store, key)
+                        self._ask(f"remove {self.where(key)}", self._obstore.delete, self._store, self._prefix + key)
                     except Absent:
                         pass
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from ...errors import CheckpointerClosed, DamagedCheckpoint, InvalidCheckpoint, NoSuchGeneration, StoreFailed
-from ..base import MANIFESTS, MARKER, SEGMENTS, BaseStore, marker_of
+from ..base import MANIFESTS, MARKER, RANKS, SEGMENTS, BaseStore, marker_of
 from ..crew import Crew
 from ..manifests import Manifest, manifest_name, manifest_of_name, segment_of_name
 from ..protocols import Kept
@@ -116,7 +116,7 @@ class ObjectStore(BaseStore):
             return self.id_of_manifests(f"{where} is missing", nothing)
         if not create:
             raise InvalidCheckpoint(f"{nothing}. Saving to it makes one, if nothing is there yet")
-        other = [each.key for each in self.bucket.list() if each.key.partition("/")[0] not in (WRITERS, MARKER)]
+        other = [each.key for each in self.bucket.list() if each.key.partition("/")[0] not in (WRITERS, MARKER, RANKS)]
         if other:
             raise InvalidCheckpoint(
                 f"{self.name} is no store of checkpoints: it holds something else ({other[0]!r}). Save below a prefix "
@@ -244,6 +244,24 @@ class ObjectStore(BaseStore):
         self._sizes.clear()  # what somebody took away meanwhile is to be missed
         yield
 
+    # ---- ranks
+
+    def part(self, rank: int, *, create: bool = False) -> ObjectStore:
+        """The store of a rank's parts: see `Store.part`."""
+        return ObjectStore(
+            self.bucket.within(f"{RANKS}/{rank:06d}"),
+            create=create,
+            part_bytes=self.part_bytes,
+            parts_in_flight=self.parts_in_flight,
+            lease_seconds=self.lease_seconds,
+            grace_seconds=self.grace_seconds,
+        )
+
+    def parts(self) -> tuple[int, ...]:
+        """The ranks whose parts have a store here, in order."""
+        found = {name.partition("/")[0] for name in self.names(RANKS) if name.partition("/")[2]}
+        return tuple(sorted(int(name) for name in found if len(name) == 6 and name.isdecimal()))
+
     def strangers(self) -> tuple[str, ...]:
         """What is in the store and belongs to no generation; sorted. Segments whose grace is not over do belong."""
         self._require_open()
@@ -264,7 +282,7 @@ class ObjectStore(BaseStore):
             return name in named
         if folder in (MANIFESTS, REMOVED):
             return manifest_of_name(name) is not None
-        return key == MARKER or term_of_key(key) is not None
+        return key == MARKER or folder == RANKS or term_of_key(key) is not None
 
     def writer(self) -> ObjectWriter:
         """Become the one who writes: see `Store.writer`."""

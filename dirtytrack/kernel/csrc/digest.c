@@ -174,3 +174,13 @@ bool dt_same_bytes(const uint8_t *memory, const uint8_t *copy, uint64_t bytes)
         differ |= memory[i] ^ copy[i];
     return !differ;
 }
+
+void dt_digest_pages(const uint8_t *data, uint64_t count, uint64_t page_bytes, const uint8_t *key, uint64_t *out)
+{
+    dt_digester digest = dt_choose_digester(false);
+    for (uint64_t i = 0; i < count; i++) {
+        dt_digest found = digest(data + i * page_bytes, page_bytes, key);
+        out[2 * i] = found.first;
+        out[2 * i + 1] = found.second;
+    }
+}

@@ -216,6 +216,8 @@ void dt_xxh64_begin(dt_xxh64_parts *parts, uint64_t seed);
 void dt_xxh64_add(dt_xxh64_parts *parts, const uint8_t *data, uint64_t length);
 uint64_t dt_xxh64_end(dt_xxh64_parts *parts, const uint8_t *data, uint64_t length);
 int dt_all_zero(const uint8_t *data, uint64_t length); /* 1 or 0 */
+/* Of each of `count` pages, a keyed hash of 128 bits (digest.c). key: page_bytes + 16 random bytes; out: two a page. */
+void dt_digest_pages(const uint8_t *data, uint64_t count, uint64_t page_bytes, const uint8_t *key, uint64_t *out);
 /* Reads a file from `offset` on until `length` bytes are there or it ends, and adds the whole 32 bytes of what came to
  * `parts` while the processor's cache has them. How many bytes, or -errno. */
 int64_t dt_read_adding(int file, uint64_t offset, uint8_t *room, uint64_t length, dt_xxh64_parts *parts);
@@ -581,7 +583,19 @@ typedef struct dt_guard_wish {
     uint32_t suspend_seccomp; /* 1: the target's filters do not see the injected calls; takes CAP_SYS_ADMIN */
     uint32_t fault_step;      /* for tests: after so many steps somebody is killed */
     uint32_t fault_tracker;   /* 1: the guardian's parent; 0: the guardian */
+    uint32_t registers;       /* 1, with freeze: those of all threads come with the answer, in a memory file */
 } dt_guard_wish;
+
+/* A thread that stands still, in that file: then its register sets, as many bytes as it says, and zeros up to a multiple
+ * of 8 bytes. The process's first thread comes first. */
+typedef struct dt_thread_state {
+    int32_t tid;
+    uint32_t prstatus_bytes;  /* NT_PRSTATUS */
+    uint32_t fpregset_bytes;  /* NT_PRFPREG; 0: it has none */
+    uint32_t xstate_bytes;    /* NT_X86_XSTATE; 0: it has none */
+    uint64_t signal_mask;
+    char name[16];
+} dt_thread_state;
 
 enum dt_guard_step {
     DT_GUARD_OPEN = 0,        /* nothing yet */
@@ -589,7 +603,8 @@ enum dt_guard_step {
     DT_GUARD_STOP = 2,        /* PTRACE_SEIZE, and waiting for a stop */
     DT_GUARD_CALL = 3,        /* changing registers, running the injected call */
     DT_GUARD_USERFAULTFD = 4, /* what that call answered */
-    DT_GUARD_TAKE = 5         /* pidfd_getfd */
+    DT_GUARD_TAKE = 5,        /* pidfd_getfd */
+    DT_GUARD_REGISTERS = 6    /* reading those of all threads */
 };
 
 typedef struct dt_guard_answer {

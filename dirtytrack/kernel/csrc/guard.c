@@ -44,12 +44,18 @@ long dt_ptrace(dt_guard *g, int request, pid_t tid, void *address, void *data)
     return rc < 0 ? -error : 0;
 }
 
-/* Where the process is killed, the end of its first thread is told only once those of all others were waited for. */
+/* Where the process is killed, the end of its first thread is told only once those of all others were waited for. Of
+ * threads that are traced this tells stops too, though they were not asked for: they are kept for who waits for them. */
 static void reap(dt_guard *g)
 {
-    for (siginfo_t end = {0}; !waitid(P_ALL, 0, &end, WEXITED | WNOHANG | __WALL) && end.si_pid; end.si_pid = 0)
-        for (uint64_t i = 0; i < g->count; i++)
-            g->threads[i].gone |= g->threads[i].tid == end.si_pid;
+    for (siginfo_t told = {0}; !waitid(P_ALL, 0, &told, WEXITED | WNOHANG | __WALL) && told.si_pid; told.si_pid = 0)
+        for (uint64_t i = 0; i < g->count; i++) {
+            dt_thread *t = &g->threads[i];
+            if (t->tid == told.si_pid && (told.si_code == CLD_TRAPPED || told.si_code == CLD_STOPPED))
+                t->met = told.si_status << 8 | 0x7f; /* as waitpid() has it */
+            else if (t->tid == told.si_pid)
+                t->gone = true;
+        }
 }
 
 int dt_guard_wait(dt_guard *g, dt_thread *t, uint64_t deadline, int *status)
@@ -58,6 +64,11 @@ int dt_guard_wait(dt_guard *g, dt_thread *t, uint64_t deadline, int *status)
     sigemptyset(&child);
     sigaddset(&child, SIGCHLD);
     for (;;) {
+        if (t->met) {
+            *status = t->met;
+            t->met = 0;
+            return 0;
+        }
         pid_t got = t->gone ? -1 : waitpid(t->tid, status, __WALL | WNOHANG);
         if (got == t->tid && WIFSTOPPED(*status))
             return 0;
@@ -272,8 +283,16 @@ static void hold(dt_guard *g, dt_guard_answer *told)
     told->step = DT_GUARD_STOP;
     told->code = stop_all(g, g->deadline);
     told->threads = (uint32_t)g->count;
+    int registers = -1;
+    if (!told->code && g->wish->registers) {
+        told->step = DT_GUARD_REGISTERS;
+        registers = dt_save_registers(g);
+        told->code = registers < 0 ? registers : 0;
+    }
     if (!told->code) {
-        answer(g->wish->channel, told, -1);
+        answer(g->wish->channel, told, registers);
+        if (registers >= 0)
+            close(registers);
         while (poll(&gone, 1, -1) < 0 && errno == EINTR)
             ;
     }

@@ -9,6 +9,7 @@ typedef struct dt_thread {
     bool stopped;
     bool gone;
     int owed;                     /* a stop signal that is to be sent again */
+    int met;                      /* a stop that was told while another thread was waited for: its status; 0: none */
 } dt_thread;
 
 typedef struct dt_guard {
@@ -40,6 +41,9 @@ int dt_inject(dt_guard *g, dt_thread *t, const dt_gadget *gadget, int32_t *step)
 /* Of a stopped thread that is about to go on: where our stop had a system call give up that the kernel does not restart
  * after a stop, it is made again. */
 void dt_mend_call(dt_guard *g, dt_thread *t);
+
+/* registers.c */
+int dt_save_registers(dt_guard *g); /* of all threads, which stand: a memory file of dt_thread_state, or -errno */
 
 /* frame.c */
 typedef struct dt_frame { uint64_t at; uint8_t *before; size_t bytes; } dt_frame;

@@ -84,13 +84,22 @@ static int read_page(const dt_moving *m, uint64_t page, uint8_t *out, dt_failure
     return 0;
 }
 
-/* A page and its digest, in one pass where it lies still. */
-static int read_digest(const dt_moving *m, uint64_t page, dt_digester digest, uint8_t *out, dt_digest *now, dt_failure *why)
+/* Where a page lies that is wholly the memory's, which the caller holds; NULL: it is to be read by read_page. */
+static const uint8_t *whole_page(const dt_moving *m, uint64_t page)
 {
     uint64_t address, bytes, shift;
-    if (!m->memory.through && !m->memory.unpinned && own_part(m, page, &address, &bytes, &shift) && bytes == m->page_bytes) {
+    bool plain = !m->memory.through && !m->memory.unpinned;
+    return plain && own_part(m, page, &address, &bytes, &shift) && bytes == m->page_bytes ? (void *)(uintptr_t)address : NULL;
+}
+
+/* A page and its digest, in one pass where it lies still. `out` may be left as it is: only the digest is wanted. */
+static int read_digest(const dt_moving *m, uint64_t page, bool keep, dt_digester digest, uint8_t *out, dt_digest *now,
+                       dt_failure *why)
+{
+    const uint8_t *whole = whole_page(m, page);
+    if (whole) {
         /* SAFETY: the caller holds the memory. */
-        *now = copier()((const void *)(uintptr_t)address, bytes, m->key, out);
+        *now = keep ? copier()(whole, m->page_bytes, m->key, out) : digest(whole, m->page_bytes, m->key);
         return 0;
     }
     int rc = read_page(m, page, out, why);
@@ -131,7 +140,7 @@ static int take_page(const dt_moving *m, uint64_t page, dt_digester digest, cons
     uint8_t *to = out + moved->data_pages * m->page_bytes;
     uint64_t *known = m->table + 2 * page;
     dt_digest now;
-    int rc = read_digest(m, page, digest, to, &now, why);
+    int rc = read_digest(m, page, true, digest, to, &now, why);
     if (rc)
         return rc;
     if (known[0] == now.first && known[1] == now.second && (now.first | now.second)) {
@@ -365,8 +374,8 @@ int dt_moving_digest(const dt_moving *m, uint64_t first, uint64_t count, int che
     bool locked = m->memory.through && !(rc = dt_compare_begin_copy(m->memory.through, why));
     uint64_t i = first;
     for (; !rc && i < first + count; i++) {
-        rc = read_page(m, i, page, why);
-        dt_digest now = digest(page, m->page_bytes, m->key);
+        dt_digest now = {0};
+        rc = read_digest(m, i, false, digest, page, &now, why);
         if (!rc && check && (m->table[2 * i] != now.first || m->table[2 * i + 1] != now.second))
             break;
         if (!rc && !check) {

@@ -319,7 +319,7 @@ def test_nothing_is_dirty_and_arrays_of_no_axis() -> None:
         assert alone[()] == 7
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_a_writer_refuses_what_does_not_fit() -> None:
     memory, array = tracked((8, 512))
     store = zarr.storage.MemoryStore()
     target = zarr.create_array(store, shape=(8, 512), dtype="f8", chunks=(1, 512))

@@ -188,7 +188,7 @@ def test_what_was_damaged_is_never_exported(where: Path, made: History) -> None:
     export_zarr(made.store, where / "out", 3)
 
 
-def test_a_damaged_compaction_does_not_take_the_generation_with_it(where: Path, made: History) -> None:
+def test_a_damaged_compaction_is_passed_over_by_an_export(where: Path, made: History) -> None:
     with made.store.reading():  # so that what it replaces stays
         after = compact(where / "store")
     assert export_zarr(made.store, where / "compacted").revision == 1
@@ -220,7 +220,7 @@ def test_a_target_that_is_there_is_not_overwritten(where: Path, made: History) -
     assert not list(where.rglob("*.new"))
 
 
-def test_options_that_make_no_sense(where: Path, made: History) -> None:
+def test_options_of_an_export_that_make_no_sense(where: Path, made: History) -> None:
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"memory_bytes": 1000}, "memory_bytes= is a number from"),
         ({"threads": 0}, "threads="),

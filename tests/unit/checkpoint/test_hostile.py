@@ -215,6 +215,39 @@ def test_a_manifest_longer_than_any_is_not_read_whole(where: Path) -> None:
         store.manifest()
 
 
+MAPPING: dict[str, Any] = {
+    "start": 4096,
+    "end": 8192,
+    "permissions": "rw-p",
+    "offset": 0,
+    "device": "00:00",
+    "inode": 0,
+    "path": "",
+    "saved": None,
+    "why": "empty",
+}
+THREAD: dict[str, Any] = {"tid": 1, "name": "", "registers": {"prstatus": "00"}, "signal_mask": "00" * 8}
+IMAGE: dict[str, Any] = {
+    "pid": 1,
+    "comm": "",
+    "executable": "",
+    "arguments": [],
+    "machine": "x86_64",
+    "page_bytes": 4096,
+    "auxv": "",
+    "frozen_at": 0,
+    "threads": [THREAD],
+    "mappings": [MAPPING],
+}
+
+
+def test_the_least_that_a_manifest_may_say_of_a_process(where: Path) -> None:
+    manifest = make(where / "store")
+    forge(where / "store", manifest, {**members_of(manifest), "threads": IMAGE})
+    with DirectoryStore(where / "store") as store:
+        assert store.manifest().threads == IMAGE
+
+
 @pytest.mark.parametrize(
     ("member", "value", "problem"),
     [
@@ -228,7 +261,25 @@ def test_a_manifest_longer_than_any_is_not_read_whole(where: Path) -> None:
         ("kind", "diff", "kind"),
         ("page_bytes", 4095, "power of two"),
         ("ranks", [1], "ranks"),
-        ("threads", {}, "threads"),
+        ("threads", {}, "has no 'pid'"),
+        ("threads", [], "is no object"),
+        ("threads", IMAGE | {"pid": 0}, "process's number"),
+        ("threads", IMAGE | {"arguments": "ls"}, "list of strings"),
+        ("threads", IMAGE | {"page_bytes": 512}, "page_bytes"),
+        ("threads", IMAGE | {"auxv": "0"}, "auxv"),
+        ("threads", IMAGE | {"frozen_at": True}, "frozen_at"),
+        ("threads", IMAGE | {"threads": []}, "no threads"),
+        ("threads", IMAGE | {"threads": [THREAD | {"registers": {}}]}, "has no 'prstatus'"),
+        ("threads", IMAGE | {"threads": [THREAD | {"registers": {"prstatus": "0g"}}]}, "hexadecimal"),
+        ("threads", IMAGE | {"threads": [THREAD | {"tid": "1"}]}, "no number or name"),
+        ("threads", IMAGE | {"mappings": [MAPPING, MAPPING]}, "overlap"),
+        ("threads", IMAGE | {"mappings": [MAPPING | {"end": 4097}]}, "with a page"),
+        ("threads", IMAGE | {"mappings": [MAPPING | {"permissions": "rwx"}]}, "permissions"),
+        ("threads", IMAGE | {"mappings": [MAPPING | {"saved": []}]}, "empty"),
+        ("threads", IMAGE | {"mappings": [MAPPING | {"saved": [[0, 0, 1]]}]}, "four numbers"),
+        ("threads", IMAGE | {"mappings": [MAPPING | {"saved": [[77, 0, 1, 0]]}]}, "in no region"),
+        ("threads", IMAGE | {"mappings": [MAPPING | {"saved": [[0, 1 << 40, 1, 0]]}]}, "in no region"),
+        ("threads", IMAGE | {"mappings": [MAPPING | {"saved": [[0, 0, 1, 4096]]}]}, "outside"),
         ("colour", "red", "unknown 'colour'"),
         ("regions", {}, "no list"),
         ("segments", [1], "no object"),
