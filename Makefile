@@ -109,15 +109,15 @@ bench-checkpoint: $(VENV)/.test ## measure saves, beside PyTorch's too if make t
 	$(BIN)/python docs/draw_tables.py docs/checkpointing.json docs/checkpoint.md
 	$(BIN)/python docs/draw_saving.py docs/checkpointing.json docs/saving.svg
 
-.PHONY: bench-objects
-bench-objects: $(VENV)/.test ## measure saves to an object store, for docs/object-stores.md
-	$(BIN)/python -m benchmarks --write docs/objects.json objects
-	$(BIN)/python docs/draw_tables.py docs/objects.json docs/object-stores.md
-
 .PHONY: bench-ranks
 bench-ranks: $(VENV)/.test ## what it costs a rank to save together, at 1, 2 and 4, and modelled to 10,000, for docs/ranks.md
 	$(BIN)/python -m benchmarks.ranks --write docs/ranks.json
 	$(BIN)/python docs/draw_ranks.py docs/ranks.json docs/ranks.md
+
+.PHONY: bench-objects
+bench-objects: $(VENV)/.test ## measure saves to an object store, for docs/object-stores.md
+	$(BIN)/python -m benchmarks --write docs/objects.json objects
+	$(BIN)/python docs/draw_tables.py docs/objects.json docs/object-stores.md
 
 .PHONY: bench-formats
 bench-formats: $(VENV)/.test ## measure a zarr array that follows a tracked one, for docs/formats.md

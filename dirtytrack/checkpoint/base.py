@@ -15,12 +15,33 @@ from .protocols import Kept
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["MANIFESTS", "MARKER", "MARKER_NBYTES", "RANKS", "SEGMENTS", "BaseStore", "marker_of"]
+__all__ = [
+    "MANIFESTS",
+    "MARKER",
+    "MARKER_NBYTES",
+    "RANKS",
+    "SEGMENTS",
+    "BaseStore",
+    "marker_of",
+    "rank_folder",
+    "rank_of_folder",
+]
 
 MARKER, SEGMENTS, MANIFESTS, RANKS = "dirtytrack-store", "segments", "manifests", "ranks"
 MARKER_NBYTES = 128  # more is never read
 _VERSION = 1
+_RANK = re.compile(r"[0-9]{6}")
 _MARKER = re.compile(rb"dirtytrack-store ([0-9]{1,9}) ([0-9a-f]{32}) ([0-9a-f]{16})\n")
+
+
+def rank_folder(rank: int) -> str:
+    """What the store of a rank's parts is called in the folder ``ranks``."""
+    return f"{rank:06d}"
+
+
+def rank_of_folder(name: str) -> int | None:
+    """Whose parts are in the store of that name; None where it is no such name."""
+    return int(name) if _RANK.fullmatch(name) else None
 
 
 def marker_of(store_id: str) -> bytes:

@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 from ..errors import CheckpointerClosed, DamagedCheckpoint, InvalidCheckpoint, NoSuchGeneration
 from ..kernel.packing import Xxh64
-from .base import MANIFESTS, MARKER, MARKER_NBYTES, RANKS, SEGMENTS, BaseStore
+from .base import MANIFESTS, MARKER, MARKER_NBYTES, RANKS, SEGMENTS, BaseStore, rank_folder, rank_of_folder
 from .files import Directory, File, Files, failure
 from .manifests import MOST_MANIFEST_NBYTES, manifest_name, manifest_of_name, segment_of_name
 from .protocols import Kept
@@ -31,7 +31,6 @@ __all__ = ["READERS", "WRITER", "DirectoryStore", "open_store", "require_store",
 WRITER, READERS = "writer.lock", "readers.lock"
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://(.*)", re.DOTALL)
 _MANGLED = re.compile(r"(s3a?|gs|az|azure|abfss?|adl|file):/[^/]")
-_PART = re.compile(r"[0-9]{6}")
 
 
 @contextmanager
@@ -340,7 +339,7 @@ class DirectoryStore(BaseStore):
 
     def part(self, rank: int, *, create: bool = False) -> DirectoryStore:
         """The store of a rank's parts: see `Store.part`."""
-        return DirectoryStore(self.path / RANKS / f"{rank:06d}", create=create, files=self.files)
+        return DirectoryStore(self.path / RANKS / rank_folder(rank), create=create, files=self.files)
 
     def parts(self) -> tuple[int, ...]:
         """The ranks whose parts have a store here, in order."""
@@ -351,7 +350,8 @@ class DirectoryStore(BaseStore):
         except OSError as error:
             raise failure(error, f"open {self.path / RANKS}") from error
         try:
-            return tuple(int(name) for name in self.listed(within) if _PART.fullmatch(name))
+            found = map(rank_of_folder, self.listed(within))
+            return tuple(rank for rank in found if rank is not None)
         finally:
             self.files.close(within)
 

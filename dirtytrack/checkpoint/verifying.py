@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import DamagedCheckpoint, InvalidCheckpoint, NoSuchGeneration
-from .base import RANKS
+from .base import RANKS, rank_folder
 from .joining import opened_part, part_manifests, parts_of, told_of_part
 from .manifests import manifest_name
 from .protocols import Kept
@@ -120,7 +120,7 @@ class _Verifying:
                 for made in part_manifests(part, manifest, rank):
                     yield from (told_of_part(rank, each) for each in self._damage(part, made))
                 yield from (told_of_part(rank, each) for each in part.damage())
-                within = f"{RANKS}/{rank:06d}"
+                within = f"{RANKS}/{rank_folder(rank)}"
                 self._strangers.update(f"{within}/{each}" for each in part.strangers())
                 there = {kept.generation for kept in self._store.catalog()}
                 self._strangers.update(

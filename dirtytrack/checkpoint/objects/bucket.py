@@ -14,7 +14,7 @@ from .refusals import brief, refusal, says_bucket_missing, was_cut
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["Absent", "Bucket", "Found", "Present", "bucket_at", "put_once"]
+__all__ = ["Absent", "Bucket", "Found", "Present", "Within", "bucket_at", "put_once"]
 
 _SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl")
 _ATTEMPTS, _PAUSE_SECONDS = 4, 0.05
@@ -97,7 +97,6 @@ class Bucket:
         obstore: the package.
         store: one of its stores.
         name: for messages.
-        prefix: of all keys, within the store's own.
 
     Each method raises PermissionDenied, StoreFailed or InvalidCheckpoint (there is no such bucket); beside those what
     its own lines say.
@@ -105,13 +104,9 @@ class Bucket:
     Thread safety: everything may be called from any thread. The library's threads are not there in a forked child.
     """
 
-    def __init__(self, obstore: Any, store: Any, name: str, prefix: str = "") -> None:
-        self._obstore, self._store, self.name, self._prefix = obstore, store, name, prefix
+    def __init__(self, obstore: Any, store: Any, name: str) -> None:
+        self._obstore, self._store, self.name = obstore, store, name
         self._pid = os.getpid()
-
-    def within(self, folder: str) -> Bucket:
-        """The objects in a folder."""
-        return Bucket(self._obstore, self._store, self.where(folder), f"{self._prefix}{folder}/")
 
     def where(self, key: str) -> str:
         """For messages."""
@@ -152,7 +147,7 @@ class Bucket:
         """
 
         def run() -> bytes:
-            return bytes(self._obstore.get(self._store, self._prefix + key).bytes())
+            return bytes(self._obstore.get(self._store, key).bytes())
 
         return self._ask(f"read {self.where(key)}", run)  # type: ignore[no-any-return]
 
@@ -164,7 +159,7 @@ class Bucket:
         """
 
         def run() -> tuple[memoryview, int]:
-            answer = self._obstore.get(self._store, self._prefix + key, options={"range": (0, nbytes)})
+            answer = self._obstore.get(self._store, key, options={"range": (0, nbytes)})
             return memoryview(answer.bytes()), int(answer.meta["size"])
 
         return self._ask(f"read {self.where(key)}", run)  # type: ignore[no-any-return]
@@ -177,7 +172,7 @@ class Bucket:
         """
 
         def run() -> memoryview:
-            return memoryview(self._obstore.get_range(self._store, self._prefix + key, start=offset, length=nbytes))
+            return memoryview(self._obstore.get_range(self._store, key, start=offset, length=nbytes))
 
         return self._ask(f"read {self.where(key)}", run)  # type: ignore[no-any-return]
 
@@ -187,29 +182,31 @@ class Bucket:
         Raises:
             Absent.
         """
-        return int(self._ask(f"look at {self.where(key)}", self._obstore.head, self._store, self._prefix + key)["size"])
+        return int(self._ask(f"look at {self.where(key)}", self._obstore.head, self._store, key)["size"])
 
     def list(self, prefix: str = "") -> list[Found]:
         """The objects below a folder, sorted."""
 
         def run() -> Any:
-            return self._obstore.list(
-                self._store, (self._prefix + prefix).rstrip("/") or None, chunk_size=1000
-            ).collect()
+            return self._obstore.list(self._store, prefix or None, chunk_size=1000).collect()
 
         found = self._ask(f"list {self.where(prefix)}", run)
-        return sorted(
-            Found(str(each["path"]).removeprefix(self._prefix), int(each["size"]), each["last_modified"].timestamp())
-            for each in found
-        )
+        return sorted(Found(str(each["path"]), int(each["size"]), each["last_modified"].timestamp()) for each in found)
+
+    def folders(self, prefix: str) -> tuple[str, ...]:
+        """The names of the folders in a folder, sorted."""
+
+        def run() -> Any:
+            return self._obstore.list_with_delimiter(self._store, prefix)["common_prefixes"]
+
+        found = self._ask(f"list {self.where(prefix)}", run)
+        return tuple(sorted(str(each).rstrip("/").rpartition("/")[2] for each in found))
 
     # ---- writing
 
     def put(self, key: str, data: Any) -> None:
         """Put an object, over the one that is there."""
-        self._ask(
-            f"write {self.where(key)}", self._obstore.put, self._store, self._prefix + key, data, use_multipart=False
-        )
+        self._ask(f"write {self.where(key)}", self._obstore.put, self._store, key, data, use_multipart=False)
 
     def create(self, key: str, data: bytes) -> None:
         """Put an object, unless there is one: a conditional put.
@@ -217,23 +214,13 @@ class Bucket:
         Raises:
             Present.
         """
-        self._ask(
-            f"write {self.where(key)}",
-            self._obstore.put,
-            self._store,
-            self._prefix + key,
-            data,
-            mode="create",
-            again=False,
-        )
+        self._ask(f"write {self.where(key)}", self._obstore.put, self._store, key, data, mode="create", again=False)
 
     def upload(self, key: str, part_nbytes: int, in_flight: int) -> Upload:
         """Begin to put an object in parts."""
 
         def run() -> Any:
-            return self._obstore.open_writer(
-                self._store, self._prefix + key, buffer_size=part_nbytes, max_concurrency=in_flight
-            )
+            return self._obstore.open_writer(self._store, key, buffer_size=part_nbytes, max_concurrency=in_flight)
 
         return Upload(self, key, self._ask(f"write {self.where(key)}", run))
 
@@ -242,18 +229,70 @@ class Bucket:
         for at in range(0, len(keys), 1000):
             some = keys[at : at + 1000]
             try:
-                self._ask(
-                    f"remove {self.where(some[0])}",
-                    self._obstore.delete,
-                    self._store,
-                    [self._prefix + key for key in some],
-                )
+                self._ask(f"remove {self.where(some[0])}", self._obstore.delete, self._store, list(some))
             except Absent:  # some kinds say so, and stop
                 for key in some:
                     try:
-                        self._ask(f"remove {self.where(key)}", self._obstore.delete, self._store, self._prefix + key)
+                        self._ask(f"remove {self.where(key)}", self._obstore.delete, self._store, key)
                     except Absent:
                         pass
+
+
+class Within(Bucket):
+    """A folder of a bucket, as a bucket of its own.
+
+    Args:
+        outer: the bucket.
+        folder: within it.
+    """
+
+    def __init__(self, outer: Bucket, folder: str) -> None:
+        self._outer, self._folder = outer, folder
+        self.name = outer.where(folder)
+
+    def _key(self, key: str) -> str:
+        return f"{self._folder}/{key}" if key else self._folder
+
+    def get(self, key: str) -> bytes:
+        """See `Bucket.get`."""
+        return self._outer.get(self._key(key))
+
+    def get_first(self, key: str, nbytes: int) -> tuple[memoryview, int]:
+        """See `Bucket.get_first`."""
+        return self._outer.get_first(self._key(key), nbytes)
+
+    def get_range(self, key: str, offset: int, nbytes: int) -> memoryview:
+        """See `Bucket.get_range`."""
+        return self._outer.get_range(self._key(key), offset, nbytes)
+
+    def nbytes(self, key: str) -> int:
+        """See `Bucket.nbytes`."""
+        return self._outer.nbytes(self._key(key))
+
+    def list(self, prefix: str = "") -> list[Found]:
+        """See `Bucket.list`."""
+        within = f"{self._folder}/"
+        return [each._replace(key=each.key.removeprefix(within)) for each in self._outer.list(self._key(prefix))]
+
+    def folders(self, prefix: str) -> tuple[str, ...]:
+        """See `Bucket.folders`."""
+        return self._outer.folders(self._key(prefix))
+
+    def put(self, key: str, data: Any) -> None:
+        """See `Bucket.put`."""
+        self._outer.put(self._key(key), data)
+
+    def create(self, key: str, data: bytes) -> None:
+        """See `Bucket.create`."""
+        self._outer.create(self._key(key), data)
+
+    def upload(self, key: str, part_nbytes: int, in_flight: int) -> Upload:
+        """See `Bucket.upload`."""
+        return self._outer.upload(self._key(key), part_nbytes, in_flight)
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """See `Bucket.delete`."""
+        self._outer.delete([self._key(key) for key in keys])
 
 
 def put_once(bucket: Bucket, key: str, data: bytes) -> None:

@@ -9,11 +9,11 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from ...errors import CheckpointerClosed, DamagedCheckpoint, InvalidCheckpoint, NoSuchGeneration, StoreFailed
-from ..base import MANIFESTS, MARKER, RANKS, SEGMENTS, BaseStore, marker_of
+from ..base import MANIFESTS, MARKER, RANKS, SEGMENTS, BaseStore, marker_of, rank_folder, rank_of_folder
 from ..crew import Crew
 from ..manifests import Manifest, manifest_name, manifest_of_name, segment_of_name
 from ..protocols import Kept
-from .bucket import Absent, Present, bucket_at, put_once
+from .bucket import Absent, Present, Within, bucket_at, put_once
 from .lease import WRITERS, term_of_key
 from .source import FIRST_NBYTES, ObjectSource
 
@@ -244,24 +244,6 @@ class ObjectStore(BaseStore):
         self._sizes.clear()  # what somebody took away meanwhile is to be missed
         yield
 
-    # ---- ranks
-
-    def part(self, rank: int, *, create: bool = False) -> ObjectStore:
-        """The store of a rank's parts: see `Store.part`."""
-        return ObjectStore(
-            self.bucket.within(f"{RANKS}/{rank:06d}"),
-            create=create,
-            part_bytes=self.part_bytes,
-            parts_in_flight=self.parts_in_flight,
-            lease_seconds=self.lease_seconds,
-            grace_seconds=self.grace_seconds,
-        )
-
-    def parts(self) -> tuple[int, ...]:
-        """The ranks whose parts have a store here, in order."""
-        found = {name.partition("/")[0] for name in self.names(RANKS) if name.partition("/")[2]}
-        return tuple(sorted(int(name) for name in found if len(name) == 6 and name.isdecimal()))
-
     def strangers(self) -> tuple[str, ...]:
         """What is in the store and belongs to no generation; sorted. Segments whose grace is not over do belong."""
         self._require_open()
@@ -282,7 +264,9 @@ class ObjectStore(BaseStore):
             return name in named
         if folder in (MANIFESTS, REMOVED):
             return manifest_of_name(name) is not None
-        return key == MARKER or folder == RANKS or term_of_key(key) is not None
+        if folder == RANKS:
+            return rank_of_folder(name.partition("/")[0]) is not None  # a store of its own
+        return key == MARKER or term_of_key(key) is not None
 
     def writer(self) -> ObjectWriter:
         """Become the one who writes: see `Store.writer`."""
@@ -290,3 +274,23 @@ class ObjectStore(BaseStore):
         from .writing import ObjectWriter
 
         return ObjectWriter(self)
+
+    # ---- ranks
+
+    def part(self, rank: int, *, create: bool = False) -> ObjectStore:
+        """The store of a rank's parts: see `Store.part`."""
+        self._require_open()
+        return ObjectStore(
+            Within(self.bucket, f"{RANKS}/{rank_folder(rank)}"),
+            create=create,
+            part_bytes=self.part_bytes,
+            parts_in_flight=self.parts_in_flight,
+            lease_seconds=self.lease_seconds,
+            grace_seconds=self.grace_seconds,
+        )
+
+    def parts(self) -> tuple[int, ...]:
+        """The ranks whose parts have a store here, in order."""
+        self._require_open()
+        found = map(rank_of_folder, self.bucket.folders(RANKS))
+        return tuple(sorted(rank for rank in found if rank is not None))

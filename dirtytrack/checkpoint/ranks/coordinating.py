@@ -74,7 +74,8 @@ def coordinated(
         comm: by what the ranks talk: an intracommunicator of mpi4py, a process group of ``torch.distributed``, or a
             `Communicator`. Of the first two a duplicate is made, so that nothing that is said here meets what the
             program says.
-        store: a directory that all ranks see, or a `Store` for each. One program at a time may save to it.
+        store: a directory that all ranks see, or a URL as ``s3://bucket/prefix``, or a `Store` for each. One program at
+            a time may save to it.
         buffers: this rank's, by name.
         partition: the buffers that are parts of a larger one, divided along its first axis in the order of the ranks,
             by name, as ``{"grid": 0}``. They may differ in how many rows they have, and in nothing else.
