@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,14 @@ from .checkpoint import FEW_ROUNDS, weighed
 from .harness import MIB, Row, Settings, show_bytes
 
 LEAST_SPEED = 0.8
+LINE = 125_000_000
 
 
 @contextmanager
-def server() -> Iterator[dict[str, Any]]:
-    """A server on this machine; what it takes to use it."""
-    process = subprocess.Popen([sys.executable, "-m", "benchmarks.s3"], stdout=subprocess.PIPE)
+def server(bytes_per_second: int | None = None) -> Iterator[dict[str, Any]]:
+    """A server on this machine, as if behind a line of some speed; what it takes to use it."""
+    words = [] if bytes_per_second is None else [str(bytes_per_second)]
+    process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("s3.py")), *words], stdout=subprocess.PIPE)
     assert process.stdout is not None
     try:
         yield {
@@ -41,7 +44,7 @@ def server() -> Iterator[dict[str, Any]]:
         process.stdout.close()
 
 
-def measured(few: Settings, nbytes: int, options: dict[str, Any]) -> Iterator[Row]:
+def measured(few: Settings, nbytes: int, options: dict[str, Any], line: str) -> Iterator[Row]:
     import obstore
 
     data: Any = np.frombuffer(dirtytrack.allocate(nbytes), np.uint64)
@@ -56,7 +59,9 @@ def measured(few: Settings, nbytes: int, options: dict[str, Any]) -> Iterator[Ro
             ckpt.wait()
 
         found = weighed(few, prepare, lambda: ckpt.save(full=True).wait(), lambda: obstore.put(plain, "all", view))
-        yield found.row(f"upload {show_bytes(nbytes)}", LEAST_SPEED)
+        yield found.row(f"upload {show_bytes(nbytes)}{line}", LEAST_SPEED)
+    if line:
+        return
     found = weighed(few, lambda: None, lambda: restore(store), lambda: bytes(obstore.get(plain, "all").bytes()))
     yield found.row(f"download {show_bytes(nbytes)}", None)
 
@@ -66,4 +71,6 @@ def objects(settings: Settings, bare: Bare) -> Iterator[Row]:
     few = replace(settings, least_rounds=min(settings.least_rounds, FEW_ROUNDS), most_rounds=FEW_ROUNDS)
     for nbytes in settings.sizes(256 * MIB):
         with server() as options:
-            yield from measured(few, nbytes, options)
+            yield from measured(few, nbytes, options, "")
+        with server(LINE) as options:
+            yield from measured(few, nbytes, options, ", 1 Gbit/s")

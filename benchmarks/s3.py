@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: MIT
 """A server that speaks as much S3 as the benchmarks need and does as little as it can: what is measured is the client.
 
-``python -m benchmarks.s3``: prints its port. It keeps objects in memory, checks nothing and never ends by itself.
+``python -m benchmarks.s3 [BYTES_PER_SECOND]``: prints its port. It keeps objects in memory, checks nothing and never
+ends by itself; where a speed is given, what is sent to it comes no faster than over a line of that.
 """
 
 from __future__ import annotations
 
 import itertools
 import socket
+import sys
 import threading
+import time
 from datetime import datetime, timezone
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,6 +21,8 @@ objects: dict[str, tuple[list[bytearray], datetime]] = {}  # in parts, as they c
 uploads: dict[str, dict[int, bytearray]] = {}
 numbers = itertools.count(1)
 mutex = threading.Lock()
+bytes_per_second = float(sys.argv[1]) if len(sys.argv) > 1 else 0.0
+line_is_free = 0.0  # when what came so far has come over the line
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -48,6 +53,8 @@ class Handler(BaseHTTPRequestHandler):
         rest = memoryview(data)
         while rest:
             rest = rest[self.connection.recv_into(rest, 0, socket.MSG_WAITALL) :]
+        if bytes_per_second:
+            wait_for_the_line(len(data))
         return data
 
     def keep(self, key: str, *parts: bytearray) -> None:
@@ -119,6 +126,13 @@ class Handler(BaseHTTPRequestHandler):
             if key.startswith(prefix)
         ]
         self.reply(200, f"<ListBucketResult>{''.join(found)}</ListBucketResult>".encode())
+
+
+def wait_for_the_line(nbytes: int) -> None:
+    global line_is_free
+    with mutex:
+        line_is_free = until = max(line_is_free, time.monotonic()) + nbytes / bytes_per_second
+    time.sleep(max(0.0, until - time.monotonic()))
 
 
 if __name__ == "__main__":

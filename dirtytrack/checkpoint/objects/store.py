@@ -116,7 +116,7 @@ class ObjectStore(BaseStore):
             return self.id_of_manifests(f"{where} is missing", nothing)
         if not create:
             raise InvalidCheckpoint(f"{nothing}. Saving to it makes one, if nothing is there yet")
-        other = [each.key for each in self.bucket.list() if each.key.partition("/")[0] not in (WRITERS, MARKER)]
+        other = [each.key for each in self.bucket.list() if each.key.partition("/")[0] not in (WRITERS, MARKER, RANKS)]
         if other:
             raise InvalidCheckpoint(
                 f"{self.name} is no store of checkpoints: it holds something else ({other[0]!r}). Save below a prefix "

@@ -8,6 +8,7 @@ import sys
 import threading
 from array import array
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -264,6 +265,26 @@ def test_histories_are_restored_compacted_compared_and_pruned(place: Place) -> N
         assert len(store.segments()) == 1 and not store.strangers()
         assert {name: bytes(array) for name, array in restore(store).items()} == made.truth[6]
         assert verify(store, all=True).ok
+
+
+def test_each_rank_has_a_store_of_its_own_within(place: Place) -> None:
+    with place.open() as store:
+        assert store.parts() == ()
+        with pytest.raises(InvalidCheckpoint):
+            store.part(3)
+        for rank in (0, 3):
+            with closing(store.part(rank, create=True)) as part, part.writer() as writer:
+                save(writer, part, CONTENTS[rank])
+        assert store.parts() == (0, 3)
+        assert not store.catalog() and not store.strangers()
+        with store.writer() as writer:
+            save(writer, store, CONTENTS[5])
+            assert not writer.clean()
+    with place.open(create=False) as store:
+        assert read_back(store) == CONTENTS[5]
+        for rank in store.parts():
+            with closing(store.part(rank)) as part:
+                assert read_back(part) == CONTENTS[rank] and not part.strangers()
 
 
 def test_a_closed_store(place: Place) -> None:
