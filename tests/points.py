@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dis
 import sys
+import weakref
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -93,14 +94,16 @@ def collect_as_its_caller(tracker: DirtyTracker | ProcessTracker) -> object:
 
 def moved_meanwhile(tracker: DirtyTracker) -> Any:
     """What collects for a tracker, and finds another layout when it is through."""
+    known = weakref.ref(tracker)  # a class lives until the cyclic collector comes
 
     class Moving(DirtySet):
         __slots__ = ()
 
         def __setattr__(self, name: str, value: object) -> None:
             super().__setattr__(name, value)
-            if name == "_layout" and tracker._layout is value:
-                tracker._layout = Layout(tracker._layout.spans)
+            its = known()
+            if name == "_layout" and its is not None and its._layout is value:
+                its._layout = Layout(its._layout.spans)
 
     collecting = engine.collecting(tracker._handle, Moving)
     collecting.layout = tracker._layout
