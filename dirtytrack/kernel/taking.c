@@ -133,37 +133,30 @@ static PyObject *refused(PyObject *dirty, Taken *taken, int code)
 
 HOT static PyObject *collected(Collecting *self)
 {
-    PyObject *layout = self->layout; /* what the set covers at least: it may become more while others run */
-    Py_XINCREF(layout);
+    PyObject *layout = self->layout; /* what the set covers at least: it may become more while others run. It holds it. */
     Taken *taken = layout ? (Taken *)PyType_GenericAlloc(taken_type, 0) : NULL;
     PyObject *dirty = taken ? PyType_GenericAlloc((PyTypeObject *)self->made, 0) : NULL;
     if (!dirty || PyObject_SetAttr(dirty, layout_name, layout) || PyObject_SetAttr(dirty, held_name, (PyObject *)taken)) {
         Py_XDECREF(taken);
         Py_XDECREF(dirty);
-        if (!layout)
-            return PyErr_Format(PyExc_RuntimeError, "it has been cleared");
-        Py_DECREF(layout);
-        return NULL;
+        return layout ? NULL : PyErr_Format(PyExc_RuntimeError, "it has been cleared");
     }
     int code;
     dt_listener *listener = self->listener;
     Py_BEGIN_ALLOW_THREADS
     code = dt_collect(listener, NULL, -1, &taken->set);
     Py_END_ALLOW_THREADS
-    taken->set.delivered = !code;
-    PyObject *now = self->layout, *until = NULL;
-    if (!code && now && now != layout) {
-        until = PyObject_CallMethod(layout, "until", "O", now);
-        if (!until || PyObject_SetAttr(dirty, layout_name, until)) {
-            Py_XDECREF(until);
-            Py_DECREF(layout);
-            return not_delivered(dirty, taken);
-        }
-        Py_DECREF(until);
-    }
-    Py_DECREF(layout);
     if (code)
         return refused(dirty, taken, code);
+    taken->set.delivered = 1;
+    PyObject *now = self->layout;
+    if (now != layout && now) {
+        PyObject *until = PyObject_CallMethod(layout, "until", "O", now);
+        bool told = until && !PyObject_SetAttr(dirty, layout_name, until);
+        Py_XDECREF(until);
+        if (!told)
+            return not_delivered(dirty, taken);
+    }
     Py_DECREF(taken);
     return dirty;
 }

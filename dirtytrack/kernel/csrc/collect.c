@@ -22,7 +22,7 @@ DT_HOT DT_APART static int emit_runs(uint64_t start, const uint64_t *words, uint
     uint64_t carry = out->count > apart && runs[out->count - 1].end == start && words[0] & 1;
     uint64_t starts = out->count, ends = out->count - carry, base = start, bytes = carry ? -start : 0, room = 0;
     for (uint64_t i = 0; i < count; i++, base += (uint64_t)64 << shift) {
-        for (; !carry && count - i > 8 && !any(words + i); i += 8) /* most of a large memory */
+        for (; !(i & 7) && !carry && count - i > 8 && !any(words + i); i += 8) /* most of a large memory */
             base += (uint64_t)512 << shift;
         uint64_t bits = words[i], before = bits << 1 | carry;
         if (bits == before) /* none of it, or all of it in the run that began before it */
