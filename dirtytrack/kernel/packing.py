@@ -36,13 +36,6 @@ class Xxh64:
         self._parts = core.ffi.new("dt_xxh64_parts *")
         core.lib.dt_xxh64_begin(self._parts, seed)
 
-    def add(self, data: Any) -> None:
-        """A part that is not the last, a contiguous buffer."""
-        pinned = core.pin(data, writable=False)
-        if len(pinned) % 32:
-            raise InvalidMemory(f"a checksum is computed of parts of whole 32 bytes, not of {len(pinned)}")
-        core.lib.dt_xxh64_add(self._parts, pinned, len(pinned))
-
     def add_read(self, file: int, room: Any, offset: int) -> int:
         """Read an open file into a writable contiguous buffer until that is full or the file ends.
 

@@ -327,14 +327,7 @@ static int add_granule(comparison *c, uint64_t start, uint64_t end)
     return 0;
 }
 
-/* The processor's own guess ends with the page: the first lines of the next two are asked for while these are read. */
-static inline void ask_for(const uint8_t *memory, const uint8_t *mirror)
-{
-    for (unsigned line = 0; line < 8; line++) {
-        __builtin_prefetch(memory + 64 * line);
-        __builtin_prefetch(mirror + 64 * line);
-    }
-}
+#define AHEAD_BYTES 512
 
 static int compare_extent(comparison *c, uint64_t first, const dt_extent *extent, dt_failure *why)
 {
@@ -360,8 +353,10 @@ static int compare_extent(comparison *c, uint64_t first, const dt_extent *extent
                 now = c->bounce + (at - bounced);
             }
             uint64_t then = next < stop ? next : i + 1 < c->set->count ? runs[i + 1].start : end;
-            if (then < end && now == (const uint8_t *)(uintptr_t)at)
-                ask_for((const uint8_t *)(uintptr_t)then, (const uint8_t *)extent->mirror + (then - address));
+            if (then < end && now == (const uint8_t *)(uintptr_t)at) { /* the processor's own guess ends with the page */
+                dt_ask_for((const uint8_t *)(uintptr_t)then, AHEAD_BYTES);
+                dt_ask_for((const uint8_t *)extent->mirror + (then - address), AHEAD_BYTES);
+            }
             /* SAFETY: pinned memory stays mapped; what is unpinned was copied to the bounce buffer. */
             if (dt_same_bytes(now, (const uint8_t *)extent->mirror + (at - address), next - at)) {
                 at = next;

@@ -357,22 +357,16 @@ DT_HOT static int collect_locked(dt_listener *l, dt_region *only, double budget_
     return 0;
 }
 
-static inline void ask_for(const void *memory, uint64_t bytes)
-{
-    for (uint64_t at = 0; at < bytes; at += 64)
-        __builtin_prefetch((const char *)memory + at);
-}
-
 /* What a collect looks at, asked for at once instead of one after the other: a program that wrote much has left none of
  * it in the processor's caches. Only hints: what is not there any more, in a child or in another thread, is not read. */
 DT_HOT static void ask_for_all(const dt_listener *l)
 {
-    ask_for(l, sizeof *l);
-    ask_for(l->session, sizeof *l->session);
-    ask_for(l->ranges, sizeof *l->ranges);
-    ask_for(l->watches, sizeof *l->watches);
-    ask_for(l->overlaps, sizeof *l->overlaps);
-    ask_for(atomic_load_explicit(&l->spare, memory_order_relaxed), 64);
+    dt_ask_for(l, sizeof *l);
+    dt_ask_for(l->session, sizeof *l->session);
+    dt_ask_for(l->ranges, sizeof *l->ranges);
+    dt_ask_for(l->watches, sizeof *l->watches);
+    dt_ask_for(l->overlaps, sizeof *l->overlaps);
+    dt_ask_for(atomic_load_explicit(&l->spare, memory_order_relaxed), 64);
 }
 
 DT_HOT int dt_collect(dt_listener *l, dt_region *region, double budget_seconds, dt_set *out)

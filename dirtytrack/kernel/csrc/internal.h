@@ -60,6 +60,13 @@ unsigned dt_page_shift(void);
 static inline uint64_t dt_down(uint64_t x, uint64_t unit) { return x & ~(unit - 1); }
 static inline uint64_t dt_up(uint64_t x, uint64_t unit) { return (x + unit - 1) & ~(unit - 1); }
 static inline uint64_t dt_max(uint64_t a, uint64_t b) { return a > b ? a : b; }
+/* Has the processor fetch memory, all at once; a hint, of addresses that need not be there. */
+static inline void dt_ask_for(const void *memory, uint64_t bytes)
+{
+    for (uint64_t at = 0; at < bytes; at += 64)
+        __builtin_prefetch((const char *)memory + at);
+}
+
 static inline uint64_t dt_min(uint64_t a, uint64_t b) { return a < b ? a : b; }
 
 /* Not the builtin: without the instruction, which x86-64 need not have, that is a call of a function with a table. */
