@@ -9,7 +9,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 CSRC := dirtytrack/kernel/csrc
-BESIDE := tests/unit tests/kernel/checkpoint tests/kernel/gc tests/kernel/migration
+BESIDE := tests/unit tests/kernel/checkpoint tests/kernel/gc tests/kernel/test_storm.py tests/programs/test_images_alive.py
+SANITIZED_BESIDE := tests/kernel/gc $(addprefix tests/kernel/test_,adaptive.py contract.py contract_gone.py contract_threads.py injection.py)
 CORE := $(wildcard $(CSRC)/*.c)
 HEADERS := $(wildcard $(CSRC)/*.h)
 C_TESTS := $(wildcard tests/c/*.c)
@@ -97,8 +98,8 @@ bench: $(VENV)/.test ## measure, as ratios in one run against the bare ioctl (AR
 	$(BIN)/python -m benchmarks $(ARGS)
 
 .PHONY: bench-docs
-bench-docs: $(VENV)/.test ## measure everything, then rewrite the numbers, tables and plots of docs/performance.md
-	$(BIN)/python -m benchmarks --seconds 1.5 --write docs/benchmarks.json
+bench-docs: $(VENV)/.test ## measure everything (ARGS="density phases": these), then rewrite the numbers and plots of docs/performance.md
+	$(BIN)/python -m benchmarks --seconds 1.5 --write docs/benchmarks.json $(ARGS)
 	$(BIN)/python docs/draw_tables.py docs/benchmarks.json docs/performance.md
 	$(BIN)/python docs/draw_epochs.py docs/benchmarks.json docs/epochs.svg
 	$(BIN)/python docs/draw_density.py docs/benchmarks.json docs/density.svg
@@ -151,6 +152,13 @@ bench-migration: $(VENV)/.test ## migrations, and QEMU's beside them (apt-get in
 
 # ---- testing --------------------------------------------------------------------------------------------------------
 
+# Side by side: a command on all of a folder but some of its paths, and on these, whose output comes after it.
+# (command, folder, paths, log)
+in_two_halves = $(1) $(3) >$(4) 2>&1 & beside=$$!; \
+	$(1) $(2) $(3:%=--ignore %); status=$$?; \
+	wait $$beside || status=1; \
+	echo "== beside it: $(3)"; cat $(4); exit $$status
+
 .PHONY: test
 test: $(VENV)/.test c-test ## set up, then all tests; with CI=true a skipped test is a failure
 ifneq ($(strip $(ARGS)),)
@@ -158,14 +166,14 @@ ifneq ($(strip $(ARGS)),)
 else
 # Two runs side by side: what takes huge pages, swap or settings from the machine is all in the second.
 	@mkdir -p build
-	@$(BIN)/python -m pytest --durations=15 $(BESIDE) >build/beside.log 2>&1 & beside=$$!; \
-	$(BIN)/python -m pytest --durations=15 tests $(BESIDE:%=--ignore %); status=$$?; \
-	wait $$beside || status=1; \
-	echo "== beside it: $(BESIDE)"; cat build/beside.log; exit $$status
+	@$(call in_two_halves,$(BIN)/python -m pytest --durations=15,tests,$(BESIDE),build/beside.log)
 endif
 
 .PHONY: c-test
 c-test: $(C_TESTS:tests/c/%.c=build/c/%.ran) ## the C core with its own tests, without Python
+
+.PHONY: build-c
+build-c: $(C_TESTS:tests/c/%.c=build/c/%) $(C_TESTS:tests/c/%.c=build/asan/%) ## those, and those with the sanitizers, but not run
 
 .PHONY: test-torch
 test-torch: $(VENV)/.test ## pages and tests on PyTorch, which it installs: large, so neither make test nor CI does
@@ -175,8 +183,8 @@ test-torch: $(VENV)/.test ## pages and tests on PyTorch, which it installs: larg
 
 .PHONY: radosgw
 radosgw: $(VENV)/.test ## the tests of object stores against Ceph's, which it installs: as root on Debian, 400 MB, so CI does not
-	@lacks=""; for program in radosgw radosgw-admin ceph-mon ceph-osd ceph monmaptool; do \
-	    command -v $$program >/dev/null || lacks="radosgw ceph-mon ceph-osd ceph-common"; done; \
+	@lacks=""; for program in radosgw radosgw-admin ceph-mon ceph-osd ceph monmaptool faketime; do \
+	    command -v $$program >/dev/null || lacks="radosgw ceph-mon ceph-osd ceph-common faketime"; done; \
 	[ -z "$$lacks" ] || RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $$lacks
 	DIRTYTRACK_S3=radosgw $(BIN)/python -m pytest --timeout=600 tests/unit/checkpoint/test_contract.py \
 	    tests/unit/checkpoint/test_object_faults.py tests/kernel/checkpoint/test_object_stores.py $(ARGS)
@@ -214,9 +222,11 @@ sanitize-kernel: $(VENV)/.test ## the kernel tests against an extension built wi
 	find build/sanitize -name '*.so' -delete
 	cd build/sanitize && CFLAGS="-O1 -g $(SANITIZE)" LDFLAGS="$(SANITIZE)" \
 	    $(CURDIR)/$(BIN)/python setup.py -q build_ext --inplace
-	cd build/sanitize && LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) PYTHONPATH=$(CURDIR)/build/sanitize \
+	@cd build/sanitize; \
+	run() { LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) PYTHONPATH=$(CURDIR)/build/sanitize \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 DIRTYTRACK_SANITIZE=1 \
-	    $(CURDIR)/$(BIN)/python -m pytest tests/kernel -p no:faulthandler --timeout=600 $(ARGS)
+	    $(CURDIR)/$(BIN)/python -m pytest -p no:faulthandler -p no:cacheprovider --timeout=600 --durations=15 "$$@"; }; \
+	$(call in_two_halves,run $(ARGS),tests/kernel,$(SANITIZED_BESIDE),beside.log)
 
 .PHONY: pythons
 pythons: $(VENV)/.built ## one wheel from the sdist, installed and tried in each of Python 3.10-3.13 found here
@@ -244,7 +254,7 @@ kernels: $(VENV)/.test ## all tests in Debian's kernels, emulated, and docs/supp
 	$(BIN)/python -m kernels $(ARGS); status=$$?; $(BIN)/python -m kernels.matrix; exit $$status
 
 .PHONY: kernels-smoke
-kernels-smoke: $(VENV)/.test ## the C tests and those of the remedies in one kernel that needs the remedies
+kernels-smoke: $(VENV)/.test ## the C tests that ask the kernel, in one that needs the remedies
 	$(BIN)/python -m kernels --smoke
 
 .PHONY: lint

@@ -7,6 +7,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from .algebra import algebra
 from .bare import Bare
@@ -19,7 +20,7 @@ from .delta import delta
 from .density import density, phases, policy
 from .epoch import epoch
 from .gc import gc
-from .harness import Benchmark, Settings, machine
+from .harness import Benchmark, Row, Settings, machine
 from .importing import import_
 from .migration import migration
 from .objects import objects
@@ -56,8 +57,25 @@ BENCHMARKS: dict[str, Benchmark] = {
     "zarr_rows": zarr_rows,
 }
 
-BY_NAME = {"checkpoint", "checkpoint_beside", "migration", "objects", "zarr_rows"}
-"""What runs only when it is asked for: its numbers stand on pages of their own (make bench-checkpoint, …)."""
+BY_NAME = {"checkpoint", "checkpoint_beside", "checkpoint_restore", "gc", "migration", "objects", "zarr_rows"}
+"""What runs only when it is asked for: its numbers stand on other pages (make bench-checkpoint, …), or on none."""
+
+
+def write(path: Path, where: dict[str, Any], told: list[dict[str, Any]]) -> None:
+    """After each benchmark, so that nothing is lost to an interrupt. The file keeps what it has of others, and says
+    where that was measured."""
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": []}
+    measured = {row["benchmark"] for row in told}
+    kept = [row for row in known["rows"] if row["benchmark"] not in measured]
+    origin = ", ".join(str(known.get(key)) for key in ("kernel", "machine", "python", "date"))
+    if "note" in known:
+        origin += f" ({known['note']})"
+    elsewhere = {row["benchmark"]: known.get("elsewhere", {}).get(row["benchmark"], origin) for row in kept}
+    rows = sorted(kept + told, key=lambda row: list(BENCHMARKS).index(row["benchmark"]))
+    text = json.dumps({**where, **({"elsewhere": elsewhere} if kept else {}), "rows": rows}, indent=1)
+    spare = path.with_name(path.name + ".new")
+    spare.write_text(text + "\n", encoding="utf-8")
+    spare.replace(path)
 
 
 def main() -> int:
@@ -71,7 +89,9 @@ def main() -> int:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="which to run (all but " + ", ".join(BY_NAME) + ")")
     parser.add_argument("--json", action="store_true", help="for machines")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="write that JSON to a file, beside what is printed")
+    parser.add_argument(
+        "--write", type=Path, metavar="FILE", help="have that JSON in a file, in place of what it has of these"
+    )
     parser.add_argument("--seconds", type=float, default=2.0, help="how long to measure each row (2)")
     parser.add_argument("--tiny", action="store_true", help="only see whether they run; the numbers mean nothing")
     options = parser.parse_args()
@@ -82,26 +102,28 @@ def main() -> int:
     if options.tiny:
         settings = Settings(seconds=0.0, least_rounds=2, most_rounds=2, tiny=True)
 
-    where = machine()
+    where: dict[str, Any] = machine()
     if not options.json:
         for key, value in where.items():
             print(f"{key + ':':<9}{value}")
-    rows, told, bare = [], [], Bare()
+    rows, told, bare = list[Row](), list[dict[str, Any]](), Bare()
     for name in options.names or [name for name in BENCHMARKS if name not in BY_NAME]:
         for row in BENCHMARKS[name](settings, bare):
             rows.append(row)
             told.append({"benchmark": name, **row.as_json()})
             if not options.json:
                 print(row, flush=True)
+        if options.write:
+            write(options.write, where, told)
     bare.close()
-    missed = sum(not row.ok for row in rows)
+    missed = [row for row in rows if not row.ok]
     if options.json:
         json.dump({**where, "rows": told}, sys.stdout, indent=1)
         print()
     else:
-        print(f"{len(rows)} rows, {missed} missed" if missed else f"{len(rows)} rows, every target met")
-    if options.write:
-        options.write.write_text(json.dumps({**where, "rows": told}, indent=1) + "\n", encoding="utf-8")
+        print(f"{len(rows)} rows, {len(missed)} missed:" if missed else f"{len(rows)} rows, every target met")
+        for row in missed:
+            print(f"  {row.name}: {row.result}, target {row.target}")
     return 0
 
 

@@ -41,6 +41,8 @@ SHARES = (0.01, 0.1, 0.5, 1.0)
 LEAST_COMPARE_SPEED, LEAST_COPY_SPEED = 0.9, 0.7
 GRANULE = 8
 ASIDE = PAGE
+PROCESSORS = 2
+"""For `diff`, which encodes two halves side by side; memcmp and memcpy run on one of them."""
 
 Run = Callable[[], Delta]
 
@@ -94,7 +96,11 @@ def none_changed(settings: Settings, bare: Bare, space: Arena, share: float) -> 
     sides = Sides(bare, space, share)
     address, base = address_of(sides.mirror), space.region.start
     return paired(
-        settings, sides.rehearse, lambda: timed(sides.diff), lambda: bare.changed(sides.runs, base, address)[0]
+        settings,
+        sides.rehearse,
+        lambda: timed(sides.diff),
+        lambda: bare.changed(sides.runs, base, address)[0],
+        processors=PROCESSORS,
     )
 
 
@@ -102,7 +108,13 @@ def all_changed(settings: Settings, bare: Bare, space: Arena, share: float, gran
     sides = Sides(bare, space, share)
     sides.differ(1)
     address, run = address_of(sides.out), partial(sides.diff, granule)
-    return paired(settings, sides.rehearse, lambda: timed(run, sides.nbytes), lambda: bare.gather(sides.runs, address))
+    return paired(
+        settings,
+        sides.rehearse,
+        lambda: timed(run, sides.nbytes),
+        lambda: bare.gather(sides.runs, address),
+        processors=PROCESSORS,
+    )
 
 
 def all_updated(settings: Settings, bare: Bare, space: Arena, granule: int) -> Pair:
@@ -121,6 +133,7 @@ def all_updated(settings: Settings, bare: Bare, space: Arena, granule: int) -> P
         prepare,
         lambda: timed(run, sides.nbytes),
         lambda: sum(bare.gather(sides.runs, place) for place in places),
+        processors=PROCESSORS,
     )
 
 
@@ -136,7 +149,7 @@ def all_in_new_memory(settings: Settings, bare: Bare, space: Arena) -> Pair:
         return time.perf_counter_ns() - begin
 
     run = partial(diff, sides.memory, sides.mirror, sides.dirty, GRANULE)
-    return paired(settings, sides.rehearse, lambda: timed(run, sides.nbytes), copied)
+    return paired(settings, sides.rehearse, lambda: timed(run, sides.nbytes), copied, processors=PROCESSORS)
 
 
 def some_changed(settings: Settings, bare: Bare, space: Arena, share: float, step: int) -> Pair:
@@ -144,7 +157,13 @@ def some_changed(settings: Settings, bare: Bare, space: Arena, share: float, ste
     sides = Sides(bare, space, share)
     sides.differ(step)
     address = address_of(sides.out)
-    return paired(settings, sides.rehearse, lambda: timed(sides.diff), lambda: bare.gather(sides.runs, address))
+    return paired(
+        settings,
+        sides.rehearse,
+        lambda: timed(sides.diff),
+        lambda: bare.gather(sides.runs, address),
+        processors=PROCESSORS,
+    )
 
 
 def applied(settings: Settings, bare: Bare, space: Arena, share: float) -> Pair:
@@ -252,7 +271,7 @@ def compared(settings: Settings, memory: dirtytrack.Memory, before: bytes, dirty
     }
     for name, way in ways.items():
         samples, size = list[int](), way()
-        with undisturbed():
+        with undisturbed(PROCESSORS):
             for _ in rounds(settings):
                 begin = time.perf_counter_ns()
                 way()

@@ -3,7 +3,8 @@
 
 One heap and the same programs (barriers.c) with each barrier, and GCBench on libgc beside them (libgc.c; Debian's
 libgc-dev). All times are processor time of the one thread that runs, in the kernel too: what else the machine does
-meanwhile is not in them. The rows go into docs/barriers.json by ``--write``, and from there into docs/gc.md.
+meanwhile is not in them. Beside them, what the search for slots takes (gc.py), and what a reservation of 64 GiB costs a
+heap (reservations.py). The rows go into docs/barriers.json by ``--write``, and from there into docs/gc.md.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from typing import Any
 
 from dirtytrack.kernel import sources
 
-from .harness import machine, show_ns
+from .bare import Bare
+from .gc import gc
+from .harness import Settings, machine, show_bytes, show_ns
+from .reservations import HOW
 
 HERE = Path(__file__).parent
 BARRIERS = {
@@ -36,6 +40,7 @@ BARRIERS = {
 LIBGC = {"stop": "libgc", "incremental": "libgc, incremental", "generational": "libgc, generational"}
 SHARES, PER_PAGE = (0.001, 0.01, 0.1, 1.0), (1, 16, 256, 4096, 65536)
 STORE_PAGES, MOST_STORES = 16384, 1 << 24  # the first as in barriers.c; an epoch of more would last too long
+PARTS = ("gcbench", *(f"{share * 100:g}%" for share in SHARES), "search", "reservations")
 WARM = 10  # epochs that are not counted: in which pages are touched first, and the adaptive tracker learns
 
 
@@ -153,6 +158,61 @@ def gcbench(programs: Programs, depth: int, rounds: int) -> Iterator[Row]:
         yield Row("gcbench", name, median(samples), **_pauses(pauses[name]))
 
 
+def reservations(rounds: int, gibibytes: int) -> Iterator[dict[str, Any]]:
+    """A heap of 64 pages, alone and in a large reservation: each in a process of its own."""
+    for how in HOW:
+        words = [sys.executable, "-m", "benchmarks.reservations", how, str(rounds), str(gibibytes)]
+        done = subprocess.run(words, check=True, capture_output=True, text=True, cwd=HERE.parent)
+        yield {"program": "reservation", **json.loads(done.stdout)}
+
+
+def measured(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The rows that are asked for."""
+    parts = options.only or list(PARTS)
+    with tempfile.TemporaryDirectory() as folder:
+        programs = Programs(Path(folder), optimised=not options.tiny)
+        options.without_libgc = programs.without_libgc
+        if programs.without_libgc:
+            print(programs.without_libgc)
+        if "gcbench" in parts:
+            yield from map(asdict, gcbench(programs, options.depth, options.rounds))
+        for load in [Load(0.01, 16), Load(0.1, 1, anew=False)] if options.tiny else loads():
+            if f"{load.share * 100:g}%" in parts:
+                yield from map(asdict, stores(programs, load, options.rounds, options.epochs))
+    if "search" in parts:
+        settings = Settings(seconds=options.seconds)
+        if options.tiny:
+            settings = Settings(seconds=0.0, least_rounds=2, most_rounds=2, tiny=True)
+        bare = Bare()
+        yield from ({"program": "search", **row.as_json()} for row in gc(settings, bare))
+        bare.close()
+    if "reservations" in parts:
+        yield from reservations(3 if options.tiny else 50, 8 if options.tiny else 64)
+
+
+def line(row: dict[str, Any]) -> str:
+    """As it is printed."""
+    if row["program"] == "reservation":
+        minor = "" if row["minor_ns"] is None else f", a minor collection {show_ns(row['minor_ns'])}"
+        tables = f"{show_bytes(row['page_table_bytes'])} of page tables"
+        return f"{row['how']:<16} {show_bytes(row['nbytes'])}: {tables}, a fork {show_ns(row['fork_ns'])}{minor}"
+    if row["program"] == "search":
+        return f"{row['name']:<60} {show_ns(row['ours_ns']):>9}, bare {show_ns(row['bare_ns'])}, {row['result']}"
+    what = row["program"] if row["share"] is None else f"{row['share']:.1%} x {row['per_page']}"
+    name = {**BARRIERS, **LIBGC}[row["barrier"]]
+    return (
+        f"{what:<16} {name:<22} {show_ns(row['total_ns']):>9}, pauses {show_ns(row['pause_p50_ns'])}, p99 "
+        f"{show_ns(row['pause_p99_ns'])}, {show_ns(row['pause_max_ns'])} at most"
+    )
+
+
+def part_of(row: dict[str, Any]) -> str:
+    """Which of `PARTS` measured it."""
+    if row["program"] == "stores":
+        return f"{row['share'] * 100:g}%"
+    return "reservations" if row["program"] == "reservation" else str(row["program"])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gc_barriers", description=(__doc__ or "").split("\n")[0]
@@ -160,30 +220,24 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=2, help="of each barrier (2)")
     parser.add_argument("--epochs", type=int, default=50, help="of each round (50)")
     parser.add_argument("--depth", type=int, default=18, help="of GCBench (18)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each row of the search for slots (1)")
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="some parts; --write leaves the others' rows there")
     parser.add_argument("--tiny", action="store_true", help="only see whether it runs; the numbers mean nothing")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write it to a file as JSON, beside what is printed")
     options = parser.parse_args()
     if options.tiny:
         options.rounds, options.epochs, options.depth = 1, 2, 12
-    where = machine() | {"command": " ".join(["python", "-m", "benchmarks.gc_barriers", *sys.argv[1:]])}
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        programs = Programs(Path(folder), optimised=not options.tiny)
-        if programs.without_libgc:
-            print(programs.without_libgc)
-        wanted = [Load(0.01, 16), Load(0.1, 1, anew=False)] if options.tiny else list(loads())
-        rows += map(asdict, gcbench(programs, options.depth, options.rounds))
-        for load in wanted:
-            rows += map(asdict, stores(programs, load, options.rounds, options.epochs))
-    for row in rows:
-        what = row["program"] if row["share"] is None else f"{row['share']:.1%} x {row['per_page']}"
-        name = {**BARRIERS, **LIBGC}[row["barrier"]]
-        print(
-            f"{what:<16} {name:<22} {show_ns(row['total_ns']):>9}, pauses {show_ns(row['pause_p50_ns'])}, p99 "
-            f"{show_ns(row['pause_p99_ns'])}, {show_ns(row['pause_max_ns'])} at most"
-        )
+    where = machine() | {"command": "python -m benchmarks.gc_barriers"}
+    rows = list(measured(options))
+    print("\n".join(map(line, rows)))
     if options.write:
-        document = {**where, "without_libgc": programs.without_libgc, "rows": rows}
+        others: list[dict[str, Any]] = []
+        if options.only and options.write.exists():
+            before = json.loads(options.write.read_text(encoding="utf-8"))
+            others = [row for row in before["rows"] if part_of(row) not in options.only]
+        order = list(PARTS)
+        rows = sorted([*others, *rows], key=lambda row: order.index(part_of(row)))
+        document = {**where, "without_libgc": options.without_libgc, "rows": rows}
         options.write.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return 0
 

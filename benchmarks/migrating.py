@@ -60,7 +60,7 @@ class Row:
         said = "" if self.predicted_ms is None else f", {self.predicted_ms:.1f} ms predicted"
         near = "" if self.as_predicted else ", MISSED by more than 25 % and 5 ms"
         return (
-            f"{self.who:<11} {self.mib} MiB, {self.dirty_mib:>4.0f} MiB/s written: {self.seconds:6.2f} s, "
+            f"{self.who:<17} {self.mib} MiB, {self.dirty_mib:>4.0f} MiB/s written: {self.seconds:6.2f} s, "
             f"{self.sent_mib:7.1f} MiB sent, {self.rounds:>2} rounds, {self.downtime_ms:7.1f} ms of downtime"
             f"{said}{near}"
         )
@@ -89,15 +89,17 @@ class Writer:
         self._thread.join()
 
 
-def ours(other: Other, memory: dirtytrack.Memory, dirty: float, bandwidth: float | None, goal: Goal) -> Row:
+def ours(
+    other: Other, memory: dirtytrack.Memory, dirty: float, bandwidth: float | None, goal: Goal, *, delta: bool = False
+) -> Row:
     where = other.begin("ours", len(memory), 2)
     writer = Writer(memory, dirty * MIB)
-    source = Source(memory, pause=writer.pause, resume=lambda: None, bandwidth=bandwidth)
-    time.sleep(0.2)
-    moved: Migrated = source.migrate(where, goal)
+    with Source(memory, pause=writer.pause, resume=lambda: None, bandwidth=bandwidth, delta=delta) as source:
+        time.sleep(0.2)
+        moved: Migrated = source.migrate(where, goal)
     other.end()
     return Row(
-        who="dirtytrack",
+        who="dirtytrack, delta" if delta else "dirtytrack",
         mib=len(memory) // MIB,
         bandwidth_mb=None if bandwidth is None else bandwidth / 1e6,
         dirty_mib=dirty,
@@ -146,7 +148,10 @@ def main() -> int:
     memory, rows = filled(bare, options.mib * MIB), list[Row]()
     with closing(Other()) as other, tempfile.TemporaryDirectory() as folder:
         for dirty in options.dirty:
-            jobs: list[Callable[[], Row]] = [lambda d=dirty: ours(other, memory, d, bandwidth, goal)]  # type: ignore[misc]
+            jobs: list[Callable[[], Row]] = [
+                lambda d=dirty, delta=delta: ours(other, memory, d, bandwidth, goal, delta=delta)  # type: ignore[misc]
+                for delta in (False, True)
+            ]
             if not options.without_qemu:
                 jobs.append(lambda d=dirty: theirs(Path(folder), options.mib, d, bandwidth, goal))  # type: ignore[misc]
             for job in jobs:

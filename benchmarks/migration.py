@@ -48,35 +48,53 @@ def cpu_ns() -> int:
 
 
 def _there(pipe: Connection) -> None:
-    """The process that memory moves to: does what it is told, and says what it took."""
+    """The process that memory moves to: does what it is told, and says what it took.
+
+    Either kind of receiver has its memory in the same way: fresh from `allocate`, which the kernel populates while
+    pages come, or memory of this process that was written, with zeroes, just before.
+    """
+    kept: dirtytrack.Memory | None = None
     while (told := pipe.recv()) is not None:
-        kind, nbytes, connections = told
+        kind, nbytes, connections, fresh = told
+        if not fresh:
+            kept = dirtytrack.allocate(nbytes, name="memory") if kept is None else kept
+            _zero(kept)
         before = cpu_ns()
         if kind == "ours":
-            with Destination() as destination:
+            with Destination(memory=None if kept is None or fresh else partial(_alone, kept)) as destination:
                 pipe.send(destination.address)
                 arrival = destination.receive()
                 pipe.send(cpu_ns() - before)
                 del arrival
         else:
-            _sink(pipe, nbytes, connections, into_memory=kind == "bare")
+            _sink(pipe, nbytes, connections, None if fresh else kept)
             pipe.send(cpu_ns() - before)
 
 
-def _sink(pipe: Connection, nbytes: int, connections: int, *, into_memory: bool) -> None:
-    """As many bytes, into fresh memory of that length, or into a buffer again and again."""
-    memory = dirtytrack.allocate(nbytes) if into_memory else None
+def _alone(memory: dirtytrack.Memory, _: object) -> dict[str, dirtytrack.Memory]:
+    return {"memory": memory}
+
+
+def _zero(memory: dirtytrack.Memory) -> None:
+    zeroes = bytes(_PIECE)
+    view = memoryview(memory)
+    for at in range(0, len(view), _PIECE):
+        view[at : at + _PIECE] = zeroes[: len(view) - at]
+
+
+def _sink(pipe: Connection, nbytes: int, connections: int, memory: dirtytrack.Memory | None) -> None:
+    """As many bytes into that memory, or into fresh memory."""
+    memory = dirtytrack.allocate(nbytes) if memory is None else memory
     with socket.create_server(("127.0.0.1", 0)) as server:
         pipe.send(f"tcp://127.0.0.1:{server.getsockname()[1]}")
         socks = [server.accept()[0] for _ in range(connections)]
-    views = parts(memory, connections) if memory is not None else [memoryview(bytearray(_PIECE))] * connections
 
     def receive(sock: socket.socket, view: memoryview) -> None:
         at = 0
         while got := sock.recv_into(view[at : at + _PIECE]):
-            at = at + got if into_memory else 0
+            at += got
 
-    together([partial(receive, sock, view) for sock, view in zip(socks, views, strict=True)])
+    together([partial(receive, sock, view) for sock, view in zip(socks, parts(memory, connections), strict=True)])
     for sock in socks:
         sock.close()
 
@@ -107,9 +125,9 @@ class Other:
         self._process.start()
         theirs.close()
 
-    def begin(self, kind: str, nbytes: int, connections: int) -> str:
+    def begin(self, kind: str, nbytes: int, connections: int, *, fresh: bool = True) -> str:
         """Have it listen; where."""
-        self._pipe.send((kind, nbytes, connections))
+        self._pipe.send((kind, nbytes, connections, fresh))
         where: str = self._pipe.recv()
         return where
 
@@ -126,19 +144,19 @@ class Other:
 # ---- bulk
 
 
-def migrated(other: Other, memory: dirtytrack.Memory, connections: int) -> Took:
-    """The whole migration of memory that nobody writes."""
-    where = other.begin("ours", len(memory), connections)
-    source = Source(memory, connections=connections)
-    before, begin = cpu_ns(), time.perf_counter_ns()
-    source.migrate(where)
-    wall, cpu = time.perf_counter_ns() - begin, cpu_ns() - before
-    return Took(wall, cpu + other.end())
+def migrated(other: Other, memory: dirtytrack.Memory, connections: int, *, fresh: bool) -> tuple[Took, int]:
+    """The whole migration of memory that nobody writes; and its bulk, from the first collect until all was there."""
+    where = other.begin("ours", len(memory), connections, fresh=fresh)
+    with Source(memory, connections=connections) as source:
+        before, begin = cpu_ns(), time.perf_counter_ns()
+        moved = source.migrate(where)
+        wall, cpu = time.perf_counter_ns() - begin, cpu_ns() - before
+    return Took(wall, cpu + other.end()), int(moved.rounds[0].seconds * 1e9)
 
 
-def sent(other: Other, memory: dirtytrack.Memory, connections: int, kind: str) -> Took:
+def sent(other: Other, memory: dirtytrack.Memory, connections: int, *, fresh: bool) -> Took:
     """The same bytes by sendall(), until the other side has them."""
-    where = other.begin(kind, len(memory), connections)
+    where = other.begin("bare", len(memory), connections, fresh=fresh)
     before, begin = cpu_ns(), time.perf_counter_ns()
     socks = [socket.create_connection(("127.0.0.1", int(where.rpartition(":")[2]))) for _ in range(connections)]
 
@@ -171,22 +189,30 @@ def migration(settings: Settings, bare: Bare) -> Iterator[Row]:
     nbytes = 4 * MIB if settings.tiny else 512 * MIB
     memory = filled(bare, nbytes)
     with closing(Other()) as other:
-        for connections in CONNECTIONS:
-            wall, cpu, thrown = Pair([], []), Pair([], []), Pair([], [])
-            for number in rounds(Settings(settings.seconds * 3, 3, settings.most_rounds)):
-                kinds = ("ours", "bare", "thrown") if number % 2 else ("thrown", "bare", "ours")
-                took = {
-                    kind: migrated(other, memory, connections)
-                    if kind == "ours"
-                    else sent(other, memory, connections, kind)
-                    for kind in kinds
-                }
-                for pair, side in ((wall, "bare"), (thrown, "thrown")):
-                    pair.ours.append(took["ours"].wall_ns)
-                    pair.bare.append(took[side].wall_ns)
-                cpu.ours.append(took["ours"].cpu_ns)
-                cpu.bare.append(took["bare"].cpu_ns)
-            what = f"bulk {show_bytes(nbytes)}, {connections} connection{'s' if connections > 1 else ''}"
-            yield wall.speed_row(what, 0.8)
-            yield cpu.told_row(f"{what}, CPU of both sides")
-            yield thrown.told_row(f"{what}, receiver keeps nothing")
+        for fresh in (True, False):
+            for connections in CONNECTIONS:
+                yield from _bulk(settings, other, memory, connections, fresh=fresh)
+
+
+def _bulk(
+    settings: Settings, other: Other, memory: dirtytrack.Memory, connections: int, *, fresh: bool
+) -> Iterator[Row]:
+    bulk, whole, cpu = Pair([], []), Pair([], []), Pair([], [])
+    for number in rounds(Settings(settings.seconds * 3, 6, settings.most_rounds)):
+        loop = None if number % 2 else sent(other, memory, connections, fresh=fresh)
+        took, bulk_ns = migrated(other, memory, connections, fresh=fresh)
+        loop = loop or sent(other, memory, connections, fresh=fresh)
+        if not number:
+            continue  # a rehearsal of both
+        for pair, ours_ns, bare_ns in (
+            (bulk, bulk_ns, loop.wall_ns),
+            (whole, took.wall_ns, loop.wall_ns),
+            (cpu, took.cpu_ns, loop.cpu_ns),
+        ):
+            pair.ours.append(ours_ns)
+            pair.bare.append(bare_ns)
+    into = "into fresh memory" if fresh else "into memory that is there"
+    what = f"{show_bytes(len(memory))} {into}, {connections} connection{'s' if connections > 1 else ''}"
+    yield bulk.speed_row(f"bulk {what}", 0.8, by_round=True)
+    yield whole.told_row(f"all of it: {what}", by_round=True)
+    yield cpu.told_row(f"processor time of both: {what}", by_round=True)

@@ -109,11 +109,6 @@ class DirtySet:
         sets.assume(part._set, self._set)
         return part
 
-    @property
-    def discarded(self) -> DirtySet:
-        """The part whose content is known to be gone; empty, since this version is not told of discards."""
-        return self._like(sets.from_runs(b"", 0, epoch=self.epoch, complete=self.complete))
-
     def __len__(self) -> int:
         return int(self._set.count)
 

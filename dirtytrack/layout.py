@@ -22,7 +22,7 @@ __all__ = ["Layout", "held", "mirrors", "pinned_extents", "read_through"]
 class Layout:
     """The regions that a tracker watches, as its sets know them. Immutable, shared by many sets."""
 
-    __slots__ = ("_bytes", "_cover", "_extents", "_names", "spans", "successor")
+    __slots__ = ("_bytes", "_cover", "_extents", "_mirrored", "_names", "spans", "successor")
 
     def __init__(self, spans: tuple[Span, ...]) -> None:
         self.spans = spans
@@ -32,6 +32,8 @@ class Layout:
         self._cover: list[tuple[int, int]] | None = None
         self._bytes: list[tuple[int, int]] | None = None
         self._names: dict[str, list[Span]] | None = None
+        self._mirrored: tuple[int, int, Any] | None = None
+        """Where the last mirror of the only region was, how long it was, and the extents with it."""
 
     @property
     def extents(self) -> Any:
@@ -249,6 +251,9 @@ def mirrors(layout: Layout, mirror: Any, *, cset: Any = None, writable: bool) ->
         InvalidMemory: a mirror is missing, of another length, read-only, or overlaps what it must not.
         NotRegistered, SessionClosed: a region in question is no longer registered.
     """
+    again = _mirrored_again(layout, mirror) if writable else None
+    if again is not None:
+        return again
     pairs = mirror.items() if isinstance(mirror, Mapping) else [(None, mirror)]
     given: dict[Span, Any] = {}
     others: list[Any] = []
@@ -290,4 +295,22 @@ def mirrors(layout: Layout, mirror: Any, *, cset: Any = None, writable: bool) ->
     written.sort()
     if any(after[0] < before[1] for before, after in pairwise(written)):
         raise InvalidMemory("two mirrors overlap each other: pass memory of its own for each region")
-    return sets.extents(extents), holds
+    made = sets.extents(extents)
+    if writable and len(layout.spans) == len(extents) == 1 and pinned.hold is not None:
+        layout._mirrored = pinned.address, pinned.nbytes, made
+    return made, holds
+
+
+def _mirrored_again(layout: Layout, mirror: Any) -> tuple[Any, list[Any]] | None:
+    """The same, where the mirror is where the last one was, as in most epochs; None: it has to be looked at."""
+    if layout._mirrored is None:
+        return None
+    address, nbytes, made = layout._mirrored
+    try:
+        pinned = core.pin(mirror, writable=True)
+    except (TypeError, ValueError, BufferError):  # no buffer, or one that is refused
+        return None
+    alive, hold = _hold(layout.spans[0])
+    if alive is None or core.address_of(pinned) != address or len(pinned) != nbytes:
+        return None
+    return made, [hold, alive, pinned]

@@ -47,6 +47,7 @@ sessions: weakref.WeakSet[Any] = weakref.WeakSet()
 _ALIGN_ATTEMPTS = 1024
 _HUGE_BYTES = {"2M": 2 << 20, "1G": 1 << 30}
 _MAP_HUGETLB, _MFD_HUGETLB, _HUGE_SHIFT = 0x40000, 0x4, 26
+_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # of Python 3.11
 
 
 class Memory(mmap.mmap):
@@ -208,6 +209,7 @@ def allocate(
     *,
     shared: bool = False,
     huge: Literal["transparent", "2M", "1G"] | None = None,
+    sparse: bool = False,
     name: str | None = None,
 ) -> Memory:
     """Allocate zeroed memory that is page-aligned.
@@ -218,10 +220,14 @@ def allocate(
             and that nobody can shrink; a child of a fork writes the same memory.
         huge: None; ``"transparent"`` for memory that is aligned to transparent huge pages and asks for them; ``"2M"``
             or ``"1G"`` for huge pages of the system's pool, which are dirty as a whole.
+        sparse: a reservation of which most is never touched, and which may be larger than the machine's memory: the
+            system sets nothing aside for it, and what is touched takes memory as it is touched. Shared memory is so
+            anyway, and where ``vm.overcommit_memory`` is 2 nothing is.
         name: shown in /proc/PID/maps where the kernel can, and taken over by regions.
 
     Raises:
-        InvalidMemory: ``nbytes`` is not positive, or ``huge`` is none of the above.
+        InvalidMemory: ``nbytes`` is not positive, ``huge`` is none of the above, or ``sparse`` is asked for of huge
+            pages of the pool, which are set aside here so that none is missing later.
         UnsupportedKernel: no huge pages of that kind here, or not Linux.
         LimitReached: the kernel has no memory, mapping or descriptor left, or the pool no huge page (vm.nr_hugepages).
 
@@ -229,21 +235,25 @@ def allocate(
     """
     core.load()
     nbytes = _count(nbytes, "allocate()")
+    if sparse and huge in _HUGE_BYTES:
+        raise InvalidMemory(f"huge pages of the pool are set aside ahead: leave out sparse=, or huge={huge!r}")
     page_bytes = _page_bytes(huge)
     nbytes = -(-nbytes // page_bytes) * page_bytes
     fd = -1
     try:
         if shared:
             fd = _sealed_memfd(name or "dirtytrack", nbytes, huge)
-        memory = _map_anywhere(fd, nbytes, huge) if huge in _HUGE_BYTES else _map(fd, nbytes, page_bytes)
+        flags = _huge_flags(huge, _MAP_HUGETLB) | (_MAP_NORESERVE if sparse else 0)
+        memory = _map(fd, nbytes, page_bytes, flags)
         memory._fd = fd
         fd = -1
     except (OSError, OverflowError) as error:
         number = error.errno if isinstance(error, OSError) else errno.ENOMEM
         if huge in _HUGE_BYTES and number == errno.ENOMEM:
             raise _pool_is_empty(nbytes, page_bytes, error) from error
+        promised = "" if sparse or shared else " pass sparse=True where most of it is never touched,"
         raise LimitReached(
-            f"cannot allocate {nbytes} bytes: {error}. Ask for less, or look at RLIMIT_AS, RLIMIT_NOFILE, "
+            f"cannot allocate {nbytes} bytes: {error}. Ask for less,{promised} or look at RLIMIT_AS, RLIMIT_NOFILE, "
             "vm.max_map_count and vm.overcommit_memory",
             errno=number,
             feature="memory",
@@ -343,27 +353,27 @@ def _sealed_memfd(name: str, nbytes: int, huge: str | None) -> int:
     return fd
 
 
-def _map(fd: int, nbytes: int, alignment: int) -> Memory:
+def _map(fd: int, nbytes: int, alignment: int, flags: int) -> Memory:
     """A mapping at a multiple of ``alignment``.
 
     Kernels that can track (Linux 6.7) align large mappings to huge pages by themselves, but not each of them always.
     """
-    memory = _map_anywhere(fd, nbytes, None)
+    memory = _map_anywhere(fd, nbytes, flags)
     if memory.address % alignment == 0:
         return memory
     in_the_way = [memory]  # kept until the end, so that the kernel finds no other place for the next one
     with placing.aligned_hole(nbytes, alignment):
         for _ in range(_ALIGN_ATTEMPTS):
-            memory = _map_anywhere(fd, nbytes, None)
+            memory = _map_anywhere(fd, nbytes, flags)
             if memory.address % alignment == 0:
                 return memory
             in_the_way.append(memory)
     raise OSError(errno.ENOMEM, f"no free range that is aligned to {alignment} bytes was found")
 
 
-def _map_anywhere(fd: int, nbytes: int, huge: str | None) -> Memory:
-    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _huge_flags(huge, _MAP_HUGETLB)
-    return Memory(fd, nbytes, flags=mmap.MAP_SHARED if fd >= 0 else private)
+def _map_anywhere(fd: int, nbytes: int, flags: int) -> Memory:
+    kind = mmap.MAP_SHARED if fd >= 0 else mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | flags
+    return Memory(fd, nbytes, flags=kind)
 
 
 # ---- other people's buffers ------------------------------------------------------------------------------------------

@@ -63,6 +63,37 @@ def programs(told: Told) -> str:
     return f"{out}\n\n{told['without_libgc']}" if told["without_libgc"] else out
 
 
+RESERVED = {
+    "alone": "the 64 pages alone",
+    "untracked": "64 GiB reserved, untracked",
+    "sparse": "64 GiB reserved and tracked",
+    "markers": 'the same with `arm="all"`',
+}
+
+
+def reservations(told: Told) -> str:
+    """What a reservation costs a process that touches 64 pages of it."""
+    lines = []
+    for row in told["rows"]:
+        if row["program"] == "reservation":
+            tables = row["page_table_bytes"]
+            shown = f"{tables / (1 << 20):.1f} MiB" if tables >= 1 << 20 else f"{tables >> 10} KiB"
+            minor = "" if row["minor_ns"] is None else show(row["minor_ns"])
+            lines.append([RESERVED[row["how"]], shown, show(row["fork_ns"]), minor])
+    return table(["heap", "page tables", "`fork()`", "`minor()`"], lines)
+
+
+def search(told: Told) -> str:
+    """minor() against a bare scan and loop, and its reading against the loop alone."""
+    rows = [row for row in told["rows"] if row["program"] == "search"]
+    lines = []
+    for whole, alone in zip(rows[::2], rows[1::2], strict=True):
+        where = whole["name"].removeprefix("minor, ")
+        speeds = [f"{row['bare_ns'] / row['ours_ns']:.2f}" for row in (whole, alone)]
+        lines.append([where, show(whole["ours_ns"]), show(whole["bare_ns"]), speeds[0], speeds[1]])
+    return table(["heap", "`minor()`", "bare", "speed", "without the bare scan"], lines)
+
+
 def loads(told: Told) -> list[tuple[float, int, bool, dict[str, Told]]]:
     """The rows of each load, by barrier."""
     out: dict[tuple[float, int, bool], dict[str, Told]] = {}
@@ -142,7 +173,15 @@ def machine(told: Told) -> str:
     return f"{told['kernel']}, {told['machine']}, {told['python']}, on {told['date']}; `{told['command']}`."
 
 
-PARTS = {"gcbench": programs, "stores": densities, "even": break_even, "wins": wins, "machine": machine}
+PARTS = {
+    "search": search,
+    "reservations": reservations,
+    "gcbench": programs,
+    "stores": densities,
+    "even": break_even,
+    "wins": wins,
+    "machine": machine,
+}
 
 
 def render(page: str, told: Told) -> str:

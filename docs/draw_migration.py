@@ -18,7 +18,7 @@ _PLACE = re.compile(r"(<!-- measured -->\n).*?(<!-- end -->)", re.DOTALL)
 WIDTH, HEIGHT = 760, 380
 LEFT, RIGHT, TOP, BOTTOM = 70, 600, 62, 320
 INK, FAINT, GRID = "#1d2733", "#5d6b7a", "#e3e8ee"
-COLOURS = {"dirtytrack": "#e8743b", "as predicted": "#9aa5b1", "QEMU": "#2563a8"}
+COLOURS = {"dirtytrack": "#e8743b", "as predicted": "#9aa5b1", "with delta=True": "#3f8f5b", "QEMU": "#2563a8"}
 
 
 def render_bulk(page: str, told: dict[str, Any]) -> str:
@@ -69,9 +69,11 @@ def draw(told: dict[str, Any]) -> str:
     """Downtime by how fast memory is written."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in told["rows"]:
-        name = "QEMU" if row["who"].startswith("QEMU") else row["who"]
+        name = {"QEMU": "QEMU", "dirtytrack": "dirtytrack", "dirtytrack, delta": "with delta=True"}[
+            row["who"] if row["who"].startswith("dirtytrack") else "QEMU"
+        ]
         lines.setdefault(name, []).append((row["dirty_mib"], row["downtime_ms"]))
-        if row["predicted_ms"] is not None:
+        if row["who"] == "dirtytrack":
             lines.setdefault("as predicted", []).append((row["dirty_mib"], row["predicted_ms"]))
     right: float = max(x for line in lines.values() for x, _ in line) or 1.0
     top: float = 20 * (1 + max(told["goal_ms"], *(y for line in lines.values() for _, y in line)) // 20)

@@ -76,7 +76,11 @@ def densities(rows: list[Told]) -> str:
 def machine(told: Told) -> str:
     """Where and when, in a sentence; and what is to be known where it was not one run."""
     where = f"{told['kernel']}, {told['machine']}, {told['python']}, on {told['date']}; `{told['command']}`."
-    return f"{where} {told['note']}" if "note" in told else where
+    others: dict[str, list[str]] = {}
+    for name, origin in told.get("elsewhere", {}).items():
+        others.setdefault(origin, []).append(f"`{name}`")
+    apart = [f"Of another run are {', '.join(names)}: {origin}." for origin, names in others.items()]
+    return " ".join([where, *apart, *([told["note"]] if "note" in told else [])])
 
 
 def missed(told: Told) -> str:

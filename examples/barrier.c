@@ -80,15 +80,10 @@ static void open_barrier(void)
         fail("tracking the old generation", code, &why);
 }
 
-static void collect(dt_set *dirty)
-{
-    int code = dt_collect(listener, NULL, -1, dirty);
-    if (code)
-        fail("collecting", code, &dirty->why);
-}
-
-/* The words of the old generation that point into the nursery. Every object leaves it in a minor collection, so a page that
- * was read need not be kept for the next one; `kept` is for collectors whose objects stay young for longer. */
+/* The words of the old generation that point into the nursery. The program stands still until the end of the collection, so
+ * it is enough to look: pages that are armed once, by forget_own_writes, take the collector's own stores without a fault.
+ * Every object leaves the nursery in a minor collection, so a page that was read need not be kept for the next one; `kept`
+ * is for collectors whose objects stay young for longer. */
 static void find_slots(void)
 {
     const dt_pointers plain = {.mask = 7};
@@ -99,13 +94,12 @@ static void find_slots(void)
     int code = everything.end > everything.start ? dt_set_copy(&everything, 1, &all) : 0;
     if (code)
         fail("making a set", code, &all.why);
-    if (mode != SCAN)
-        collect(&dirty);
+    if (mode != SCAN && (code = dt_peek(listener, NULL, &dirty)))
+        fail("looking for what was written", code, &dirty.why);
     code = dt_find_slots(mode == SCAN ? &all : &dirty, &heap, 1, &plain, &young, young.start, young.end, &slots, &kept);
     if (code)
         fail("reading the dirty pages", code, &kept.why);
     pages_read += mode == SCAN ? all.pages : dirty.pages;
-    dirty.delivered = 1; /* the last step: until here a failure would have given the pages back */
     dt_set_clear(&dirty);
     dt_set_clear(&kept);
     if (mode == CHECK) {
@@ -123,15 +117,17 @@ static void find_slots(void)
     dt_set_clear(&all);
 }
 
-/* What the collector wrote itself, while nobody else did, points to no young object: there is none any more. */
+/* What was written until now points to no young object: there is none any more. */
 static void forget_own_writes(void)
 {
-    dt_set own = {0};
+    dt_set written = {0};
     if (mode == SCAN)
         return;
-    collect(&own);
-    own.delivered = 1;
-    dt_set_clear(&own);
+    int code = dt_collect(listener, NULL, -1, &written);
+    if (code)
+        fail("collecting", code, &written.why);
+    written.delivered = 1; /* without it the pages would be told again in the next collection */
+    dt_set_clear(&written);
 }
 
 /* ---- the old generation ---- */

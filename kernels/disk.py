@@ -16,7 +16,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from .plan import DESELECTED, FIRST, SMOKE_TESTS
+from .plan import DESELECTED, FIRST
 
 __all__ = ["make"]
 
@@ -147,12 +147,14 @@ def _compiler(root: _Root) -> None:
 
 def _in_order() -> list[str]:
     """The files of tests for a machine, those first that differ between kernels."""
-    found = [
-        str(path.relative_to(ROOT))
-        for name in ("kernel", "unit")
-        for path in (ROOT / "tests" / name).rglob("test_*.py")
-    ]
+    found = [str(path.relative_to(ROOT)) for path in (ROOT / "tests" / "kernel").rglob("test_*.py")]
     return [*FIRST, *sorted(name for name in found if not name.startswith((*FIRST, *DESELECTED)))]
+
+
+def _compiled(root: _Root) -> None:
+    """Bytecode of what tests start in processes of their own, each of which would compile it anew."""
+    there = [str(root.there(ROOT / name)) for name in _TREE if (ROOT / name).is_dir()]
+    subprocess.run([sys.executable, "-m", "compileall", "-q", "-s", str(root.folder), *there], check=True)
 
 
 def _choice(*words: str) -> str:
@@ -190,12 +192,12 @@ def make(
         for name in _TREE:
             path = ROOT / name
             root.tree(path, "__pycache__") if path.is_dir() else root.file(path)
+        _compiled(root)
         root.libraries()
         (root.folder / "python").write_text(f"{sys.executable} {ROOT}\n")
         deselected = [word for start in DESELECTED for word in ("--deselect", start)]
         (root.folder / "chosen-all").write_text(_choice(*deselected, *_in_order()))
         (root.folder / "chosen-given").write_text(_choice(*given))
-        (root.folder / "chosen-smoke").write_text(_choice(*SMOKE_TESTS))
     used = sum(path.lstat().st_blocks * 512 for path in root.folder.rglob("*"))
     part = image.with_suffix(".part")  # a machine may still run from the one before
     with part.open("wb") as file:

@@ -7,6 +7,7 @@ answers that the server gave, and tears uploads in the middle. `Failing` fails s
 
 from __future__ import annotations
 
+import errno
 import http.client
 import os
 import re
@@ -47,6 +48,7 @@ __all__ = [
 
 BUCKET = "dirtytrack-tests"
 CREDENTIALS = {"access_key_id": "tests", "secret_access_key": "of-dirtytrack"}
+_SCHEMES = {"s3": "s3", "memory": "s3", "azure": "az", "google": "gs"}
 QUICK: dict[str, Any] = {
     "max_retries": 6,
     "backoff": {"init_backoff": timedelta(milliseconds=5), "max_backoff": timedelta(milliseconds=50), "base": 2},
@@ -120,7 +122,7 @@ class Place:
     def url(self) -> str:
         if self.kind == "directory":
             return str(self.directory / "store")
-        return f"{'az' if self.kind == 'azure' else 's3'}://{BUCKET}/{self.prefix}/store"
+        return f"{_SCHEMES[self.kind]}://{BUCKET}/{self.prefix}/store"
 
     @property
     def endpoint(self) -> str:
@@ -128,6 +130,10 @@ class Place:
 
     def environment(self) -> dict[str, str]:
         """With which a URL alone is enough."""
+        if self.kind == "google":
+            from tests.gcs import account
+
+            return {"GOOGLE_SERVICE_ACCOUNT_KEY": account(self.endpoint), "GOOGLE_ALLOW_HTTP": "true"}
         if self.kind == "azure":
             from tests.azurite import ACCOUNT, KEY
 
@@ -152,7 +158,7 @@ class Place:
         others.setdefault("grace_seconds", 0)
         if self.kind == "memory":
             return ObjectStore(self._memory, create=create, **others)
-        if self.kind == "azure":
+        if self.kind in ("azure", "google"):
             return ObjectStore(self.url, create=create, **others)  # by the environment
         return ObjectStore(self.url, create=create, **options(self.endpoint, **others))
 
@@ -392,4 +398,4 @@ class Failing(Memory):
         self.failed.append(doing)
         if self.after and self.count == self.nth:
             super()._ask(doing, run, *args, **options)
-        raise StoreFailed(f"cannot {doing}: as the test wants it", errno=5)
+        raise StoreFailed(f"cannot {doing}: as the test wants it", errno=errno.EREMOTEIO)

@@ -16,17 +16,15 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from dirtytrack.kernel.support import probe
+from tests.asked import IN_CI, SANITIZED, SOAK
 from tests.unit.browsing import BROWSERS
 
 TESTS = Path(__file__).parent
 NEED_TRACKING = (TESTS / "kernel", TESTS / "programs")
-IN_CI = os.environ.get("CI") == "true"
-SOAK = os.environ.get("DIRTYTRACK_SOAK") == "1"
 TORCH = find_spec("torch") is not None
 BROWSER = any(map(which, BROWSERS))
 RADOSGW = os.environ.get("DIRTYTRACK_S3") == "radosgw"
 GDB = which("gdb") is not None
-SANITIZED = os.environ.get("DIRTYTRACK_SANITIZE") == "1"
 
 # In CI a skip is a failure, so that a green run means that everything ran. Not so for these: the beginning of a test's
 # id, and why it may be skipped.

@@ -54,6 +54,8 @@ class BaseStore:
     """A store whose manifests are read by `catalog` and `read_manifest`, which its kind has."""
 
     store_id: str
+    held_nbytes = 0
+    """See `Store.held_nbytes`."""
     _damage: str | None = None
 
     @property

@@ -26,6 +26,7 @@ from .buffers import Described, describe
 from .coding import Decoder, Encoder
 from .costs import Costs
 from .crew import Worker, default_threads
+from .going_on import there
 from .jobs import Job, Save
 from .mirroring import Mirrors
 from .options import as_json, frame_nbytes, require_kinds, require_options
@@ -78,8 +79,9 @@ class Checkpointer:
             never written too), and store only the bytes that differ from it where that is less: for programs that write
             the same values again, or few bytes of a page.
         staging_bytes: of the staging buffer, which is there from the beginning. Left out: an eighth of the buffers, at
-            least 32 MiB, at most 256 MiB and twice the buffers. More dirty bytes than fit are copied in waves: `save`
-            then waits for the store, and the program stands still for so long.
+            least 32 MiB, at most 256 MiB, and what an object store sends at once; at most twice the buffers. More dirty
+            bytes than fit are copied in waves: `save` then waits for the store, and the program stands still for so
+            long.
         when_busy: what `save` does while an earlier one is under way. ``"wait"``: waits for it. ``"skip"``: nothing; it
             returns a save of kind ``"skipped"``. ``"coalesce"``: is staged behind it; one that is staged already and
             not begun is taken back, and its pages go into the new one.
@@ -372,7 +374,7 @@ class Checkpointer:
         if self._unsure:  # an interrupt came between collecting and giving back
             self._saver.forget_base()
         watched = self._watching.now()
-        token, known = self._saver.expected()
+        token, known, left = self._saver.expected()
         full = full or known is None or self._tending.full_next
         generation = next(self._numbers)
         saver, stall = self._saver, Stall(self._saver, watched)
@@ -389,6 +391,8 @@ class Checkpointer:
                 wanted, holes = full, None
                 full = full or self._costs.full_is_cheaper(dirty_nbytes, watched.nbytes)
                 saved = watched.whole if full else watched.with_whole(dirty, known or frozenset())
+                if left:
+                    saved -= there(left, dirty, watched.plans)
                 if not saver.mirrored:
                     saved, holes = watched.parted(saved)
                 save = Save(generation, "full" if full else "increment", meta)
@@ -401,6 +405,7 @@ class Checkpointer:
                     dirty=dirty,
                     saved=saved,
                     holes=holes,
+                    left=left,
                     token=token,
                 )
                 stall.copy(job)
@@ -447,7 +452,9 @@ class Checkpointer:
 
     def _staging_nbytes(self) -> int:
         wanted = self._wanted_staging
-        return default_staging_nbytes(self._watching.nbytes) if wanted is None else wanted
+        if wanted is not None:
+            return wanted
+        return default_staging_nbytes(self._watching.nbytes, self._store.held_nbytes)
 
     def _make_staging(self) -> None:
         """Nobody has any of it now, whatever was interrupted. A larger one, where nobody said how large and the buffers

@@ -68,6 +68,8 @@ class Encoder:
         if self._zstandard is not None and not (type(level) is int and level <= self._zstandard.MAX_COMPRESSION_LEVEL):
             raise InvalidCheckpoint(f"level= is a whole number up to {self._zstandard.MAX_COMPRESSION_LEVEL}")
         self._level, self._encrypt = level, encrypt
+        self.is_plain = compression is None and encrypt is None
+        """Whether bytes are stored as they are."""
         self._local = threading.local()  # a compressor is one thread's
 
     def encode(self, plain: Any) -> Encoded:
@@ -90,7 +92,7 @@ class Encoder:
         sealed = self._encrypt(xxh64(plain).to_bytes(_SEAL_NBYTES, "little") + bytes(stored))
         if not isinstance(sealed, (bytes, bytearray, memoryview)):
             raise InvalidCheckpoint(f"encrypt= returns bytes, not {type(sealed).__name__}")
-        return Encoded(sealed, codec, True)
+        return Encoded(bytes(sealed), codec, True)  # nobody changes those
 
 
 class Decoder:

@@ -14,10 +14,11 @@ from .bell import Bell
 from .crew import Worker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from ..dirtyset import DirtySet
     from ..kernel import cutting
+    from .going_on import Left
     from .manifests import RegionEntry
     from .staging import Room
     from .watching import Watched
@@ -134,6 +135,8 @@ class Batch(NamedTuple):
     first: int
     last: int | None
     """Of the job's cuts; None: to the end."""
+    sums: Sequence[int] | None = None
+    """The XXH64 of each frame's bytes, where they were added up as they were copied."""
 
 
 class Job:
@@ -149,12 +152,14 @@ class Job:
         dirty: DirtySet,
         saved: DirtySet,
         holes: DirtySet | None = None,
+        left: tuple[Left, ...] = (),
         token: int,
     ) -> None:
         self.save, self.full, self.wanted_full = save, full, wanted_full
         self.plans, self.extents = watched.plans, watched.extents
         self.numbers = frozenset(plan.entry.number for plan in self.plans)
         self.dirty, self.saved, self.token = dirty, saved, token
+        self.left = left  # by saves that failed: what it does not tell again
         self.holes = holes  # of what is saved, those that are zero and were not copied
         self.created = time.time()
         self.nbytes = 0

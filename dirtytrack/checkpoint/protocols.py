@@ -77,8 +77,18 @@ class Sink(Protocol):
     def most_nbytes(self) -> int:
         """That one may have; who has more to write begins another one."""
 
-    def write(self, data: Any) -> None:
+    @property
+    def whole_nbytes(self) -> int:
+        """After so many a save finishes it and begins another one, since where the save fails later, what is finished
+        need not be sent again. 0: it does not, what is there is soon written again."""
+
+    def write(self, data: Any, lent_nbytes: int = 0) -> None:
         """Write all of a contiguous buffer behind what is there.
+
+        Args:
+            data: the buffer.
+            lent_nbytes: of how many such bytes views may still be held when this returns; they do not change before
+                all are let go of. 0: what is needed longer is copied, but for `bytes`.
 
         Raises:
             StoreFailed: it cannot be written. The segment is of no use then: `abandon` it.
@@ -138,6 +148,10 @@ class Store(Protocol):
     @property
     def store_id(self) -> str:
         """Random, in 32 hexadecimal digits."""
+
+    @property
+    def held_nbytes(self) -> int:
+        """How many bytes of what is lent to it (`Sink.write`) it holds where it can send as fast as it may."""
 
     def catalog(self) -> tuple[Kept, ...]:
         """The manifests that are there, oldest first."""

@@ -309,7 +309,7 @@ class Generation:
         if frame.codec == Codec.NONE and frame.kind == FrameKind.PAGES and not frame.encrypted and len(frame.runs) == 1:
             at, nbytes = frame.runs[0, 0] - low, frame.stored_nbytes
             if target.view is not None and 0 <= at <= target.nbytes - nbytes:
-                reader.check_sum(frame, source.read_summed(target.view[at : at + nbytes], frame.offset))
+                reader.check(frame, source.read_summed(target.view[at : at + nbytes], frame.offset))
                 return
         runs, begin, end = _clipped(frame.runs, low, low + target.nbytes)
         if not len(runs):
@@ -338,7 +338,7 @@ class Generation:
 
     def _plain(self, frame: Frame, reader: SegmentReader, source: Source) -> Any:
         stored = self._scratch.room("stored", frame.stored_nbytes)
-        reader.check_sum(frame, source.read_summed(stored, frame.offset))
+        reader.check(frame, source.read_summed(stored, frame.offset))
         assert self._decoder is not None, "who reads bytes has given one"
         try:
             return self._decoder.decode(frame, stored)

@@ -12,14 +12,16 @@ import time
 import weakref
 from collections import deque
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
-from ..errors import StoreFailed
+from ..errors import DamagedCheckpoint, InvalidCheckpoint, StoreFailed
 from ..kernel import core, cutting
 from ..kernel.packing import all_zero, xxh64
 from .bell import Bell
 from .crew import Crew, Worker
+from .going_on import Left, left_of
 from .manifests import Manifest
+from .segmenting import Framed, Parts
 from .segments import Codec, FrameKind
 
 if TYPE_CHECKING:
@@ -29,26 +31,14 @@ if TYPE_CHECKING:
     from .coding import Encoder
     from .costs import Costs
     from .jobs import Batch, Job, Save
-    from .manifests import SegmentEntry
     from .mirroring import Mirrors
     from .protocols import Store, Writer
-    from .segments import SegmentWriter
     from .staging import Staging
 
 __all__ = ["Saver"]
 
 _log = logging.getLogger("dirtytrack")
 _HOLES_NBYTES = 64 << 30  # of zeros in a frame, which takes no room but for its runs
-
-
-class _Encoded(NamedTuple):
-    cut: cutting.Cut
-    kind: FrameKind
-    stored: Any
-    codec: Codec
-    encrypted: bool
-    plain_nbytes: int
-    checksum: int
 
 
 class Saver:
@@ -90,6 +80,7 @@ class Saver:
         self._current: Job | None = None
         self._thread: threading.Thread | None = None
         self._base = base
+        self._left: tuple[Left, ...] = ()
         self._token = 0
         self._lost_at: int | None = 0 if base is None else None
         """Only a full save that was begun with this token, or a later one, is something to build on."""
@@ -113,23 +104,30 @@ class Saver:
         """Whether there is a copy of what was saved, which must see all of it."""
         return self._mirrors is not None
 
-    def expected(self) -> tuple[int, frozenset[int] | None]:
-        """The token, and the numbers of the regions that the next increment can build on; None: it must be full."""
+    @property
+    def stores_plain(self) -> bool:
+        """Whether frames are stored as they are staged."""
+        return self._mirrors is None and self._encoder.is_plain
+
+    def expected(self) -> tuple[int, frozenset[int] | None, tuple[Left, ...]]:
+        """The token; the numbers of the regions that the next increment can build on, None: it must be full; and what
+        saves that failed left to it."""
         with self._mutex:
             lost_at = 0 if self._lost_at is None else self._lost_at
             for job in reversed((*((self._current,) if self._current else ()), *self._queue)):
                 holds = job.token == self._token or (job.full and job.token >= lost_at)
                 if holds and not job.failed and job.aborted is None:
-                    return self._token, job.numbers
+                    return self._token, job.numbers, ()  # that one names what is left
             if self._base is None or self._lost_at is not None:
-                return self._token, None
-            return self._token, frozenset(region.number for region in self._base.regions)
+                return self._token, None, self._left
+            return self._token, frozenset(region.number for region in self._base.regions), self._left
 
     def forget_base(self) -> None:
         """Nobody knows any more what changed since the last save: the next one is full."""
         with self._mutex:
             self._token += 1
             self._lost_at = self._token
+            self._left = ()  # what was written since is not known either; its segments go with the writer
 
     def submit(self, job: Job) -> None:
         """Put a job behind the others."""
@@ -258,22 +256,32 @@ class Saver:
             at_end()
 
     def _do(self, job: Job, crew: Crew) -> None:
-        parts = _Parts(self._writer, job.save.generation or 0)
+        parts = Parts(self._writer, job.save.generation or 0, self.staging.nbytes)
         try:
             if not job.full and job.token != self._token:
                 raise StoreFailed(
                     f"generation {job.save.generation} was not saved, because the save before it failed; the next save "
                     "has its pages"
                 )
-            manifest = self._write(job, parts, crew)
+            left = self._left if job.token == self._token else ()
+            if job.full and left != job.left:
+                raise StoreFailed(
+                    f"generation {job.save.generation} was not saved: it relied on what a save that failed had left, "
+                    "and another was committed since; the next save has its pages"
+                )
+            manifest = self._write(job, parts, left, crew)
         except BaseException as error:
-            parts.abandon()
-            self._fail(job, error)
+            parts.settle()
+            found = self._left_by(job, parts)
+            parts.abandon(() if found is None else found.segments)
+            self._fail(job, error, found)
             return
         with self._mutex:
-            self._base = manifest
+            self._base, gone, self._left = manifest, self._left, ()
             if job.full and self._lost_at is not None and job.token >= self._lost_at:
                 self._lost_at = None
+        if left != gone:  # a full save that was made before they were left
+            _abandon(gone)
         if self._mirrors is not None:
             for number, runs in job.touched:
                 self._mirrors.trust(number, runs)
@@ -281,6 +289,16 @@ class Saver:
         job.save._end("committed")
         _log.debug("committed generation %d: %s, %d bytes", manifest.generation, manifest.kind, parts.nbytes)
         self._after(manifest)
+
+    def _left_by(self, job: Job, parts: Parts) -> Left | None:
+        """What a save that failed leaves to the next one. Never fails."""
+        if self._mirrors is not None:  # which has doubts about all of it
+            return None
+        try:
+            return left_of(job, parts.finished())
+        except Exception as problem:
+            _log.warning("what a failed save had in the store cannot be used, so it is sent again: %s", problem)
+            return None
 
     def _after(self, manifest: Manifest) -> None:
         try:
@@ -292,7 +310,7 @@ class Saver:
             with self._mutex:
                 self._base = following
 
-    def _fail(self, job: Job, error: BaseException) -> None:
+    def _fail(self, job: Job, error: BaseException, left: Left | None = None) -> None:
         with self._mutex:
             job.failed = True
         self._free(job)
@@ -302,16 +320,23 @@ class Saver:
                 self._mirrors.doubt(number, runs)
         lost = False
         try:
-            self._put_back(job.dirty)
+            self._put_back(job.dirty if left is None else job.dirty - left.pages)
         except BaseException as problem:
             _log.warning("the pages of a failed save cannot be given back, so the next one is full: %s", problem)
             lost = True
+        gone: tuple[Left, ...] = ()
         with self._mutex:  # now that they are back
             self._token += 1
+            if left is not None:
+                self._left += (left,)
+            if isinstance(error, (InvalidCheckpoint, DamagedCheckpoint)) and self._left:
+                lost = True  # they may be why
             if lost:
                 self._lost_at = self._token
+                gone, self._left = self._left, ()
             if error is not job.aborted:  # else it was raised where it happened
                 self._unreported = self._unreported or (job.save, error)
+        _abandon(gone)
         _log.warning("generation %s was not saved: %r", job.save.generation, error)
         job.save._end("failed", error)
 
@@ -336,10 +361,9 @@ class Saver:
                 batch = job.batches[0]
             yield batch
             with self._mutex:
-                job.batches.popleft()
-            self.staging.give_back(batch.room)
+                job.batches.popleft()  # its room goes back when nobody has a view of it any more: see `_frames`
 
-    def _write(self, job: Job, parts: _Parts, crew: Crew) -> Manifest:
+    def _write(self, job: Job, parts: Parts, left: tuple[Left, ...], crew: Crew) -> Manifest:
         began = time.perf_counter()
         if self._mirrors is not None:
             self._mirrors.keep_only(job.numbers)
@@ -349,29 +373,34 @@ class Saver:
         known = {} if base is None else {region.number: region for region in base.regions}
         fresh = frozenset(number for number in job.numbers if job.full or number not in known)
 
-        def encode(part: tuple[cutting.Cut, memoryview, memoryview]) -> _Encoded | None:
+        def encode(part: tuple[cutting.Cut, memoryview, memoryview, int | None]) -> Framed | None:
             return self._encode(job, fresh, *part)
 
         waved = job.cuts is not None
+        parts.saved_nbytes = job.nbytes
         for batch in self._batches(job):
             if job.cuts is None:
                 job.cuts = cutting.cut(job.saved._set, job.extents, self.frame_nbytes)
             few = (len(job.cuts) if batch.last is None else batch.last) - batch.first < 3
-            for encoded in (map if few else crew.map)(encode, self._frames(job.cuts, batch)):
+            frames = (map if few else crew.map)(encode, self._frames(job.cuts, batch))
+            for index, encoded in enumerate(frames, batch.first):
                 if encoded is not None:
-                    parts.add(job.plans[encoded.cut.memory].entry.number, job.cuts.spans(encoded.cut), encoded)
+                    parts.add(job.plans[encoded.cut.memory].entry.number, job.cuts.spans(encoded.cut), encoded, index)
+                del encoded  # the batch's room is not ours while the next is waited for
         if job.holes is not None:
             cuts = cutting.cut(job.holes._set, job.extents, _HOLES_NBYTES)
             for which in map(cuts.__getitem__, range(len(cuts))):
                 parts.add(
                     job.plans[which.memory].entry.number,
                     cuts.spans(which),
-                    _Encoded(which, FrameKind.ZEROS, b"", Codec.NONE, False, which.nbytes, 0),
+                    Framed(which, FrameKind.ZEROS, b"", Codec.NONE, False, which.nbytes, 0),
                 )
         written = time.perf_counter()
         entries = parts.finish()
         generation = job.save.generation or 0
-        regions = [known.get(plan.entry.number) or replace(plan.entry, since=generation) for plan in job.plans]
+        before = tuple(entry for each in left for entry in each.entries)
+        since = min((entry.generation for entry in before), default=generation)
+        regions = [known.get(plan.entry.number) or replace(plan.entry, since=since) for plan in job.plans]
         manifest = Manifest(
             store_id=self._store.store_id,
             generation=generation,
@@ -382,8 +411,9 @@ class Saver:
             page_bytes=core.PAGE_BYTES,
             meta=job.save.meta,
             regions=tuple(regions),
-            segments=entries if job.full or base is None else base.segments + entries,
+            segments=before + entries if job.full or base is None else base.segments + before + entries,
         )
+        parts.published = True
         self._writer.publish(manifest)
         end = time.perf_counter()
         self._costs.learn(
@@ -394,17 +424,26 @@ class Saver:
         )
         return manifest
 
-    def _frames(self, cuts: cutting.Cuts, batch: Batch) -> Iterator[tuple[cutting.Cut, memoryview, memoryview]]:
-        """The frames of a batch: what they are, their runs and their bytes."""
-        at = batch.room.offset
+    def _frames(
+        self, cuts: cutting.Cuts, batch: Batch
+    ) -> Iterator[tuple[cutting.Cut, memoryview, memoryview, int | None]]:
+        """The frames of a batch: what they are, their runs, their bytes, and their checksum where it is known."""
+        lent, at = self.staging.lend(batch.room), 0
         for index in range(batch.first, len(cuts) if batch.last is None else batch.last):
             which = cuts[index]
-            yield which, cuts.spans(which), self.staging.view[at : at + which.nbytes]
+            known = None if batch.sums is None else batch.sums[index - batch.first]
+            yield which, cuts.spans(which), lent[at : at + which.nbytes], known
             at += which.nbytes
 
     def _encode(
-        self, job: Job, fresh: frozenset[int], which: cutting.Cut, runs: memoryview, plain: memoryview
-    ) -> _Encoded | None:
+        self,
+        job: Job,
+        fresh: frozenset[int],
+        which: cutting.Cut,
+        runs: memoryview,
+        plain: memoryview,
+        known_sum: int | None,
+    ) -> Framed | None:
         """A frame as it is to be stored; None where nothing changed."""
         number, kind, data = job.plans[which.memory].entry.number, FrameKind.PAGES, plain
         if self._mirrors is not None:
@@ -415,46 +454,15 @@ class Saver:
             if delta is not None:
                 kind, data = FrameKind.DELTA, memoryview(delta)
         if kind == FrameKind.PAGES and all_zero(data):
-            return _Encoded(which, FrameKind.ZEROS, b"", Codec.NONE, False, which.nbytes, 0)
+            return Framed(which, FrameKind.ZEROS, b"", Codec.NONE, False, which.nbytes, 0)
         stored, codec, encrypted = self._encoder.encode(data)
-        return _Encoded(which, kind, stored, codec, encrypted, data.nbytes, xxh64(stored))
+        checksum = xxh64(stored) if known_sum is None else known_sum
+        return Framed(which, kind, stored, codec, encrypted, data.nbytes, checksum)
 
 
-class _Parts:
-    """The segments of a save, begun as they are needed."""
-
-    def __init__(self, writer: Writer, generation: int) -> None:
-        self._writer, self._generation = writer, generation
-        self._segments: list[SegmentWriter] = []
-        self._entries: list[SegmentEntry] = []
-
-    @property
-    def nbytes(self) -> int:
-        return sum(entry.nbytes for entry in self._entries)
-
-    def add(self, number: int, runs: memoryview, encoded: _Encoded) -> None:
-        if not self._segments or not self._segments[-1].has_room(encoded.cut.span_count):
-            if self._segments:
-                self._entries.append(self._segments[-1].finish())
-            self._segments.append(self._writer.create_segment(self._generation))
-        self._segments[-1].add(
-            number,
-            runs,
-            encoded.stored,
-            kind=encoded.kind,
-            codec=encoded.codec,
-            encrypted=encoded.encrypted,
-            plain_nbytes=encoded.plain_nbytes,
-            checksum=None if encoded.kind == FrameKind.ZEROS else encoded.checksum,
-        )
-
-    def finish(self) -> tuple[SegmentEntry, ...]:
-        if self._segments:
-            self._entries.append(self._segments[-1].finish())
-        return tuple(self._entries)
-
-    def abandon(self) -> None:
-        for segment in self._segments:
+def _abandon(left: tuple[Left, ...]) -> None:
+    for each in left:
+        for segment in each.segments:
             segment.abandon()
 
 

@@ -15,7 +15,7 @@ from ..kernel.packing import all_zero, runs_nbytes, xxh64
 from .manifests import SegmentEntry, segment_of_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping
     from types import TracebackType
 
     from typing_extensions import Self
@@ -117,6 +117,11 @@ class SegmentWriter:
         """Written so far, and what the index will take."""
         return self._sink.nbytes + len(self._index)
 
+    @property
+    def whole_nbytes(self) -> int:
+        """See `Sink.whole_nbytes`."""
+        return self._sink.whole_nbytes
+
     def has_room(self, run_count: int) -> bool:
         """Whether the segment has room for one more frame of that many runs; else finish it, begin another."""
         index_nbytes = len(self._index) + _ENTRY.size + 16 * run_count
@@ -134,6 +139,7 @@ class SegmentWriter:
         encrypted: bool = False,
         plain_nbytes: int | None = None,
         checksum: int | None = None,
+        lent_nbytes: int = 0,
     ) -> Frame:
         """Write a frame.
 
@@ -144,12 +150,13 @@ class SegmentWriter:
             kind, codec, encrypted: what they are.
             plain_nbytes: as they come out of the codec; the runs' length where it is left out.
             checksum: XXH64 of ``stored``; computed where it is left out.
+            lent_nbytes: see `Sink.write`.
 
         Raises:
             InvalidCheckpoint: the runs or lengths make no sense, or the index has no room (see `has_room`).
             StoreFailed, PermissionDenied: it cannot be written; `abandon` the segment.
         """
-        stored = memoryview(stored).cast("B")
+        given, stored = stored, memoryview(stored).cast("B")
         view = memoryview(runs).cast("B")
         packed = runs_nbytes(view, _WHOLE_MEMORY)
         if packed is None:
@@ -170,7 +177,7 @@ class SegmentWriter:
         if problem or not self.has_room(len(frame.runs)):
             raise InvalidCheckpoint(f"a frame cannot be written so: {problem or 'the index has no room for it'}")
         if stored.nbytes:
-            self._sink.write(stored)
+            self._sink.write(given if type(given) is bytes else stored, lent_nbytes)
         self._index += _ENTRY.pack(
             frame.region,
             kind,
@@ -199,7 +206,7 @@ class SegmentWriter:
         """
         self._index[:8] = self._count.to_bytes(8, "little")
         index_offset = self._sink.nbytes
-        self._sink.write(self._index)
+        self._sink.write(bytes(self._index))
         self._sink.finish()
         digest = sha256(self._index).hexdigest()
         return SegmentEntry(self.name, self.generation, self._sink.nbytes, index_offset, len(self._index), digest)
@@ -303,9 +310,10 @@ class SegmentReader:
         """A hint: these will be read, each once."""
         self._source.will_read((frame.offset, frame.stored_nbytes) for frame in frames)
 
-    def read_into(self, frame: Frame, buffers: Sequence[Any]) -> None:
-        """Read a frame's stored bytes into buffers of as many bytes. Its checksum is not looked at: see `check`."""
-        self._source.read_into(buffers, frame.offset)
+    def read_summed(self, frame: Frame, room: Any) -> int:
+        """Read a frame's stored bytes into a buffer of as many; their checksum, which nobody has looked at: see
+        `check`."""
+        return self._source.read_summed(room, frame.offset)
 
     def read(self, frame: Frame) -> bytearray:
         """A frame's stored bytes, checked.
@@ -314,19 +322,15 @@ class SegmentReader:
             DamagedCheckpoint: they are not what was written.
         """
         stored = bytearray(frame.stored_nbytes)
-        self.check_sum(frame, self._source.read_summed(stored, frame.offset))
+        self.check(frame, self.read_summed(frame, stored))
         return stored
 
-    def check(self, frame: Frame, stored: Any) -> None:
-        """Refuse stored bytes that are not those of the frame.
+    def check(self, frame: Frame, checksum: int) -> None:
+        """Refuse stored bytes that have this checksum, where it is not that of the frame.
 
         Raises:
             DamagedCheckpoint: they are not what was written.
         """
-        self.check_sum(frame, xxh64(stored))
-
-    def check_sum(self, frame: Frame, checksum: int) -> None:
-        """As `check`, of stored bytes with this checksum."""
         if checksum != frame.checksum:
             raise self.damaged(f"is damaged between {frame.offset} and {frame.offset + frame.stored_nbytes}")
 

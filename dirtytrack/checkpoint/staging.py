@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import mmap
+import threading
+import weakref
 from collections import deque
 from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidMemory
 from ..kernel import core
 from ..memory import allocate
-from .bell import Bell
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,20 +23,22 @@ __all__ = ["LEAST_STAGING_NBYTES", "Room", "Staging", "default_staging_nbytes"]
 MIB = 1 << 20
 LEAST_STAGING_NBYTES = 64 << 10
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, of Linux 5.14
+_LOOK_SECONDS = 0.5
 
 
-def default_staging_nbytes(nbytes: int) -> int:
-    """For buffers of so many bytes: an eighth, at least 32 and at most 256 MiB; never more than twice as many."""
-    return max(2 * MIB, min(nbytes // 8 if nbytes >= 256 * MIB else 32 * MIB, 256 * MIB, 2 * nbytes))
+def default_staging_nbytes(nbytes: int, held_nbytes: int = 0) -> int:
+    """For buffers of so many bytes: an eighth, at least 32 and at most 256 MiB, and what the store holds of it while it
+    is sent; never more than twice as many."""
+    return max(2 * MIB, min(min(max(nbytes // 8, 32 * MIB), 256 * MIB) + held_nbytes, 2 * nbytes))
 
 
 class Room:
     """A stretch of the staging buffer that is somebody's until it is given back."""
 
-    __slots__ = ("nbytes", "offset")
+    __slots__ = ("free", "nbytes", "offset")
 
     def __init__(self, offset: int, nbytes: int) -> None:
-        self.offset, self.nbytes = offset, nbytes
+        self.offset, self.nbytes, self.free = offset, nbytes, False
 
 
 class Staging:
@@ -65,11 +69,13 @@ class Staging:
                 memory[at] = 0
         self.view, self._address = memoryview(memory), memory.address
         self._taken: deque[Room] = deque()
-        self._bell = Bell()
-        self._mutex = self._bell.mutex
+        self._mutex = threading.Lock()
+        self._news = SimpleQueue[None]()
+        """That there may be more room. Unlike a lock it can be told from anywhere, by a finaliser too."""
 
     def _free(self, least: int) -> Room:
         """A free stretch of at least so many bytes; else the longest."""
+        self._taken = deque(each for each in self._taken if not each.free)
         if not self._taken:
             return Room(0, self.nbytes)
         begin, last = self._taken[0].offset, self._taken[-1]
@@ -89,15 +95,19 @@ class Staging:
         Returns:
             None where that was not to be had without waiting, or was given up.
         """
-        if given_up is not None:
-            self._bell.wait_for(lambda: self._free(least).nbytes >= least or given_up())
-        with self._mutex:
-            free = self._free(least)
-            if free.nbytes < least:
+        while True:
+            while not self._news.empty():  # what comes from now on was not looked at
+                self._news.get()
+            with self._mutex:
+                free = self._free(least)
+                if free.nbytes >= least:
+                    room = Room(free.offset, min(free.nbytes, most))
+                    self._taken.append(room)
+                    return room
+            if given_up is None or given_up():
                 return None
-            room = Room(free.offset, min(free.nbytes, most))
-            self._taken.append(room)
-            return room
+            with suppress(Empty):
+                self._news.get(timeout=_LOOK_SECONDS)
 
     def pointer(self, room: Room) -> Any:
         """To its first byte; the caller keeps the staging buffer."""
@@ -107,6 +117,13 @@ class Staging:
         """A pointer to one of its bytes, for who has all of it; the caller keeps the staging buffer."""
         return core.pointer_to(self._address + offset)
 
+    def lend(self, room: Room) -> memoryview:
+        """The bytes of a stretch, which is given back once nobody has a view of them any more."""
+        lent = core.view_of(self.pointer(room), room.nbytes)
+        # Not of the view: of what each view of it holds.
+        weakref.finalize(lent.obj, _give_back, room, self._news, self.view).atexit = False
+        return lent
+
     def shorten(self, room: Room, nbytes: int) -> None:
         """Give back the end of what was taken last."""
         with self._mutex:
@@ -114,17 +131,18 @@ class Staging:
 
     def give_back(self, room: Room) -> None:
         """Give a stretch back: the one that was taken first of those that are out, or the last. Again does nothing."""
-        with self._mutex:
-            self._taken = deque(each for each in self._taken if each is not room)
-            self._bell.ring()
+        _give_back(room, self._news)
 
     def clear(self) -> None:
         """All of it is free."""
         with self._mutex:
             self._taken.clear()
-            self._bell.ring()
 
     def wake(self) -> None:
         """Make whoever waits ask whether it was given up."""
-        with self._mutex:
-            self._bell.ring()
+        self._news.put(None)
+
+
+def _give_back(room: Room, news: SimpleQueue[None], *_: object) -> None:
+    room.free = True
+    news.put(None)

@@ -10,7 +10,7 @@ from ..kernel import cutting, sets
 from .jobs import Batch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from ..dirtyset import DirtySet
     from .jobs import Job
@@ -74,9 +74,14 @@ class Stall:
                 nbytes += cuts[end].nbytes
                 end += 1
             staging.shorten(room, nbytes)
-            wave = sets.extents(list(self._between(cuts, at, end)))
-            sets.gather(cset, wave, staging.pointer(room), nbytes)
-            if not saver.push(job, Batch(room, at, end)):
+            sums: Sequence[int] | None = None
+            if saver.stores_plain:  # the store is waited for in any case: what can be done here, need not be behind
+                frames = sets.extents([piece for at in range(at, end) for piece in self._between(cuts, at, at + 1)])
+                sums = sets.gather_summed(cset, frames, staging.pointer(room), nbytes)
+            else:
+                wave = sets.extents(list(self._between(cuts, at, end)))
+                sets.gather(cset, wave, staging.pointer(room), nbytes)
+            if not saver.push(job, Batch(room, at, end, sums)):
                 return
             at = end
 

@@ -72,11 +72,14 @@ class Tending:
         self._before: Manifest | None = None  # what is compacted
         self._after: Manifest | None = None  # what came of it
         self._stop = False
+        self._full = 0  # the newest full generation, where it was saved since this began
         self._put_off = 0  # the newest generation when something was to be removed, and could not be
 
     def __call__(self, manifest: Manifest) -> Manifest:
         """A generation was committed."""
         manifest = self._adopted(manifest)
+        if manifest.kind == "full":
+            self._full = manifest.generation
         if self._compact is not None and self._before is None and self._has_grown(manifest, self._compact):
             if self._can_compact:
                 self._begin(manifest)
@@ -94,12 +97,12 @@ class Tending:
         done = not gone or self._writer.remove(gone)
         self._put_off = 0 if done else newest  # somebody reads, or it is compacted
 
-    @staticmethod
-    def _has_grown(manifest: Manifest, bound: float) -> bool:
+    def _has_grown(self, manifest: Manifest, bound: float) -> bool:
         segments = manifest.segments
         if not segments:
             return False
-        first = sum(each.nbytes for each in segments if each.generation == segments[0].generation)
+        full = max(self._full, segments[0].generation)  # it may name what saves that failed left to it
+        first = sum(each.nbytes for each in segments if each.generation <= full)
         return manifest.stored_nbytes - first > bound * first + _SPARE_NBYTES or len(segments) > _MOST_SEGMENTS
 
     # ---- compacting

@@ -177,10 +177,10 @@ def segment_damage(store: Store, entry: SegmentEntry, count: Callable[[int], obj
                 if len(room) < frame.stored_nbytes:
                     room = bytearray(min(max(2 * frame.stored_nbytes, 1 << 20), MOST_FRAME_NBYTES))
                 stored = memoryview(room)[: frame.stored_nbytes]
-                reader.read_into(frame, [stored])
+                checksum = reader.read_summed(frame, stored)
                 count(frame.stored_nbytes)
                 try:
-                    reader.check(frame, stored)
+                    reader.check(frame, checksum)
                 except DamagedCheckpoint as error:
                     yield from error.damage
         except (DamagedCheckpoint, InvalidCheckpoint) as error:

@@ -442,6 +442,8 @@ class DirectoryWriter:
 class _FileSink:
     """A segment's file, to be written."""
 
+    whole_nbytes = 0
+
     def __init__(self, writer: DirectoryWriter, name: str) -> None:
         self._writer, self._files, self._file = writer, writer._files, File(-1)
         self._where = writer._store.path / SEGMENTS / name
@@ -458,7 +460,7 @@ class _FileSink:
         except OSError as error:
             raise failure(error, f"make the segment {self._where}") from error
 
-    def write(self, data: Any) -> None:
+    def write(self, data: Any, lent_nbytes: int = 0) -> None:
         if self._file < 0:
             raise CheckpointerClosed(f"the segment {self._where} is closed")
         try:

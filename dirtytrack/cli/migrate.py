@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--connections", type=int, default=2, metavar="N", help="for the bulk (default: 2)")
     parser.add_argument("--bandwidth", type=quantities.bandwidth, metavar="RATE", help="the most to use: 1Gbit")
     parser.add_argument("--compress", choices=("zstd", "lz4"))
+    parser.add_argument("--delta", action="store_true", help="send only what differs of a page that was sent before")
     parser.add_argument("--verify", action="store_true", help="read all memory once more at the end, on both sides")
     parser.add_argument("--attempts", type=int, default=1, metavar="N", help="try so often (default: 1)")
     parser.add_argument("--journal", metavar="FILE", default="migrate.journal", help="(default: migrate.journal)")
@@ -91,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
         connections=args.connections,
         bandwidth=args.bandwidth,
         compress=args.compress,
+        delta=args.delta,
         verify=args.verify,
         token=token_of(args),
         tls=tls_of(args, server=False),

@@ -379,7 +379,9 @@ def diff(
     """Find the granules of dirty pages that differ from a mirror.
 
     Writers may run beside: each granule is read once, so that what the delta has is what the mirror gets, and what was
-    torn is dirty again in the next epoch.
+    torn is dirty again in the next epoch. From 1 MiB of dirty pages on their halves are encoded side by side, one by a
+    thread that ends with the call, where this thread may run on two processors (sched_setaffinity(2)); memory that may
+    vanish beneath the copy is encoded by one. The bytes are the same.
 
     Args:
         memory: a buffer, a region, or (address, nbytes).

@@ -11,22 +11,27 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..dirtyset import DirtySet
 from ..errors import InvalidMemory
 from ..kernel import core, sets, words
+from ..kernel.abi import Address
 from ..kernel.failures import describe
 from ..layout import held
 from ..memory import allocate
 from .errors import CardsTooSmall
-from .heap import Heap
+from .heap import Heap, populated_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from ..memory import Memory
     from ..region import Region
-    from ..tracker import DirtyTracker
+    from ..tracker import DirtyTracker, Trackable
 
 __all__ = ["CardTable"]
 
 _LEAST_BYTES = 512
+
+
+def _page_of(address: int) -> int:
+    return address & -core.PAGE_BYTES
 
 
 class _Part(NamedTuple):
@@ -91,13 +96,16 @@ class CardTable:
             )
         self._card_bytes, self._shift = size, size.bit_length() - 1
         self._heap = Heap(regions, tracker)
-        self._parts = tuple(self._part(region, mirror) for region in self._heap.regions)
+        self._mirrored = mirror
+        self._parts = tuple(self._part(region) for region in self._heap.regions)
+        self._added = DirtySet()  # whole regions of which no update knows yet
 
-    def _part(self, region: Region, mirror: bool) -> _Part:
+    def _part(self, region: Region) -> _Part:
         first = region.address & -self._card_bytes
         count = -(-(region.address + region.nbytes - first) // self._card_bytes)
-        table = allocate(count, name=f"cards of {region.name}")
-        copy = allocate(region.nbytes, name=f"mirror of {region.name}") if mirror else None
+        table = allocate(count, sparse=True, name=f"cards of {region.name}")
+        nbytes = region.address + region.nbytes - _page_of(region.address)  # a page of the mirror is one of the heap
+        copy = allocate(nbytes, sparse=True, name=f"mirror of {region.name}") if self._mirrored else None
         cards, hold = words.cards(table, first, self._shift)
         return _Part(region, first, count, table, copy, cards, hold)
 
@@ -168,10 +176,14 @@ class CardTable:
             dirty, known = self._heap.collect()
             try:
                 self._take(dirty, known, mark=True)
-                self._heap.settle()
+                self._settle()
             except BaseException:
                 self._undo(dirty, known)
                 raise
+
+    def _settle(self) -> None:
+        self._added = DirtySet()
+        self._heap.settle()
 
     def _undo(self, dirty: DirtySet, known: bool) -> None:
         if known:
@@ -180,19 +192,39 @@ class CardTable:
 
     def _take(self, dirty: DirtySet, known: bool, *, mark: bool) -> None:
         """Mark them, and bring the mirror up to date; where not all is known, everything."""
-        pages = self._heap.populated(dirty if known else self._heap.whole())
+        told = self._heap.whole() if not known else dirty | self._added if self._added else dirty
+        pages = self._heap.populated(told)
         for part in self._parts:
             region = part.region
             alive = held(region)
             if not known or (mark and part.mirror is None):
                 words.mark_cards(pages._set, region.address, region.address + region.nbytes, part.cards)
+            elif self._added:
+                new = pages & self._added
+                words.mark_cards(new._set, region.address, region.address + region.nbytes, part.cards)
             if part.mirror is not None:
                 span = region._span
                 through = region._handle if span.compared_by else None
-                mirror = core.pin(part.mirror, writable=True)
+                if pages is not told:
+                    self._forget(part, told - pages, mark=mark)
+                at = region.address - _page_of(region.address)
+                mirror = core.pin(memoryview(part.mirror)[at : at + region.nbytes], writable=True)
                 extent = sets.Extent(region.address, region.nbytes, span.unpinned, mirror, through)
                 words.compare_cards(pages._set, sets.extents([extent]), part.cards, mark=mark)
             del alive
+
+    def _forget(self, part: _Part, gone: DirtySet, *, mark: bool) -> None:
+        """Have the mirror be zeroes where the heap is, which costs no reading and gives the mirror's pages back. Before
+        anything is compared: what is stored there meanwhile will be compared with zeroes."""
+        mirror, region = part.mirror, part.region
+        assert mirror is not None
+        beyond = _page_of(region.address) - mirror.address
+        copied = populated_in(mirror.address, Address(mirror.address + mirror.nbytes))
+        stale = gone & DirtySet.from_runs((start + beyond, end + beyond) for start, end in copied)
+        if mark:
+            words.mark_cards(stale._set, region.address, region.address + region.nbytes, part.cards)
+        for start, end in stale:
+            mirror.discard(start - beyond - mirror.address, end - start)
 
     @contextmanager
     def forget_own_writes(self) -> Iterator[None]:
@@ -212,10 +244,54 @@ class CardTable:
             dirty, known = self._heap.collect()
             try:
                 self._take(dirty, known, mark=False)
-                self._heap.settle()
+                self._settle()
             except BaseException:
                 self._undo(dirty, known)
                 raise
+
+    # ---- growing and shrinking
+
+    def add(self, memory: Region | Trackable, *, name: str | None = None, **options: Any) -> Region:
+        """Make the heap larger: all cards of it that are populated are dirty in the next `update`.
+
+        Args:
+            memory: a region that the tracker watches, or what `DirtyTracker.add` takes.
+            name, options: as for `DirtyTracker.add`.
+
+        Returns:
+            The region.
+
+        Raises:
+            As `DirtyTracker.add`; the heap is as it was then.
+        """
+
+        def note(region: Region) -> None:
+            made = self._part(region)
+            self._added = self._added | DirtySet.from_runs([(region.start, region.end)])
+            self._parts = (*(part for part in self._parts if part.region is not region), made)
+
+        with self._heap.alone():
+            before = self._parts
+            try:
+                return self._heap.grow(memory, name, options, note)
+            except BaseException:
+                self._parts = before
+                raise
+
+    def remove(self, region: Region) -> None:
+        """Make the heap smaller, and free the region's cards. The tracker stops watching it; it stays registered until
+        `Session.unregister`, which lets go of its memory.
+
+        Raises:
+            InvalidMemory: it is not part of the heap.
+            As `DirtyTracker.remove`.
+        """
+        with self._heap.alone():
+            self._heap.shrink(region)
+            self._parts = tuple(part for part in self._parts if part.region is not region)
+            self._added = self._added & self._heap.whole()
+
+    # ---- looking at cards
 
     def dirty_cards(self, region: Region | None = None) -> memoryview:
         """The addresses at which dirty cards begin, rising: read-only, format ``Q``, (n,).

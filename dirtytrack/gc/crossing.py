@@ -52,8 +52,8 @@ class CrossingMap:
         self._address, self._nbytes, self._alignment = Address(start), end - start, unit
         shift = unit.bit_length() - 1
         bits, summary = words.starts_room(end - start, shift)
-        self._bits: Memory = allocate(bits, name="object starts")
-        self._summary: Memory = allocate(summary, name="object starts, summary")
+        self._bits: Memory = allocate(bits, sparse=True, name="object starts")
+        self._summary: Memory = allocate(summary, sparse=True, name="object starts, summary")
         self._map, self._holds = words.starts(self._bits, self._summary, start, end - start, shift)
 
     @property
@@ -109,9 +109,10 @@ class CrossingMap:
         Raises:
             InvalidMemory: the address is not in this memory.
         """
-        if not self._address <= address < self._address + self._nbytes:
-            raise InvalidMemory(f"{address:#x} is not in the memory of this map", start=address)
-        return words.start_at(self._map, address)
+        at = operator.index(address)
+        if not self._address <= at < self._address + self._nbytes:
+            raise InvalidMemory(f"{at:#x} is not in the memory of this map", start=at)
+        return words.start_at(self._map, at)
 
     def objects_on(self, where: DirtySet | memoryview | Iterable[tuple[int, int]]) -> memoryview:
         """The starts of all objects that may have a byte in some ranges, each once, rising: read-only, format ``Q``.
@@ -161,7 +162,10 @@ def _packed_pairs(runs: Any) -> memoryview:
     try:
         view = memoryview(runs)
     except TypeError:
-        view = memoryview(array("Q", [number for pair in runs for number in pair]))
+        try:
+            view = memoryview(array("Q", [number for pair in runs for number in pair]))
+        except (TypeError, OverflowError) as error:
+            raise InvalidMemory(f"ranges are pairs of 64-bit numbers (start, end): {error}") from error
     if view.itemsize != 8 or view.nbytes % 16 or not view.c_contiguous:
         raise InvalidMemory("ranges are pairs of 64-bit numbers, one after the other")
     flat = view.cast("B").cast("Q") if view.nbytes else view

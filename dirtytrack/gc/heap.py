@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..dirtyset import DirtySet
 from ..errors import DirtyTrackError, InvalidMemory, NotRegistered
 from ..kernel import core, engine
-from ..kernel.abi import PageCategory
+from ..kernel.abi import Address, PageCategory
 from ..kernel.failures import describe
 from ..layout import Layout, pinned_extents
 from ..pagemap import Pagemap
@@ -19,9 +20,11 @@ from ..tracker import DirtyTracker
 from .errors import BarrierBusy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable
 
-__all__ = ["Heap"]
+    from ..tracker import Trackable
+
+__all__ = ["Heap", "populated_in"]
 
 _log = logging.getLogger("dirtytrack")
 _MANY_PAGES = 4096  # from so many on it costs less to ask which are populated than to read those that are not
@@ -52,7 +55,7 @@ class Heap:
         self._next = 0  # that its last collect opened
         self._lock = threading.RLock()
         core.load()
-        for region in (regions,) if isinstance(regions, Region) else tuple(regions):
+        for region in _several(regions):
             self.include(region)
         if not self.regions:
             raise InvalidMemory("a heap has one region at least")
@@ -66,7 +69,9 @@ class Heap:
             NotRegistered: it is not registered, or its tracker does not watch it.
         """
         if not isinstance(region, Region):
-            raise TypeError(f"a heap is made of Regions, as register() and tracker.regions give, not {type(region)}")
+            raise TypeError(
+                f"a heap is made of Regions, as register() and tracker.regions give, not of {type(region).__name__}"
+            )
         if not region.registered:
             raise NotRegistered(f"{region!r} is not registered: register it, and give it to the tracker", region=region)
         if not any(known is region for known in self.tracker.regions):
@@ -77,9 +82,43 @@ class Heap:
 
     def exclude(self, region: Region) -> None:
         """Count it to the heap no longer."""
+        if not isinstance(region, Region):
+            raise TypeError(f"what is removed is a Region of the heap, not {type(region).__name__}")
         if not any(known is region for known in self.regions):
             raise InvalidMemory(f"region {region.name!r} is not part of this heap", region=region)
         self._set(tuple(known for known in self.regions if known is not region))
+
+    def grow(
+        self,
+        memory: Region | Trackable,
+        name: str | None,
+        options: dict[str, Any],
+        note: Callable[[Region], None],
+    ) -> Region:
+        """Have the tracker watch memory, where it does not yet, and count it to the heap. ``note`` is the last step: it
+        keeps that all of it is news. Where anything fails all is as it was."""
+        before, region = self.regions, memory if isinstance(memory, Region) else None
+        ours = region is None or not any(known is region for known in self.tracker.regions)
+        try:
+            if ours:
+                region = self.tracker.add(memory, name=name, **options)
+            assert region is not None
+            self.include(region)
+            note(region)
+        except BaseException:
+            self._set(before)
+            if ours and region is not None and any(known is region for known in self.tracker.regions):
+                self.follow(self.tracker.remove(region))
+                if region is not memory:  # registered for this
+                    self.tracker.session.unregister(region)
+            raise
+        return region
+
+    def shrink(self, region: Region) -> None:
+        """Count it to the heap no longer, and have the tracker let go of it."""
+        self.exclude(region)
+        if any(known is region for known in self.tracker.regions):
+            self.follow(self.tracker.remove(region))
 
     def _set(self, regions: tuple[Region, ...]) -> None:
         self.regions = regions
@@ -124,6 +163,17 @@ class Heap:
             _log.warning("a heap's tracker was stopped, or collected by somebody else: all of the heap is read again")
         return (dirty if dirty._layout is self._alone else self._ours(dirty)), epoch == expected
 
+    def knows(self) -> bool:
+        """Whether a collect would tell all that was written."""
+        return self._epoch != 0 and self.tracker.epoch == self._epoch
+
+    def peek(self) -> tuple[DirtySet, bool]:
+        """What a collect would give now, and whether that is all, without taking it: no page is armed, and the stores
+        that follow meet no fault."""
+        dirty = self.tracker.peek()
+        known = self.knows()  # after it: so nobody collected before it either
+        return (dirty if dirty._layout is self._alone else dirty & self.whole()), known
+
     def settle(self) -> None:
         """Be sure that what comes next is all that is written from the last collect on."""
         self._epoch = self._next
@@ -154,6 +204,8 @@ class Heap:
 
     def whole(self) -> DirtySet:
         """All pages."""
+        if not self.regions:
+            return DirtySet()
         return DirtySet.union(DirtySet.from_runs([(region.start, region.end)]) for region in self.regions)
 
     def populated(self, pages: DirtySet) -> DirtySet:
@@ -177,6 +229,15 @@ class Heap:
         return spans + (", …" if len(self.regions) > 4 else "")
 
 
+def _several(regions: Any) -> tuple[Any, ...]:
+    """One by one. A buffer in the place of a region is iterable too, and is refused as what it is."""
+    try:
+        memoryview(regions)
+    except TypeError:
+        return tuple(regions) if isinstance(regions, Iterable) else (regions,)
+    return (regions,)
+
+
 def _sparse(region: Region) -> _Sparse | None:
     about = engine.about(region._handle)
     if about.arm == "present":
@@ -187,14 +248,18 @@ def _sparse(region: Region) -> _Sparse | None:
 
 
 def _populated(sparse: _Sparse) -> DirtySet:
-    wanted, region = sparse.populated, sparse.region
+    return populated_in(sparse.region.start, sparse.region.end, sparse.populated)
+
+
+def populated_in(start: Address, end: Address, wanted: PageCategory = _POPULATED) -> DirtySet:
+    """The pages of [start, end) in one of these categories."""
     with Pagemap() as pagemap:
-        scan = pagemap.scan(region.start, region.end, category_anyof_mask=wanted, return_mask=wanted)
+        scan = pagemap.scan(start, end, category_anyof_mask=wanted, return_mask=wanted)
     numbers = iter(scan.page_regions.cast("B").cast("Q")) if len(scan.page_regions) else iter(())
     runs: list[tuple[int, int]] = []
-    for start, end, _ in zip(numbers, numbers, numbers, strict=True):
-        if runs and runs[-1][1] == start:
-            runs[-1] = (runs[-1][0], end)
+    for first, last, _ in zip(numbers, numbers, numbers, strict=True):
+        if runs and runs[-1][1] == first:
+            runs[-1] = (runs[-1][0], last)
         else:
-            runs.append((start, end))
+            runs.append((first, last))
     return DirtySet.from_runs(runs)

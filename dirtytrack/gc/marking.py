@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..dirtyset import DirtySet
 from ..errors import InvalidMemory, NotStarted
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from ..region import Region
-    from ..tracker import DirtyTracker
+    from ..tracker import DirtyTracker, Trackable
 
 __all__ = ["ConcurrentMark", "MarkRound"]
 
@@ -26,11 +26,13 @@ class MarkRound(NamedTuple):
     """What one round of re-marking found and took."""
 
     page_count: int
-    """Pages that were written since the round before."""
+    """Pages that were written since the round before, or added."""
     epoch_seconds: float
     """How long the mutators had for that."""
     seconds: float
     """How long it took to collect these pages and to mark from them."""
+    added_page_count: int = 0
+    """Those of them in regions that were added since the round before: they come once, whoever writes them."""
 
 
 class ConcurrentMark:
@@ -66,7 +68,8 @@ class ConcurrentMark:
         NotRegistered: a region is not registered, or not one of the tracker's.
         InvalidMemory: no time, or no number of rounds.
 
-    Thread safety: one thread marks. The time that it takes between two rounds is what is predicted with.
+    Thread safety: one thread marks. The time that it takes between two rounds is what is predicted with. `add` and
+    `remove` may be called by any thread.
     """
 
     def __init__(
@@ -83,8 +86,19 @@ class ConcurrentMark:
         self._pause_seconds, self._most_rounds = pause_seconds, most_rounds
         self._history: list[MarkRound] = []
         self._owed: DirtySet | None = None  # that was given out, and is not known to have been marked from
+        self._added: DirtySet | None = None  # whole regions that are in no round yet
         self._running = False
         self._given = self._collected = 0.0
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """The heap."""
+        return self._heap.regions
+
+    @property
+    def tracker(self) -> DirtyTracker:
+        """Whose collects tell what was written."""
+        return self._heap.tracker
 
     @property
     def history(self) -> tuple[MarkRound, ...]:
@@ -100,7 +114,7 @@ class ConcurrentMark:
         last = self._history[-1]
         since = time.perf_counter() - self._collected
         # Pages are written again: within the time of an epoch no more than in that epoch, beyond it in proportion.
-        return last.page_count * min(1.0, since / last.epoch_seconds if last.epoch_seconds else 1.0)
+        return _written(last) * min(1.0, since / last.epoch_seconds if last.epoch_seconds else 1.0)
 
     @property
     def predicted_pause_seconds(self) -> float:
@@ -123,7 +137,7 @@ class ConcurrentMark:
             self._heap.collect()
             self._heap.settle()
             self._history.clear()
-            self._owed, self._running = None, True
+            self._owed, self._added, self._running = None, None, True
             self._collected = time.perf_counter()
 
     def rounds(self) -> Iterator[DirtySet]:
@@ -137,12 +151,12 @@ class ConcurrentMark:
             As `begin`; nothing is lost then.
         """
         while len(self._history) < self._most_rounds and not self._short_enough():
-            dirty, epoch_seconds = self._take()
+            dirty, epoch_seconds, added = self._take()
             began = self._given = self._collected
             yield dirty
             self._owed = None  # marked from: whoever asks for the next round says so
             took = time.perf_counter() - began
-            self._history.append(MarkRound(dirty.page_count, epoch_seconds, took))
+            self._history.append(MarkRound(dirty.page_count, epoch_seconds, took, added))
 
     def finish(self) -> DirtySet:
         """The pages that are left, the mutators being stopped: mark from them and from all roots, and the marking is
@@ -151,9 +165,45 @@ class ConcurrentMark:
         Raises:
             As `rounds`; nothing is lost then, and it may be called again.
         """
-        dirty, _ = self._take()
+        dirty, _, _ = self._take()
         self._running = False
         return dirty
+
+    def add(self, memory: Region | Trackable, *, name: str | None = None, **options: Any) -> Region:
+        """Make the heap larger, while marking runs or not, at the latest before `finish`: all that is populated of it
+        is in the next round, since nobody knows its past.
+
+        Args:
+            memory: a region that the tracker watches, or what `DirtyTracker.add` takes.
+            name, options: as for `DirtyTracker.add`.
+
+        Returns:
+            The region.
+
+        Raises:
+            As `DirtyTracker.add`; the heap is as it was then.
+        """
+
+        def note(region: Region) -> None:
+            new = DirtySet.from_runs([(region.start, region.end)])
+            self._added = new if self._added is None else self._added | new
+
+        with self._heap.alone():
+            return self._heap.grow(memory, name, options, note)
+
+    def remove(self, region: Region) -> None:
+        """Make the heap smaller, while marking runs or not: nothing in that region is alive, and what was in a round of
+        it is not to be looked at again. The tracker stops watching it; it stays registered until `Session.unregister`,
+        which lets go of its memory.
+
+        Raises:
+            InvalidMemory: it is not part of the heap.
+            As `DirtyTracker.remove`.
+        """
+        with self._heap.alone():
+            self._heap.shrink(region)
+            rest = self._heap.whole()
+            self._owed, self._added = (pages and pages & rest for pages in (self._owed, self._added))
 
     def _short_enough(self) -> bool:
         self._require()
@@ -162,31 +212,38 @@ class ConcurrentMark:
         if self.predicted_pause_seconds <= self._pause_seconds:
             return True
         before, last = self._history[-2:] if len(self._history) > 1 else (None, self._history[-1])
-        return before is not None and last.page_count > before.page_count * _SHRINKS
+        return before is not None and _written(last) > _written(before) * _SHRINKS
 
     def _require(self) -> None:
         if not self._running:
             raise NotStarted("no marking is under way: call begin() first, then read the roots and mark from them")
 
-    def _take(self) -> tuple[DirtySet, float]:
+    def _take(self) -> tuple[DirtySet, float, int]:
+        """What is owed, how long the mutators had, and how many pages of it are of regions that came meanwhile."""
         self._require()
         with self._heap.alone():
             dirty, known = self._heap.collect()
             try:
-                if not known:
-                    dirty = self._heap.whole()
-                owed = dirty if self._owed is None else self._owed | dirty
+                owed = dirty if known else self._heap.whole()
+                for pages in (self._owed, self._added):
+                    owed = owed if pages is None else owed | pages
+                owed = self._heap.populated(owed)  # where nothing is, nothing is marked
+                added = 0 if self._added is None else (owed & self._added).page_count
                 now = time.perf_counter()
                 epoch_seconds, self._collected = now - self._collected, now
-                self._owed = owed
+                self._owed, self._added = owed, None
                 self._heap.settle()
             except BaseException:
                 if known:
                     self._heap.tracker.put_back(dirty)
                     self._heap.settle()
                 raise
-        return owed, epoch_seconds
+        return owed, epoch_seconds, added
 
     def __repr__(self) -> str:
         state = f"{len(self._history)} rounds" if self._running else "not running"
         return f"<ConcurrentMark of {self._heap!r}, {state}>"
+
+
+def _written(each: MarkRound) -> int:
+    return each.page_count - each.added_page_count

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from array import array
 from collections.abc import Iterator
@@ -140,6 +141,8 @@ class RememberedSet:
         pointers: PointerFormat | None = None,
         nursery: tuple[int, int] | None = None,
     ) -> None:
+        if not isinstance(pointers, PointerFormat | None):
+            raise TypeError(f"pointers takes a PointerFormat, as PointerFormat.plain() gives it, not {pointers!r}")
         self._pointers = PointerFormat.plain() if pointers is None else pointers
         self._heap = Heap(regions, tracker)
         for region in self._heap.regions:
@@ -151,8 +154,10 @@ class RememberedSet:
         self._nothing = DirtySet()
         self._retained = self._nothing  # pages that pointed into the young memory when they were last read
         self._pending = self._nothing  # pages that were collected and not read yet
+        self._looking = False  # within forget_own_writes(nursery_empty=True): nothing is taken until its end
+        self._looked = False  # and some minor() has read all of it
         if nursery is not None:
-            self._settle_nursery(*nursery)
+            self._settle_nursery(*_addresses(nursery))
 
     # ---- what it is
 
@@ -210,6 +215,7 @@ class RememberedSet:
     def _within_nursery(self, low: int, high: int) -> None:
         if (low, high) == self._asked:
             return
+        low, high = _addresses((low, high))
         if self._nursery is None:
             self._settle_nursery(low, high)
         assert self._nursery is not None
@@ -245,6 +251,8 @@ class RememberedSet:
         began = time.perf_counter()
         with self._heap.alone():
             self._within_nursery(nursery_low, nursery_high)
+            if self._looking:
+                return self._look(nursery_low, nursery_high, began)
             dirty, known = self._heap.collect()
             try:
                 pages = self._with_remembered(dirty) if known else self._heap.whole()
@@ -257,6 +265,18 @@ class RememberedSet:
             except BaseException:
                 self._undo(dirty, known)
                 raise
+        slots.seconds = time.perf_counter() - began
+        return slots
+
+    def _look(self, low: int, high: int, began: float) -> Slots:
+        """A minor() that takes nothing: mutators stand still, and what is dirty stays so until they go on."""
+        dirty, known = self._heap.peek()
+        pages = self._with_remembered(dirty) if known else self._heap.whole()
+        slots = self._read(self._heap.populated(pages), low, high)
+        slots.whole_heap = not known
+        # What was asked to be read again was; it is forgotten with the rest, or with nothing.
+        self._retained, self._pending = self._retained | self._pending, self._nothing
+        self._looked = known
         slots.seconds = time.perf_counter() - began
         return slots
 
@@ -322,7 +342,7 @@ class RememberedSet:
             self._heap.doubt()
             self._asked = None
             if nursery is not None:
-                self._settle_nursery(*nursery)
+                self._settle_nursery(*_addresses(nursery))
 
     @contextmanager
     def forget_own_writes(self, *, nursery_empty: bool = False) -> Iterator[None]:
@@ -336,7 +356,8 @@ class RememberedSet:
         Args:
             nursery_empty: the collection leaves nothing young behind. Then no page can point there, and all of them are
                 dropped unread, the retained ones too; but not what the mutators wrote before, if no `minor` inside
-                read it.
+                read it. And pages are armed at the end only: the collector's stores into pages that the mutators
+                wrote meet no fault.
 
         Raises:
             As `minor`; NurseryMoved: there is no nursery yet.
@@ -345,15 +366,22 @@ class RememberedSet:
         ``nursery_empty`` its store is lost; without, none is.
         """
         with self._heap.alone():
-            dirty, known = self._heap.collect()
-            self._pending = self._pending | dirty if known else self._heap.whole()
-            self._heap.settle()
-        yield
+            self._looked, self._looking = False, nursery_empty and self._heap.knows()
+            if not self._looking:
+                dirty, known = self._heap.collect()
+                self._pending = self._pending | dirty if known else self._heap.whole()
+                self._heap.settle()
+        try:
+            yield
+        finally:
+            looking, self._looking = self._looking, False
         with self._heap.alone():
             dirty, known = self._heap.collect()
             if not known:
                 return  # and the next minor() reads the whole heap
             try:
+                if looking and not self._looked:
+                    self._pending = self._pending | dirty
                 if nursery_empty:
                     self._retained = self._nothing
                 elif self._nursery is None:
@@ -386,35 +414,37 @@ class RememberedSet:
             InvalidPointerFormat: it begins where no slot can.
             As `DirtyTracker.add`.
         """
+
+        def check(region: Region) -> None:
+            self._asked = None
+            self._pointers._require_heap(region)
+            if self._nursery is not None:
+                self._require_nursery(*self._nursery)
+            self._pending = self._pending | DirtySet.from_runs([(region.start, region.end)])
+
         with self._heap.alone():
-            region = memory if isinstance(memory, Region) else None
-            if region is None or not any(known is region for known in self.tracker.regions):
-                region = self.tracker.add(memory, name=name, **options)
-            before, self._asked = self._heap.regions, None
-            try:
-                self._heap.include(region)
-                self._pointers._require_heap(region)
-                if self._nursery is not None:
-                    self._require_nursery(*self._nursery)
-                self._pending = self._pending | DirtySet.from_runs([(region.start, region.end)])
-            except BaseException:
-                self._heap._set(before)
-                raise
-        return region
+            return self._heap.grow(memory, name, options, check)
 
     def remove(self, region: Region) -> None:
-        """Make the old generation smaller: nothing in that region is alive. The tracker stops watching it.
+        """Make the old generation smaller: nothing in that region is alive. The tracker stops watching it; it stays
+        registered until `Session.unregister`, which lets go of its memory.
 
         Raises:
             InvalidMemory: it is not part of the heap.
             As `DirtyTracker.remove`.
         """
         with self._heap.alone():
-            self._heap.exclude(region)
-            if any(known is region for known in self.tracker.regions):
-                self._heap.follow(self.tracker.remove(region))
-            rest = self._heap.whole() if self._heap.regions else DirtySet()
+            self._heap.shrink(region)
+            rest = self._heap.whole()
             self._retained, self._pending = self._retained & rest, self._pending & rest
+
+
+def _addresses(nursery: Any) -> tuple[int, int]:
+    try:
+        low, high = nursery
+        return operator.index(low), operator.index(high)
+    except (TypeError, ValueError):
+        raise TypeError(f"a nursery is two addresses, where it begins and where it ends, not {nursery!r}") from None
 
 
 def _numbers(what: Any, called: str) -> tuple[Any, int]:

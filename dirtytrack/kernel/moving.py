@@ -5,24 +5,30 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import os
 import socket
 import struct
 import sys
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from ..errors import InvalidMemory
 from . import core, sets
 from .failures import raise_failure
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from .core import CData
 
 __all__ = [
     "DIGEST_BYTES",
     "STRETCH_BYTES",
+    "FrameRoom",
+    "Gate",
     "Mismatch",
     "Moving",
     "Room",
+    "SocketBroke",
     "Taken",
     "page_digest",
     "round_trip_seconds",
@@ -34,11 +40,17 @@ _STRETCH = struct.Struct("=QII")
 _KEY_EXTRA = 16
 _PACKED_EXTRA = 2  # bytes a page
 _NOWHERE = 2**64 - 1
+_HEAD_BYTES = 32
+_MOST_TIMEOUT_MS = 2**31 - 1
 _MIN_RTT = slice(148, 152)  # of struct tcp_info in <linux/tcp.h>: tcpi_min_rtt, in microseconds (Linux 4.6)
 
 
 class Mismatch(Exception):
     """What came is not what was sent: caught above, and told with what it was."""
+
+
+class SocketBroke(Exception):
+    """A socket failed beneath the core: caught above, which knows the peer. Its cause is the OSError."""
 
 
 class Taken(NamedTuple):
@@ -140,7 +152,7 @@ class Moving:
         """Whether any of these pages is not told as zero."""
         at = first * DIGEST_BYTES
         part = self.table[at : at + count * DIGEST_BYTES]
-        return part != self.zero * count
+        return bytes(part) != self.zero * count  # which compares many at once, as a memoryview does not
 
     # ---- the source's
 
@@ -167,6 +179,57 @@ class Moving:
             raise_failure(code, why, "read the memory that is moved")
         packed = 0 if self._sent is None else sent.packed_bytes
         return Taken(moved.stretches, moved.data_pages, moved.zero_pages, moved.same_pages, packed)
+
+    def send(
+        self, cset: CData, start: int, end: int, file: int, timeout: float, room: FrameRoom, *, number: int, region: int
+    ) -> tuple[int, int]:
+        """What `take` would take, as frames of pages through a socket.
+
+        Args:
+            cset, start, end: as `take`.
+            file: the socket's descriptor.
+            timeout: seconds without any progress.
+            room: for this thread.
+            number, region: of the frames.
+
+        Returns:
+            How many bytes were sent, and how many pages they told.
+
+        Raises:
+            SocketBroke: the link is gone, or stands still.
+            RegionGone: a page vanished beneath the copy.
+        """
+        sent, moved, why = core.ffi.new("uint64_t *"), core.ffi.new("dt_moved *"), core.new_failure()
+        code = core.lib.dt_moving_send(
+            self._c,
+            cset,
+            start,
+            end,
+            _link(file, timeout),
+            region,
+            number,
+            room.pages,
+            room.c_body,
+            room.c_data,
+            sent,
+            moved,
+            why,
+        )
+        if code:
+            _raise_of_link(code, why, "read the memory that is moved")
+        return int(sent[0]), int(moved.data_pages + moved.zero_pages)
+
+    def differing(self, cset: CData, every: int) -> tuple[int, int]:
+        """A look at one in ``every`` of the set's pages: at how many, and how many the other side has not as they are.
+
+        Raises:
+            RegionGone: a page vanished beneath the look.
+        """
+        looked, found, why = core.ffi.new("uint64_t *"), core.ffi.new("uint64_t *"), core.new_failure()
+        code = core.lib.dt_moving_differing(self._c, cset, every, looked, found, why)
+        if code:
+            raise_failure(code, why, "read the memory that is moved")
+        return int(looked[0]), int(found[0])
 
     # ---- the destination's
 
@@ -277,3 +340,86 @@ class Room:
         self.stretches = core.view_of(self.c_stretches, self.pages * STRETCH_BYTES)
         self.c_digests = ffi.new("uint64_t[]", 2 * self.pages)
         self.digests = core.view_of(self.c_digests, self.pages * DIGEST_BYTES)
+
+
+class Gate:
+    """Who writes memory that comes, and whether anybody still may.
+
+    Thread safety: for all threads of a destination.
+    """
+
+    def __init__(self) -> None:
+        core.load()
+        self._c = core.ffi.new("dt_gate *")
+
+    @property
+    def inside(self) -> int:
+        """How many are writing."""
+        return int(self._c.inside)
+
+    @property
+    def received_bytes(self) -> int:
+        """By `receive` so far, in all threads."""
+        return int(self._c.received_bytes)
+
+    def enter(self) -> bool:
+        """Whether the caller may write; if so, until `leave`."""
+        return bool(core.lib.dt_gate_enter(self._c))
+
+    def leave(self) -> None:
+        """The caller has written."""
+        core.lib.dt_gate_leave(self._c)
+
+    def shut(self) -> int:
+        """From now on nobody enters. How many are inside."""
+        return core.lib.dt_gate_shut(self._c)
+
+    def receive(
+        self, memories: Sequence[Moving], file: int, timeout: float, room: FrameRoom
+    ) -> tuple[bytes, memoryview]:
+        """Put what frames of pages bring through a socket where it belongs, until one comes that is another, is not
+        sound, or comes when the gate is shut: its header, and what was read of its body.
+
+        Raises:
+            SocketBroke: the link is gone, or nothing came in time.
+            Mismatch: pages are not what was sent, or belong nowhere.
+            RegionGone: a page vanished beneath the copy.
+        """
+        ffi, why = core.ffi, core.new_failure()
+        first, body_bytes = ffi.new("uint8_t[]", _HEAD_BYTES), ffi.new("uint64_t *")
+        all_of_them = ffi.new("dt_moving *[]", [moving._c for moving in memories])
+        code = core.lib.dt_moving_receive(
+            all_of_them, len(memories), _link(file, timeout), room.c_body, room.c_data, first, body_bytes, self._c, why
+        )
+        if code == core.lib.DT_MALFORMED:
+            raise Mismatch(f"page {why.start} of it is not what was sent, or belongs nowhere")
+        if code:
+            _raise_of_link(code, why, "write the memory that is moved")
+        return bytes(ffi.buffer(first)), core.view_of(room.c_body, int(body_bytes[0]))
+
+
+class FrameRoom:
+    """What frames of pages are made in, or read to, by one thread.
+
+    Args:
+        pages: of a frame that is sent, at most.
+        page_bytes: of one.
+        body_bytes: the longest body.
+    """
+
+    def __init__(self, pages: int, page_bytes: int, body_bytes: int = 0) -> None:
+        core.load()
+        self.pages = pages
+        self.c_body = sets.new_bytes(max(body_bytes, pages * (STRETCH_BYTES + DIGEST_BYTES)))
+        self.c_data = sets.new_bytes(pages * page_bytes)
+        self.data = core.view_of(self.c_data, pages * page_bytes)
+
+
+def _link(file: int, timeout: float) -> CData:
+    return core.ffi.new("dt_link *", (file, min(int(timeout * 1000), _MOST_TIMEOUT_MS)))
+
+
+def _raise_of_link(code: int, why: CData, doing: str) -> NoReturn:
+    if why.step != core.lib.DT_STEP_SOCKET:
+        raise_failure(code, why, doing)
+    raise SocketBroke from OSError(-code, os.strerror(-code))

@@ -31,6 +31,7 @@ __all__ = [
     "extents",
     "from_runs",
     "gather",
+    "gather_summed",
     "intersects",
     "lent",
     "nbytes",
@@ -252,6 +253,14 @@ def nbytes(cset: CData, pieces: CData) -> int:
 def gather(cset: CData, pieces: CData, out: CData, room: int) -> None:
     why = core.new_failure()
     _check(core.lib.dt_gather(cset, pieces, len(pieces), out, room, why), why, "gather the dirty bytes")
+
+
+def gather_summed(cset: CData, pieces: CData, out: CData, room: int) -> Sequence[int]:
+    """As `gather`; of what came from each piece its XXH64."""
+    why, sums = core.new_failure(), core.ffi.new("uint64_t[]", len(pieces))
+    code = core.lib.dt_gather_summed(cset, pieces, len(pieces), out, room, sums, why)
+    _check(code, why, "gather the dirty bytes")
+    return list(sums)
 
 
 def scatter(cset: CData, pieces: CData, data: CData) -> None:

@@ -46,7 +46,8 @@ _TELL_SECONDS = 0.2
 _ROUND_TRIPS = 3  # of a stop: the round's end, FINISH and READY, COMMIT and COMMITTED
 _LAST_WORD_SECONDS = 1.0
 _VERIFY_BYTES_PER_SECOND = 5e9  # of one thread that reads and hashes
-_FIRST_OVERHEAD = 0.002  # seconds: threads woken, the last collect
+_FIRST_OVERHEAD = 0.002  # seconds: threads woken
+_MOST_LOOKED = 1024  # pages of what remains, that are looked at: a millisecond in which the source writes on
 
 
 class Heart(threading.Thread):
@@ -111,6 +112,7 @@ class Attempt:
         self._reports: list[RoundReport] = []
         self._began = self._stopped_at = time.perf_counter()
         self._overhead = _FIRST_OVERHEAD
+        self._collect_seconds = 0.0  # of the last collect
         self._decision: Decision | None = None
         self._slowed = False
         self._downtime = 0.0
@@ -212,6 +214,9 @@ class Attempt:
             link = joining.connect(*about, key, "pages", hand_over.migration, hand_over.attempt)
             self._links.append(link)
         self._overhead += _ROUND_TRIPS * round_trip_seconds(control.sock)
+        began = time.perf_counter()
+        digest_of([moving for _, moving, _ in self._regions], b"")
+        self._overhead += 2 * (time.perf_counter() - began)  # one side after the other
         self._senders = Senders(self._links, PAGE_BYTES, source.codec, Budget(source.bandwidth), delta=source.delta)
 
     def _moving(self, region: Region) -> Moving:
@@ -260,7 +265,9 @@ class Attempt:
         return DirtySet.from_runs([(low, high) for low, high in _joined(runs)])
 
     def _dirty(self) -> list[Part]:
+        began = time.perf_counter()
         dirty = self._tracker.collect()
+        self._collect_seconds = time.perf_counter() - began
         self._taken = [DirtySet.union([*self._taken, dirty])]
         return [Part(i, moving, dirty.in_region(region)) for i, (region, moving, _) in enumerate(self._regions)]
 
@@ -269,7 +276,7 @@ class Attempt:
         senders, control = self._senders, self._control
         assert senders is not None, "connected"
         assert control is not None, "connected"
-        began, sent = time.perf_counter(), senders.sent_bytes
+        began, sent, pages = time.perf_counter(), senders.sent_bytes, senders.sent_pages
         moved = sum(part.dirty.page_count for part in parts) * PAGE_BYTES
         until = None if timeout is None else began + timeout
         senders.begin(number, parts)
@@ -284,12 +291,24 @@ class Attempt:
             raise
         self._wait_for(Kind.ARRIVED, number, until)
         seconds = time.perf_counter() - began
-        remaining = 0 if timeout is not None else self._tracker.peek().nbytes
-        self._reports.append(self._report(number, moved, senders.sent_bytes - sent, seconds, remaining))
+        remaining, differing = (0, 0) if timeout is not None else self._remaining()
+        report = self._report(number, moved, senders.sent_bytes - sent, seconds, remaining)
+        changed = (senders.sent_pages - pages) * PAGE_BYTES
+        self._reports.append(report._replace(changed_bytes=changed, remaining_changed_bytes=differing))
+
+    def _remaining(self) -> tuple[int, int]:
+        """How much is dirty; and how much of it, as far as a sample tells, the destination has not as it is: what was
+        written before a round read it has been sent as it is."""
+        dirty = self._tracker.peek()
+        every, looked, differing = 1 + dirty.page_count // _MOST_LOOKED, 0, 0
+        for region, moving, _ in self._regions:
+            found = moving.differing(dirty.in_region(region)._set, every)
+            looked, differing = looked + found[0], differing + found[1]
+        return dirty.nbytes, dirty.nbytes * differing // looked if looked else dirty.nbytes
 
     def _report(self, number: int, moved: int, sent: int, seconds: float, remaining: int) -> RoundReport:
         elapsed = time.perf_counter() - self._began
-        overhead = self._overhead + self._verify_seconds() + self._source.stop_seconds
+        overhead = self._overhead + self._collect_seconds + self._verify_seconds() + self._source.stop_seconds
         can_slow = self._source.slow is not None
         return RoundReport(number, moved, sent, seconds, remaining, elapsed, self._sent_bytes, overhead, can_slow)
 

@@ -16,6 +16,7 @@ _NEAR = 1.1  # of the best: as good a moment as any
 _PATIENCE = 2  # rounds without improvement until a moment near the best will do
 _LAST_PATIENCE = 6  # until any moment will do
 _RECENT = 3  # rounds by which speed is judged
+_BULK_TELLS = 0.005  # seconds for what remains, so few that how fast it moves matters little
 _SLOWER = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
 
@@ -60,6 +61,8 @@ class RoundReport(NamedTuple):
         elapsed_seconds, total_bytes: of the whole migration so far.
         overhead_seconds: what stopping costs beside sending what remains: round trips, state, digests.
         can_slow: whether the source can be slowed.
+        changed_bytes: of what was looked at, what the destination had not as it was, so that it was sent; None: all.
+        remaining_changed_bytes: the same of what remains; None: all.
     """
 
     round: int
@@ -71,6 +74,18 @@ class RoundReport(NamedTuple):
     total_bytes: int
     overhead_seconds: float = 0.0
     can_slow: bool = False
+    changed_bytes: int | None = None
+    remaining_changed_bytes: int | None = None
+
+    @property
+    def changed(self) -> int:
+        """What was sent, of memory."""
+        return self.moved_bytes if self.changed_bytes is None else self.changed_bytes
+
+    @property
+    def remaining_changed(self) -> int:
+        """What is to be sent, of memory."""
+        return self.remaining_bytes if self.remaining_changed_bytes is None else self.remaining_changed_bytes
 
 
 class Decision(NamedTuple):
@@ -101,14 +116,15 @@ class Policy:
 
     def predict(self, report: RoundReport) -> float:
         """The downtime in seconds, were the source stopped after this round."""
-        return report.overhead_seconds + self._seconds_for(report.remaining_bytes, [*self._rounds, report])
+        return report.overhead_seconds + self._seconds_for(report.remaining_changed, [*self._rounds, report])
 
     def decide(self, report: RoundReport) -> Decision:
         """What to do after this round."""
         predicted = self.predict(report)
         self._rounds.append(report)
         goal = self.goal
-        if predicted <= goal.max_downtime:
+        met = predicted <= goal.max_downtime
+        if met and (not self._only_bulk(report, predicted) or self._spent(report, predicted)):
             return Decision("stop", f"predicted {_s(predicted)} of at most {_s(goal.max_downtime)}", predicted)
         if report.remaining_bytes < self._best * _CLEARLY:
             self._best, self._stalled = report.remaining_bytes, 0
@@ -128,13 +144,19 @@ class Policy:
     # ---- how fast
 
     @staticmethod
+    def _only_bulk(report: RoundReport, predicted: float) -> bool:
+        """Whether more remains than the bulk tells about: what is written again moves faster than what the destination
+        had to populate. A round tells, and the source runs meanwhile."""
+        return not report.round and predicted - report.overhead_seconds > _BULK_TELLS
+
+    @staticmethod
     def _seconds_for(nbytes: int, rounds: list[RoundReport]) -> float:
         """By the last rounds; by the bulk, which may be mostly zeroes, only while there is no other."""
         if not nbytes:
             return 0.0
-        recent = [each for each in rounds if each.round and each.moved_bytes][-_RECENT:]
-        recent = recent or [each for each in rounds if each.moved_bytes]
-        moved = sum(each.moved_bytes for each in recent)
+        recent = [each for each in rounds if each.round and each.changed][-_RECENT:]
+        recent = recent or [each for each in rounds if each.changed]
+        moved = sum(each.changed for each in recent)
         return nbytes * sum(each.seconds for each in recent) / moved if moved else math.inf
 
     # ---- when enough is enough
@@ -154,8 +176,8 @@ class Policy:
 
     @staticmethod
     def _on_the_wire(report: RoundReport) -> float:
-        ratio = report.sent_bytes / report.moved_bytes if report.moved_bytes else 1.0
-        return report.remaining_bytes * ratio
+        ratio = report.sent_bytes / report.changed if report.changed else 1.0
+        return report.remaining_changed * ratio
 
     def _diverges(self, report: RoundReport, predicted: float) -> Decision:
         why = f"another round would not help: after {report.round + 1} rounds {_b(report.remaining_bytes)} remain"

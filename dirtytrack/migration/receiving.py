@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import threading
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CallbackFailed, DirtyTrackError, LayoutDiffers, MemoryDiffers, PeerLost, ProtocolViolated
-from ..kernel.moving import DIGEST_BYTES, STRETCH_BYTES, Mismatch, Moving
+from ..kernel.moving import DIGEST_BYTES, STRETCH_BYTES, FrameRoom, Gate, Mismatch, Moving
 from ..memory import allocate, pin
 from . import packing, wire
 from .handover import DestinationHandOver
@@ -187,13 +188,13 @@ class Receiver:
         self._at: dict[int, int] = {}  # by connection, the round that it ended last
         self._told = -1
         self._over = False
-        self._writing = 0  # threads that are in a frame
+        self.gate = Gate()  # which threads pass that write
         self.round = 0
 
     @property
     def received_bytes(self) -> int:
         """Over the wire so far."""
-        return sum(link.received_bytes for link in tuple(self._links))
+        return sum(link.received_bytes for link in tuple(self._links)) + self.gate.received_bytes
 
     def join(self, link: Link) -> bool:
         """Another connection; whether there is room for it."""
@@ -216,14 +217,15 @@ class Receiver:
         """
         with self._lock:
             self._over = True
-            if self._writing:
-                raise _too_late()
+        if self.gate.shut():
+            raise _too_late()
 
     def close(self) -> None:
         """End the connections and their threads."""
         with self._lock:
             self._over = True
             links = tuple(self._links)
+        self.gate.shut()
         for link in links:
             link.cut()
         for thread in self._threads:
@@ -236,25 +238,53 @@ class Receiver:
     def _run(self, link: Link, number: int) -> None:
         try:
             link.set_timeout(1e6)  # whether the source lives, the control connection knows
-            data = memoryview(bytearray(DATA_BYTES))
-            packed = memoryview(bytearray(DATA_BYTES)) if self._codec or self._delta else data
-            while True:
-                frame = link.expect(Kind.PAGES, Kind.ROUND)
-                with self._lock:
-                    if self._over:
-                        raise _too_late()
-                    self._writing += 1
+            if link.plain:
+                # Its own descriptor: whoever closes the link meanwhile does not give its number to another file.
                 try:
-                    if frame.kind is Kind.PAGES:
-                        self._put(link, frame, data, packed)
+                    file = os.dup(link.sock.fileno())
+                except OSError as error:  # closed already, or no descriptor is left
+                    raise link._lost(error, "says nothing") from error
+                try:
+                    self._receive(link, number, file)
                 finally:
-                    with self._lock:
-                        self._writing -= 1
-                if frame.kind is Kind.ROUND:
-                    self._ended(number, frame.header.number)
+                    os.close(file)
+            else:
+                self._receive(link, number, None)
         except BaseException as error:
             if not self._over or not isinstance(error, PeerLost):
                 self._failed(error)
+
+    def _receive(self, link: Link, number: int, file: int | None) -> None:
+        room = None if file is None else FrameRoom(1, DATA_BYTES, BODY_BYTES)
+        data = memoryview(bytearray(DATA_BYTES)) if room is None else room.data
+        packed = memoryview(bytearray(DATA_BYTES)) if self._codec or self._delta else data
+        while True:
+            frame = self._next(link, file, room)
+            if self._over:
+                raise _too_late()
+            if frame.kind is Kind.ROUND:
+                self._ended(number, frame.header.number)
+                continue
+            if not self.gate.enter():
+                raise _too_late()
+            try:
+                self._put(link, frame, data, packed)
+            finally:
+                self.gate.leave()
+
+    def _next(self, link: Link, file: int | None, room: FrameRoom | None) -> wire.Frame:
+        """The next frame that the core does not put where it belongs by itself."""
+        if file is None or room is None:
+            return link.expect(Kind.PAGES, Kind.ROUND)
+        while True:
+            try:
+                frame = link.receive_pages(self.gate, self._session.tables, file, room)
+            except Mismatch as error:
+                raise ProtocolViolated(f"pages came damaged: {error}") from None
+            if frame.kind in (Kind.PAGES, Kind.ROUND):
+                return frame
+            if frame.kind is not Kind.ALIVE:
+                link.refuse_unexpected(frame)
 
     def _put(self, link: Link, frame: wire.Frame, data: memoryview, packed: memoryview) -> None:
         head, tables = frame.header, self._session.tables

@@ -8,12 +8,12 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PeerLost
-from ..kernel.moving import DIGEST_BYTES, STRETCH_BYTES, Room
+from ..kernel.moving import DIGEST_BYTES, STRETCH_BYTES, FrameRoom, Room
 from . import packing
 from .wire import DATA_BYTES, Codec, Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from ..dirtyset import DirtySet
     from ..kernel.moving import Moving
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Part", "Senders"]
 
 _CHUNK_BYTES = 256 << 10, DATA_BYTES  # at least and at most: each costs a turn of the interpreter on both sides
+_FRAME_BYTES = 256 << 10  # where a frame costs no turn of the interpreter: what a processor's own cache holds
 _PAYS = 0.7  # of the bytes: with more, what it costs the other side to put together is more than what it saves
 _SHARES = 4  # of a connection in a round, if they are not too small: all have something to do until its end
 
@@ -80,6 +81,7 @@ class Senders:
         self._delta = delta
         self._links, self._page_bytes, self._codec, self._budget = links, page_bytes, codec, budget
         self._stop = threading.Event()
+        self._pages = [0] * len(links)  # by thread
         self._work: list[queue.SimpleQueue[_Round | None]] = [queue.SimpleQueue() for _ in links]
         self._done = threading.Semaphore(0)
         self.failure: BaseException | None = None
@@ -94,6 +96,11 @@ class Senders:
     def sent_bytes(self) -> int:
         """Over the wire so far."""
         return sum(link.sent_bytes for link in self._links)
+
+    @property
+    def sent_pages(self) -> int:
+        """That the other side had not as they are, so far."""
+        return sum(self._pages)
 
     def begin(self, number: int, parts: Sequence[Part]) -> None:
         """Begin a round; `wait` waits for its end."""
@@ -135,11 +142,10 @@ class Senders:
     def _run(self, number: int) -> None:
         link, work = self._links[number], self._work[number]
         try:
-            room = Room(DATA_BYTES, self._page_bytes, packed=self._delta)
-            compress = packing.compressor(self._codec)
+            send = self._sender(link)
             while (round_ := work.get()) is not None:
                 while not self._stop.is_set() and self.failure is None and (chunk := round_.next()) is not None:
-                    self._send(link, round_.number, *chunk, room, compress)
+                    self._pages[number] += send(round_.number, *chunk)
                 link.send(Kind.ROUND, number=round_.number)
                 self._done.release()
         except BaseException as error:
@@ -147,10 +153,21 @@ class Senders:
                 self.failure = error
             self._done.release()
 
-    def _send(self, link: Link, number: int, part: Part, start: int, end: int, room: Room, compress: Any) -> None:
+    def _sender(self, link: Link) -> Callable[[int, Part, int, int], int]:
+        if not link.plain or self._codec or self._delta or self._budget.limited:
+            room, compress = Room(DATA_BYTES, self._page_bytes, packed=self._delta), packing.compressor(self._codec)
+            return lambda number, part, start, end: self._send(link, number, part, start, end, room, compress)
+        small = FrameRoom(max(1, _FRAME_BYTES // self._page_bytes), self._page_bytes)
+
+        def send(number: int, part: Part, start: int, end: int) -> int:
+            return link.send_pages(part.moving, part.dirty._set, start, end, small, number=number, region=part.region)
+
+        return send
+
+    def _send(self, link: Link, number: int, part: Part, start: int, end: int, room: Room, compress: Any) -> int:
         taken = part.moving.take(part.dirty._set, start, end, room)
         if not taken.stretches:
-            return
+            return 0
         body = b"".join(
             (room.stretches[: taken.stretches * STRETCH_BYTES], room.digests[: taken.data_pages * DIGEST_BYTES])
         )
@@ -166,3 +183,4 @@ class Senders:
         if self._stop.is_set():
             raise PeerLost("the migration ended")
         link.send(Kind.PAGES, body, data=data, number=number, region=part.region, codec=codec)
+        return taken.data_pages + taken.zero_pages

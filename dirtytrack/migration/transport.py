@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import select
 import socket
 import ssl
@@ -20,11 +21,16 @@ from ..errors import (
     PeerRefused,
     ProtocolViolated,
 )
+from ..kernel.moving import FrameRoom, Gate, Moving, SocketBroke
 from . import wire
 from .wire import HEADER_BYTES, PREAMBLE, Frame, Kind
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from typing_extensions import Self
+
+    from ..kernel.core import CData
 
 __all__ = ["Budget", "Link"]
 
@@ -51,6 +57,11 @@ class Budget:
         self.most_at_once = int(bytes_per_second * _AT_ONCE) if bytes_per_second else 1 << 62
         self._lock = threading.Lock()
         self._free_at = 0.0
+
+    @property
+    def limited(self) -> bool:
+        """Whether there is a limit."""
+        return self._rate is not None
 
     def spend(self, nbytes: int, stop: threading.Event) -> None:
         """Wait until so many bytes may be sent, or somebody says stop."""
@@ -117,6 +128,32 @@ class Link:
         with self._write:
             self._send_all([PREAMBLE])
 
+    @property
+    def plain(self) -> bool:
+        """Whether bytes go through the socket as they are, so that the core can send and receive."""
+        return not isinstance(self.sock, ssl.SSLSocket)
+
+    def send_pages(
+        self, moving: Moving, cset: CData, start: int, end: int, room: FrameRoom, *, number: int, region: int
+    ) -> int:
+        """Send the set's pages in [start, end) that the other side has not, without the GIL; of a plain link.
+
+        Returns:
+            How many pages they were.
+
+        Raises:
+            PeerLost: the link is gone, or stands still.
+            RegionGone: a page vanished beneath the copy.
+        """
+        with self._write:
+            try:
+                about = self.sock.fileno(), self.timeout, room
+                sent_bytes, pages = moving.send(cset, start, end, *about, number=number, region=region)
+            except SocketBroke as broke:
+                raise self._lost(broke.__cause__, "takes nothing") from broke.__cause__
+        self.sent_bytes += sent_bytes
+        return pages
+
     def _send_all(self, parts: list[Any]) -> None:
         """Each piece may take as long as the time-out: a slow link is no broken one."""
         try:
@@ -136,7 +173,7 @@ class Link:
         except (OSError, ValueError) as error:
             raise self._lost(error, "takes nothing") from error
 
-    def _lost(self, error: Exception, stands: str) -> MigrationFailed:
+    def _lost(self, error: BaseException | None, stands: str) -> MigrationFailed:
         if isinstance(error, ssl.SSLError) and "ALERT" in (error.reason or ""):
             return NotTrusted(f"{self.peer} does not trust this side's certificate: {error.reason}", errno=error.errno)
         if isinstance(error, TimeoutError):
@@ -166,11 +203,42 @@ class Link:
             ProtocolViolated: what came is no frame.
         """
         self._receive_into(memoryview(self._head))
+        return self._with_body()
+
+    def _with_body(self) -> Frame:
+        """The frame whose header has come."""
         found = wire.header(self._head, welcome=self.welcome)
         if found.body_bytes > len(self._body):
             self._body = bytearray(found.body_bytes)
         body = memoryview(self._body)[: found.body_bytes]
         self._receive_into(body)
+        wire.require_checksum(self._head, body, found)
+        return Frame(found, body)
+
+    def receive_pages(self, gate: Gate, memories: Sequence[Moving], file: int, room: FrameRoom) -> Frame:
+        """Have frames of pages put where they belong, without the GIL, until one comes that is another, or one that is
+        for the caller to judge: that, as `receive`. Of a plain link.
+
+        Args:
+            gate: which writers pass.
+            memories: by their numbers.
+            file: a descriptor of the socket that nobody else closes.
+            room: for this thread.
+
+        Raises:
+            Mismatch: pages are not what was sent.
+            PeerLost, ProtocolViolated, RegionGone.
+        """
+        try:
+            head, body = gate.receive(memories, file, self.timeout, room)
+        except SocketBroke as broke:
+            if isinstance(broke.__cause__, OSError) and broke.__cause__.errno == errno.ENODATA:
+                raise self._closed() from None
+            raise self._lost(broke.__cause__, "says nothing") from broke.__cause__
+        self._head[:] = head
+        if not len(body):
+            return self._with_body()
+        found = wire.header(self._head, welcome=self.welcome)
         wire.require_checksum(self._head, body, found)
         return Frame(found, body)
 
@@ -217,7 +285,10 @@ class Link:
         except (OSError, ValueError) as error:
             raise self._lost(error, "says nothing") from error
         if at < end:
-            raise PeerLost(f"{self.peer} closed the link: it ended, or gave up")
+            raise self._closed()
+
+    def _closed(self) -> PeerLost:
+        return PeerLost(f"{self.peer} closed the link: it ended, or gave up")
 
     def _receive_some(self, view: memoryview) -> int:
         if not isinstance(self.sock, ssl.SSLSocket):

@@ -41,15 +41,14 @@ class Collector:
     Args:
         native: the heap.
         generations: its memory.
-        pause_seconds: what a cycle tries to keep its last pause below, beside the minor collection in it.
         verify: read the whole heap after each collection, and raise HeapCorrupt where a reference leads nowhere.
         stopped: what is to be done first whenever the world is stopped.
     """
 
-    def __init__(self, native: Any, generations: Generations, pause_seconds: float, verify: bool, stopped: Any) -> None:
+    def __init__(self, native: Any, generations: Generations, verify: bool, stopped: Any) -> None:
         self._lib = library()
         self._native, self._generations = native, generations
-        self._pause_seconds, self._verify, self._when_stopped = pause_seconds, verify, stopped
+        self._verify, self._when_stopped = verify, stopped
         self._lock = threading.RLock()  # of whoever collects, or marks a step
         self._cycle_lock = threading.Lock()
         self._marking: object | None = None  # the cycle whose marks there are; a full collection takes them away
@@ -192,11 +191,11 @@ class Collector:
         self._finish_marking()
         self.fulls += 1
 
-    def _finish_marking(self, *changed: memoryview) -> None:
+    def _finish_marking(self, changed: memoryview | None = None) -> None:
         """From all roots, and from those of these objects that are marked, through both generations."""
         self._lib.heap_mark_roots(self._native, 1)  # first: it says that young objects are marked too
-        for starts in changed:
-            self._lib.heap_mark_again(self._native, _numbers_of(starts), len(starts))
+        if changed is not None:
+            self._lib.heap_mark_again(self._native, _numbers_of(changed), len(changed))
         while not self._lib.heap_mark_more(self._native, 1 << 30):
             pass
         self._lib.heap_sweep(self._native)
@@ -244,7 +243,7 @@ class Collector:
     def _cycle(self, cycle: object) -> bool:
         generations, lib, native = self._generations, self._lib, self._native
         with self.alone(), self._stopped("begin"):
-            mark = generations.marking(self._pause_seconds)
+            mark = generations.mark
             mark.begin()  # from here on all writes are told, and only then are the roots read
             self._marking = cycle
             lib.heap_mark_begin(native)
@@ -261,7 +260,7 @@ class Collector:
             dirty = mark.finish()
             if self._marking is not cycle:
                 return False
-            self._finish_marking(generations.starts.objects_on(dirty), generations.starts_in_grown())
+            self._finish_marking(generations.starts.objects_on(dirty))
             self.cycles += 1
         return True
 

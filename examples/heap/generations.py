@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import mmap
 from typing import TYPE_CHECKING, Literal
 
 import dirtytrack
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = ["UNIT_BYTES", "Generations"]
 
-_MAP_NORESERVE = 0x4000
 UNIT_BYTES = 16
 """Objects begin at multiples of it."""
 
@@ -33,6 +31,7 @@ class Generations:
         old_bytes: how large the old generation may become.
         segment_bytes: by how much it grows; where there are huge pages, a multiple of them.
         huge: pages of the old generation, as `dirtytrack.allocate` takes it.
+        pause_seconds: what a marking tries to keep its last pause below, beside the minor collection in it.
         adaptive: whether pages that are rewritten all the time may go unwatched, as `dirtytrack.DirtyTracker` says.
         minor_tracker, marking_tracker: for tests, which pass one that misses writes.
     """
@@ -43,19 +42,19 @@ class Generations:
         old_bytes: int,
         segment_bytes: int,
         huge: Literal["transparent", "2M", "1G"] | None,
+        pause_seconds: float,
         adaptive: bool,
         minor_tracker: type[DirtyTracker],
         marking_tracker: type[DirtyTracker],
     ) -> None:
         self.young = dirtytrack.allocate(young_bytes, name="young generation")
-        self.old = _reserve(old_bytes) if huge is None else dirtytrack.allocate(old_bytes, huge=huge)
+        self.old = dirtytrack.allocate(old_bytes, huge=huge, sparse=huge is None)
         self.segment_bytes = -(-segment_bytes // self.old.page_bytes) * self.old.page_bytes
         self.starts = CrossingMap(self.old, UNIT_BYTES)
         self.session = dirtytrack.UffdSession()
         self._segments = [self._register(0)]
         self._coming: Region | None = None  # of a growing that was interrupted
         self._leaving: list[Region] = []  # of a shrinking
-        self._grown: list[Region] = []  # since a marking began, which does not know of them
         self._for_minor = minor_tracker(self.session, self._segments, adaptive=adaptive)
         self._for_marking = marking_tracker(self.session, self._segments, adaptive=adaptive)
         self._for_minor.start()
@@ -63,6 +62,7 @@ class Generations:
         self.remembered = RememberedSet(
             self._segments, self._for_minor, pointers=PointerFormat.plain(UNIT_BYTES), nursery=self.nursery
         )
+        self.mark = ConcurrentMark(self._segments, self._for_marking, pause_seconds=pause_seconds)
 
     @property
     def nursery(self) -> tuple[int, int]:
@@ -97,9 +97,8 @@ class Generations:
         region = self._coming
         if not _is_in(region, self.remembered.regions):
             self.remembered.add(region)
-        if not _is_in(region, self._for_marking.regions):
-            self._for_marking.add(region)
-        self._grown.append(region)
+        if not _is_in(region, self.mark.regions):
+            self.mark.add(region)  # a marking that is under way has all of it in its next round
         self._segments.append(region)
         self._coming = None
         return self.nbytes
@@ -118,8 +117,9 @@ class Generations:
         while self._leaving:
             region = self._leaving[-1]
             if not _is_in(region, self._segments):
-                if _is_in(region, self.remembered.regions):
-                    self.remembered.remove(region)
+                for watching in (self.remembered, self.mark):
+                    if _is_in(region, watching.regions):
+                        watching.remove(region)
                 for tracker in (self._for_minor, self._for_marking):
                     if _is_in(region, tracker.regions):
                         tracker.remove(region)
@@ -131,17 +131,6 @@ class Generations:
     def discard(self, start: int, end: int) -> None:
         """Give pages back in the middle, at addresses: MADV_DONTNEED."""
         self.old.discard(start - self.old.address, end - start)
-
-    # ---- marking
-
-    def marking(self, pause_seconds: float) -> ConcurrentMark:
-        """Of the segments that there are now."""
-        self._grown.clear()
-        return ConcurrentMark(self._segments, self._for_marking, pause_seconds=pause_seconds)
-
-    def starts_in_grown(self) -> memoryview:
-        """Where objects start in the segments that a marking does not know, all of whose pages count as dirty."""
-        return self.starts.objects_on([(region.start, region.end) for region in self._grown])
 
     def close(self) -> None:
         """Let go of the userfaultfd and of the memory; nobody has a pointer into it any more."""
@@ -155,10 +144,3 @@ class Generations:
 
 def _is_in(region: Region, regions: Iterable[Region]) -> bool:
     return any(each is region for each in regions)
-
-
-def _reserve(nbytes: int) -> dirtytrack.Memory:
-    """Memory that may be larger than the machine's, since most of it is never used."""
-    unit = mmap.PAGESIZE
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-    return dirtytrack.Memory(-1, -(-nbytes // unit) * unit, flags=flags)

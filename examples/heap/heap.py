@@ -133,12 +133,12 @@ class Heap:
         self._local = threading.local()
         young_bytes = eden_bytes + 2 * survivor_bytes
         self._generations = Generations(
-            young_bytes, old_bytes, segment_bytes, huge, adaptive, minor_tracker, marking_tracker
+            young_bytes, old_bytes, segment_bytes, huge, pause_seconds, adaptive, minor_tracker, marking_tracker
         )
         collect, failed = _callbacks(weakref.ref(self))
         self._callback = ffi.callback("int(uint32_t, uint64_t)", collect, error=_REFUSED, onerror=failed)
         self._native = self._open(eden_bytes, survivor_bytes, promote_age, stress, verify)
-        self._collector = Collector(self._native, self._generations, pause_seconds, verify, self._when_stopped)
+        self._collector = Collector(self._native, self._generations, verify, self._when_stopped)
         self._lib.heap_extend(self._native, self._generations.nbytes)
         if concurrent:
             self._collector.start_background()

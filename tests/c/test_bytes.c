@@ -36,7 +36,9 @@ static void bytes_rounds(int rounds)
     uint64_t total = PAGES * page_bytes;
     uint8_t *memory = map_pages(PAGES), *packed = malloc(total), *want = malloc(total), *mirror = malloc(total);
     uint8_t *model_mirror = malloc(total);
+    uint64_t past_from = dt_copy_past_from;
     for (int round = 0; round < rounds; round++) {
+        dt_copy_past_from = round % 2 ? 0 : past_from; /* as in large memory */
         model m = random_model();
         dt_run runs[PAGES];
         uint64_t count = 0, n, expected = 0;
@@ -64,6 +66,16 @@ static void bytes_rounds(int rounds)
         CHECK(!dt_gather(&set, extents, n, packed, expected, &why) && !memcmp(packed, want, expected));
         if (expected)
             CHECK(dt_gather(&set, extents, n, packed, expected - 1, &why) == DT_TOO_SMALL && why.code == DT_TOO_SMALL);
+        uint64_t sums[MOST], at = 0;
+        memset(packed, 0, total);
+        CHECK(!dt_gather_summed(&set, extents, n, packed, expected, sums, &why) && !memcmp(packed, want, expected));
+        for (uint64_t k = 0; k < n; k++) {
+            uint64_t nbytes = dt_set_nbytes(&set, extents + k, 1);
+            CHECK(sums[k] == dt_xxh64(want + at, nbytes, 0));
+            at += nbytes;
+        }
+        if (expected)
+            CHECK(dt_gather_summed(&set, extents, n, packed, expected - 1, sums, &why) == DT_TOO_SMALL);
 
         CHECK(!dt_changed(&set, extents, n, page_bytes, &out)); /* before the copy: nearly all differ */
         dt_set_clear(&out);
@@ -124,6 +136,7 @@ static void bytes_rounds(int rounds)
         CHECK(!memcmp(memory, want, total));
         dt_set_clear(&set);
     }
+    dt_copy_past_from = past_from;
     munmap(memory, total);
     free(packed);
     free(want);

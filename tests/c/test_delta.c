@@ -3,6 +3,7 @@
  * no delta. */
 #include "checking.h"
 #include "delta.h"
+#include <sched.h>
 #include <unistd.h>
 
 #pragma weak dt_session_open
@@ -55,6 +56,7 @@ static uint64_t encode(memories *m, const dt_set *set, int update)
 {
     uint64_t room = dt_delta_room(set, &m->extent, m->granule), length = 0;
     m->out = malloc(room);
+    dt_delta_halves_bytes = random_below(2) ? 0 : UINT64_MAX;
     CHECK(dt_diff(set, &m->extent, m->granule, update, m->out, room, &length, NULL) == 0);
     CHECK(length <= room - DELTA_PAD);
     return length;
@@ -260,7 +262,7 @@ static void test_vanishing(void)
     dt_failure why = {0};
     out = malloc(room);
     CHECK(dt_diff(NULL, &memory, 8, 0, out, room, &length, &why) == 0);
-    munmap(p + 2 * page, page);
+    mprotect(p + 2 * page, page, PROT_NONE); /* as if it were unmapped, but nobody else gets it: threads map memory */
     uint64_t other = 77;
     CHECK(dt_diff(NULL, &memory, 8, 1, out, room, &other, &why) == -EFAULT && other == 77);
     CHECK(why.start == (uintptr_t)(p + 2 * page) && why.end == why.start + page);
@@ -318,6 +320,7 @@ static void test_streams(void)
             int update = (int)random_below(2);
             uint8_t *out = m.out = malloc(dt_delta_room(NULL, &m.extent, m.granule) + 64);
             uint64_t skew = random_below(64), length = 0; /* of the delta */
+            dt_delta_halves_bytes = random_below(2) ? 0 : UINT64_MAX;
             CHECK(dt_diff(NULL, &m.extent, m.granule, update, out + skew, UINT64_MAX, &length, NULL) == 0);
             CHECK(length <= m.nbytes + m.nbytes / 100 + 4096 / 100 || m.extent.address % m.granule);
             memmove(out, out + skew, length);
@@ -342,6 +345,7 @@ static void test_streaks_over_gaps(void)
     memset(now, 5, PAGES * 4096);
     for (unsigned round = 0; round < 6; round++) {
         dt_delta_stream_bytes = round % 2 ? 0 : before;
+        dt_delta_halves_bytes = round % 3 ? 0 : UINT64_MAX;
         dt_run *runs = malloc(PAGES * sizeof *runs);
         dt_set set = {.runs = runs};
         uint64_t pages = 0, length = 0, most = round < 4 ? 2 : 300; /* how far apart, and how many together */
@@ -378,12 +382,85 @@ static void test_streaks_over_gaps(void)
     dt_delta_stream_bytes = before;
 }
 
+/* Whatever the first half turns out to need: what was assumed, less, or more than there is; and by two threads or one. */
+static void test_halves(void)
+{
+    enum { PAGES = 60 };
+    static uint8_t now[PAGES * 4096] __attribute__((aligned(4096))), mirror[sizeof now], was[sizeof now];
+    uint64_t length[2], whole = 0, less = 0, more = 0;
+    cpu_set_t all, one;
+    CPU_ZERO(&one);
+    CHECK(!sched_getaffinity(0, sizeof all, &all));
+    for (int cpu = 0; cpu < CPU_SETSIZE && !CPU_COUNT(&one); cpu++)
+        if (CPU_ISSET(cpu, &all))
+            CPU_SET(cpu, &one);
+    dt_delta_halves_bytes = 0;
+    for (unsigned round = 0; round < 1500; round++) {
+        uint32_t granule = 1u << random_below(13);
+        uint64_t skew = random_below(2) ? 0 : random_below(4096), nbytes = sizeof now - 2 * 4096 - random_below(4096);
+        uint64_t way = random_below(4), period = way == 1 ? 5 + random_below(4) : 1 + random_below(9);
+        uint64_t same = way < 2 ? granule : random_below(4096);
+        dt_extent extent = {.address = (uintptr_t)now + skew, .nbytes = nbytes, .mirror = mirror};
+        for (uint64_t i = 0; i < nbytes; i++)
+            now[skew + i] = (uint8_t)(was[i] ^ 0x80);
+        for (uint64_t page = 0; way && page < PAGES; page++) /* one granule or so of a page did not change, or most */
+            if (way == 1 ? page % period == 0 : !random_below(period))
+                memcpy(now + skew + page * 4096, was + page * 4096, dt_min(same, nbytes - dt_min(nbytes, page * 4096)));
+        dt_run runs[PAGES];
+        dt_set set = {.runs = runs};
+        for (uint64_t page = 0, most = 1 + random_below(20); page < PAGES; page += most) {
+            uint64_t end = dt_min(page + 1 + random_below(most), PAGES);
+            runs[set.count++] = (dt_run){(uintptr_t)now + page * 4096, (uintptr_t)now + end * 4096};
+            page = end;
+        }
+        const dt_set *within = random_below(2) ? &set : NULL;
+        uint64_t room = dt_delta_room(within, &extent, granule);
+        uint8_t *out[2];
+        for (int i = 0; i < 2; i++) {
+            CHECK(!sched_setaffinity(0, sizeof one, i ? &one : &all));
+            CHECK(!posix_memalign((void **)&out[i], 64, room));
+            memcpy(mirror, was, nbytes);
+            CHECK(dt_diff(within, &extent, granule, i, out[i], room, &length[i], NULL) == 0);
+        }
+        CHECK(length[0] == length[1] && length[0] <= room && !memcmp(out[0], out[1], length[0]));
+        uint64_t bytes = 0, expected = 0;
+        bool right = true; /* the mirror has the pages of the set, and they alone */
+        for (uint64_t i = 0, k = 0; i < nbytes; i += granule) {
+            uint64_t end = dt_min(i + granule, nbytes);
+            while (k < set.count && runs[k].end <= extent.address + i)
+                k++;
+            if (within && (k == set.count || runs[k].start >= extent.address + end)) {
+                right = right && !memcmp(mirror + i, was + i, end - i);
+                continue;
+            }
+            bytes += end - i;
+            expected += memcmp(now + skew + i, was + i, end - i) ? end - i : 0;
+            right = right && !memcmp(mirror + i, now + skew + i, end - i);
+        }
+        CHECK(right);
+        dt_delta_info info;
+        CHECK(dt_delta_check(out[0], length[0], &info, NULL) == 0 && info.changed_bytes == expected);
+        memcpy(now, mirror, nbytes);
+        memcpy(mirror, was, nbytes);
+        dt_extent target = {.address = (uintptr_t)mirror, .nbytes = nbytes};
+        CHECK(dt_delta_apply(out[0], length[0], &target, NULL) == 0 && !memcmp(mirror, now, nbytes));
+        whole += expected == bytes;
+        less += expected < bytes;
+        more += expected < bytes && length[0] > DELTA_HEADER + bytes;
+        free(out[0]);
+        free(out[1]);
+    }
+    CHECK(!sched_setaffinity(0, sizeof all, &all));
+    CHECK(whole > 200 && less > 200 && more > 50);
+}
+
 int main(void)
 {
     test_ways_agree();
     test_round_trips();
     test_streams();
     test_streaks_over_gaps();
+    test_halves();
     test_only_the_pages_of_the_set();
     test_composing();
     test_hostile_bytes();

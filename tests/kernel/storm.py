@@ -30,16 +30,14 @@ import dirtytrack
 from dirtytrack import DirtySet, DirtyTracker, Run
 from dirtytrack.kernel import sets
 from tests import oracle
+from tests.asked import SOAK, fewer
 from tests.kernel.backends import session_of
 from tests.oracle import PAGE
 
 Words = npt.NDArray[np.uint64]
 Ranges = tuple[tuple[int, int], ...]  # of page numbers, half-open
 
-SANITIZED = os.environ.get("DIRTYTRACK_SANITIZE") == "1"
-COLLECTS = (
-    10 if SANITIZED else 40 if os.environ.get("DIRTYTRACK_SOAK") == "1" else 24
-)  # of each listener in each round, at the least; a quarter where all memory is read
+COLLECTS = 40 if SOAK else fewer(10)  # of each listener in each round, at the least; a quarter where all memory is read
 WRITERS = 2
 IDLE = 20_000  # visits from one pause of a writer to the next, where it makes any
 HUGE_PAGES = 512  # pages of a page table, and of a huge page

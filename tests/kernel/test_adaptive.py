@@ -105,6 +105,21 @@ def test_sparse_writes_are_exact_for_ever(memory: Memory, session: UffdSession) 
         assert tracker.statistics().pages_assumed == 0
 
 
+@pytest.mark.parametrize("pages", [np.arange(PAGES), np.arange(5, PAGES, 16)], ids=["dense", "hot"])
+@pytest.mark.parametrize("dull", range(40, 46))
+def test_it_notices_what_comes_after_long_without_a_gain(
+    dull: int, pages: Chosen, memory: Memory, session: UffdSession
+) -> None:
+    """By then it does not look at each epoch any more."""
+    session.register(memory, blind_spots="accepted")
+    with DirtyTracker(session, page_cost_seconds=None if len(pages) == PAGES else 1e-6) as tracker:
+        for epoch in range(dull):
+            store(memory, np.arange(epoch % 16, PAGES, 16), epoch + 1)
+            assert tracker.collect().page_count == PAGES // 16
+        assert not tracker.statistics().pages_assumed
+        assert rewrite(memory, tracker, pages, 12).assumed.page_count > 0.7 * len(pages), "but for what is asked"
+
+
 def test_what_cools_is_exact_again(memory: Memory, session: UffdSession) -> None:
     session.register(memory, blind_spots="accepted")
     with DirtyTracker(session) as tracker:
@@ -427,7 +442,8 @@ def test_writers_beside_collects_lose_nothing(pages: Chosen, memory: Memory, ses
         while not stop.is_set():
             stamp += 1
             words(memory)[pages] = stamp
-            words(memory)[stamp * 37 % PAGES] = stamp
+            if stamp % 64 == 0:  # seldom enough for hot pages to pay for it, wherever this runs
+                words(memory)[stamp // 64 * 37 % PAGES] = stamp
 
     with DirtyTracker(session, page_cost_seconds=EACH if len(pages) == len(HOT) else None) as tracker:
         tracker.collect_into(mirror)

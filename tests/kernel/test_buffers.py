@@ -166,6 +166,33 @@ def test_each_kind_of_buffer_is_mirrored(kind: str) -> None:
         del view
 
 
+def test_a_mirror_is_looked_at_in_each_epoch() -> None:
+    """One that was good once is not taken for good, though it be where it was."""
+    memory = dirtytrack.allocate(64 * PAGE)
+    array = np.zeros(64 * PAGE, np.uint8)
+    square = array.reshape(64, PAGE)
+    read_only = array.view()
+    read_only.flags.writeable = False
+    bad: list[Any] = [read_only, array[:-1], array.reshape(64, PAGE, order="F"), {"x": array}, memory, 5]
+    with tracked(memory) as (tracker, _):
+        for epoch in range(3):
+            memory[epoch * PAGE] = 1
+            assert tracker.collect_into(array).page_count == 1
+            assert array.tobytes() == memory[:]
+            memory[40 * PAGE] = 2
+            for refused in bad:
+                with pytest.raises(dirtytrack.InvalidMemory):
+                    tracker.collect_into(refused)
+            memory[41 * PAGE] = 3
+            assert tracker.collect_into(square).page_count == 2
+            assert array.tobytes() == memory[:]
+        other = bytearray(memory)
+        memory[7] = 4
+        tracker.collect_into(other)
+        assert other == memory[:]
+        other.clear()  # nobody holds it between two collects
+
+
 def test_a_raw_range_is_tracked_to_the_page() -> None:
     with oracle.mapped(16 * PAGE) as address, tracked((address + 100, 10 * PAGE)) as (tracker, region):
         assert (region.address, region.nbytes, region.page_count) == (address + 100, 10 * PAGE, 11)

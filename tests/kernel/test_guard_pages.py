@@ -95,7 +95,7 @@ def test_over_an_armed_page_it_spins_until_the_process_is_killed(area: Area, pop
         _, status = os.waitpid(child, 0)
         os.close(reads)
     assert os.WTERMSIG(status) == signal.SIGKILL
-    assert time.monotonic() - began < 1, "that ends it at once"
+    assert time.monotonic() - began < 10, "that ends it at once"
 
 
 # ---- where it does not ----------------------------------------------------------------------------------------------

@@ -87,13 +87,14 @@ class Machine:
 
     def __init__(self, memory: Memory, form: Form, *, log: bool = False) -> None:
         self.memory, self.form = memory, form
-        self._things = ExitStack()
-        session = self._things.enter_context(UffdSession())
-        self.region = session.register(memory, blind_spots="accepted")
-        self.guest = self._things.enter_context(Guest(memory.address, memory.nbytes, log=log))
-        self.tracker = DirtyTracker(session, [self.region])
-        self.tracker.start()
-        self.mirror = bytearray(memory)
+        with ExitStack() as things:
+            session = things.enter_context(UffdSession())
+            self.region = session.register(memory, blind_spots="accepted")
+            self.guest = things.enter_context(Guest(memory.address, memory.nbytes, log=log))
+            self.tracker = DirtyTracker(session, [self.region])
+            self.tracker.start()
+            self.mirror = bytearray(memory)
+            self._things = things.pop_all()
 
     def collect(self) -> set[int]:
         """The dirty pages of this epoch, without which the mirror would not be the memory."""

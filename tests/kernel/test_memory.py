@@ -11,7 +11,7 @@ import gc
 import mmap
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -75,6 +75,36 @@ def test_many_at_once_are_all_aligned(shared: bool) -> None:
         assert memory.address % memory.page_bytes == 0
         assert "hg" in vm_flags(memory.address), "and asks for huge pages"
         kept.append(memory)
+
+
+@pytest.mark.parametrize("huge", [None, "transparent"])
+def test_a_sparse_one_may_be_larger_than_the_machine(huge: Literal["transparent"] | None) -> None:
+    total = os.sysconf("SC_PHYS_PAGES") * PAGE
+    nbytes = 4 * total
+    if Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "0":
+        with pytest.raises(dirtytrack.LimitReached, match=r"sparse=True"):
+            dirtytrack.allocate(nbytes, huge=huge)
+    memory = dirtytrack.allocate(nbytes, huge=huge, sparse=True, name="reservation")
+    assert memory.nbytes == len(memory) >= nbytes
+    assert memory.address % memory.page_bytes == 0
+    assert "nr" in vm_flags(memory.address)
+    for at in (0, total, memory.nbytes - 1):
+        memory[at] = 7
+        assert memory[at] == 7
+    memory.discard(0, PAGE if huge is None else memory.page_bytes)
+    assert memory[0] == 0
+    with pytest.raises(dirtytrack.LimitReached) as caught:
+        dirtytrack.allocate(1 << 62, sparse=True)
+    assert "sparse" not in str(caught.value), "nobody is told to do what was done"
+    memory.resize(2 * memory.nbytes)
+    assert memory[total] == 7
+    assert "nr" in vm_flags(memory.address)
+
+
+def test_a_sparse_one_of_shared_memory() -> None:
+    memory = dirtytrack.allocate(64 << 30, shared=True, sparse=True)
+    memory[63 << 30] = 1
+    assert memory[63 << 30] == 1
 
 
 def vm_flags(address: int) -> list[str]:

@@ -23,6 +23,7 @@ import dirtytrack
 from dirtytrack import DirtySet, DirtyTracker, Region, UffdSession
 from dirtytrack.kernel import core, engine, sets
 from tests import oracle
+from tests.asked import fewer
 from tests.kernel.machine import run
 from tests.kernel.shadow import EAGER, Listener, Missed, OtherProcess, World
 from tests.oracle import PAGE
@@ -42,17 +43,17 @@ EVERY_KIND: tuple[Kind | Mapped, ...] = (*Kind, *Mapped)
 
 @pytest.mark.parametrize("kind", EVERY_KIND, ids=lambda kind: kind.name.lower())
 def test_the_machine_and_the_model_agree(kind: Kind | Mapped, backend: str, other: OtherProcess) -> None:
-    examples = 150 if kind is Kind.PRIVATE else 60
+    examples = 80 if kind is Kind.PRIVATE else 25
     if backend != "kernel":
         examples = 40 if kind is Kind.PRIVATE else 5  # the kinds are all alike to it
-    run(kind, settings(max_examples=examples, stateful_step_count=45), other, backend=backend)
+    run(kind, settings(max_examples=fewer(examples), stateful_step_count=45), other, backend=backend)
 
 
 @pytest.mark.parametrize(
     "kind", [Kind.PRIVATE, Kind.SHARED, Kind.HUGE, Mapped.FILE], ids=lambda kind: kind.name.lower()
 )
 def test_the_machine_and_the_model_agree_where_blocks_are_assumed(kind: Kind | Mapped, other: OtherProcess) -> None:
-    run(kind, settings(max_examples=60, stateful_step_count=45), other, remedy=EAGER)
+    run(kind, settings(max_examples=fewer(25), stateful_step_count=45), other, remedy=EAGER)
 
 
 @pytest.mark.soak

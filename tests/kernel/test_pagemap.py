@@ -27,6 +27,7 @@ import dirtytrack
 from dirtytrack import PageCategory, Pagemap, Scan, ScanFlag, UffdSession
 from dirtytrack.pagemap import present
 from tests import oracle
+from tests.asked import fewer
 from tests.oracle import PAGE
 from tests.strategies import bit_masks
 
@@ -223,7 +224,7 @@ def agree(pagemap: Pagemap, made: Arena, question: Question, max_pages: int) -> 
         assert scan.walk_end == made.end
 
 
-@settings(max_examples=400)
+@settings(max_examples=fewer(150))
 @given(
     states,
     events,
@@ -248,7 +249,7 @@ def test_a_range_is_what_its_pages_are_one_by_one(
             agree(pagemap, made, question, max_pages)
 
 
-@settings(max_examples=200)
+@settings(max_examples=fewer(100))
 @given(states, events, st.booleans(), st.lists(questions, min_size=1, max_size=6))
 def test_the_masks_mean_what_the_kernel_documents(
     given_states: list[State], later: list[Later], armed: bool, asked: list[Question]
@@ -268,7 +269,7 @@ def test_the_masks_mean_what_the_kernel_documents(
             assert plain(pagemap.scan(made.start, made.end, **question.asked)) == united(wanted)
 
 
-@settings(max_examples=200)
+@settings(max_examples=fewer(100))
 @given(states, events, st.booleans())
 def test_agrees_with_the_page_map_as_a_file(
     given_states: list[State], later: list[Later], with_huge_page: bool
@@ -299,7 +300,7 @@ def test_agrees_with_the_page_map_as_a_file(
             assert bits & PageCategory.WPALLOWED
 
 
-@settings(max_examples=300)
+@settings(max_examples=fewer(120))
 @given(
     states,
     events,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import errno
 import io
-import threading
+import queue
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -43,7 +43,9 @@ def test_everything_that_is_written_is_in_the_recording(tmp_path: Path) -> None:
                 if i % 50 == 0:
                     state[i // 50 * PAGE] = 1
                     written.add(base["state"] + i // 50 * PAGE)
-                    time.sleep(0.01)
+                    seen, end = len(told), time.monotonic() + 20
+                    while len(told) == seen and time.monotonic() < end:
+                        time.sleep(0.005)
         assert not tracker.peek()
     recording = Recording.open(path)
     assert pages_of(recording) == written
@@ -71,18 +73,27 @@ def test_everything_that_is_written_is_in_the_recording(tmp_path: Path) -> None:
 
 def test_regions_that_come_and_go_while_it_records(tmp_path: Path) -> None:
     first, second = dirtytrack.allocate(4 * PAGE, name="first"), dirtytrack.allocate(4 * PAGE, name="second")
-    collected = threading.Semaphore(0)
+    told = queue.Queue[set[str]]()
+
+    def until_recorded(*names: str) -> None:
+        """Epochs of before may be waiting: a thread that had no processor for a while is behind the recorder."""
+        while told.get() != set(names):
+            pass
+
     with (
         dirtytrack.track(first) as tracker,
-        Recorder(tracker, tmp_path / "r", every=0.002, told=lambda _: collected.release()),
+        Recorder(
+            tracker,
+            tmp_path / "r",
+            every=0.002,
+            told=lambda each: told.put({mapping.name for mapping in each.mappings}),
+        ),
     ):
-        collected.acquire()
+        until_recorded("first")
         region = tracker.add(second)
-        for _ in range(2):
-            collected.acquire()
+        until_recorded("first", "second")
         tracker.remove(region)
-        for _ in range(2):
-            collected.acquire()
+        until_recorded("first")
     names = [tuple(sorted(mapping.name for mapping in epoch.mappings)) for epoch in Recording.open(tmp_path / "r")]
     assert [name for i, name in enumerate(names) if i == 0 or names[i - 1] != name] == [
         ("first",),

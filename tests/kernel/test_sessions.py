@@ -21,19 +21,9 @@ from dirtytrack import DirtyTracker, Region, UffdFeature, UffdSession
 from dirtytrack.kernel import engine
 from tests import oracle
 from tests.kernel.listening import armed, is_resizable, pages_of, registered_pages
+from tests.opened import descriptors
 from tests.oracle import PAGE
 from tests.sandbox import failing
-
-
-def descriptors() -> dict[int, str]:
-    found = {}
-    for link in Path("/proc/self/fd").iterdir():
-        try:
-            found[int(link.name)] = str(link.readlink())
-        except FileNotFoundError:  # that of the listing itself
-            continue
-    return found
-
 
 # ---- doors and descriptors ------------------------------------------------------------------------------------------
 
@@ -84,6 +74,7 @@ def test_a_closed_session_cannot_be_entered() -> None:
 
 
 def test_closing_lets_go_of_everything() -> None:
+    gc.collect()
     before = descriptors()
     buffer, memory = bytearray(64 * PAGE), dirtytrack.allocate(4 * PAGE)
     with UffdSession() as session:
@@ -107,6 +98,7 @@ def test_closing_lets_go_of_everything() -> None:
 
 
 def test_a_with_that_raises_closes_and_passes_it_on() -> None:
+    gc.collect()
     before, buffer = descriptors(), bytearray(PAGE)
     sessions = []
 
@@ -125,6 +117,7 @@ def test_a_with_that_raises_closes_and_passes_it_on() -> None:
 
 
 def test_a_dropped_session_closes_without_a_warning() -> None:
+    gc.collect()
     before = descriptors()
     buffer, memory = bytearray(64 * PAGE), dirtytrack.allocate(4 * PAGE)
     session = UffdSession()
@@ -223,6 +216,7 @@ def armed_while_suspended(session: UffdSession, region: Region) -> DirtyTracker:
 
 
 def test_closing_a_suspended_session() -> None:
+    gc.collect()
     before, buffer = descriptors(), bytearray(PAGE)
     with UffdSession() as session:
         session.register(buffer)

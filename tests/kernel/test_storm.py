@@ -22,10 +22,11 @@ import pytest
 
 from dirtytrack import DirtySet, Run
 from tests import oracle
-from tests.kernel.storm import SANITIZED, Listener, Lost, Ranges, Slow, Unreliable, Weather, load_writers, storm_of
+from tests.asked import SANITIZED, fewer
+from tests.kernel.storm import Listener, Lost, Ranges, Slow, Unreliable, Weather, load_writers, storm_of
 from tests.oracle import PAGE
 
-STORES = 10**7 if SANITIZED else 10**8  # in all, at the least
+STORES = fewer(10**7 if SANITIZED else 10**8)  # in all, at the least
 ROUNDS = 8
 SOAK_STORES = 10**10
 SOAK_ROUNDS = 80

@@ -80,7 +80,7 @@ def sets(dirty: dirtytrack.DirtySet, region: dirtytrack.Region, array: np.ndarra
     for start, end in dirty:
         yield end - start
     assert_type(dirty.runs, memoryview)
-    assert_type(dirty.assumed | dirty.discarded, dirtytrack.DirtySet)
+    assert_type(dirty.assumed | dirty, dirtytrack.DirtySet)
     assert_type(dirty & dirty - dirty <= dirty, bool)
     assert_type(dirtytrack.DirtySet.union([dirty]), dirtytrack.DirtySet)
     assert_type(dirtytrack.DirtySet.from_runs(dirty.runs, epoch=3), dirtytrack.DirtySet)

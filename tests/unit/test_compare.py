@@ -13,7 +13,6 @@ import os
 import pickle
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 
@@ -24,6 +23,7 @@ from dirtytrack.kernel import engine
 from dirtytrack.region import REWRITTEN
 from dirtytrack.session import default_session
 from tests import oracle
+from tests.opened import descriptors
 from tests.oracle import PAGE
 from tests.sandbox import failing, run_in_child
 
@@ -34,10 +34,6 @@ COMPARING = engine.BACKENDS[1:]
 def session(request: pytest.FixtureRequest) -> Iterator[Session]:
     with CompareSession(hashes=request.param == "compare-hashes") as made:
         yield made
-
-
-def descriptors() -> list[str]:
-    return sorted(link.name for link in Path("/proc/self/fd").iterdir())
 
 
 def armed(session: Session, *memories: object) -> DirtyTracker:
@@ -101,6 +97,7 @@ def test_neither_door_nor_scan_is_needed(restrictions: tuple[str, ...]) -> None:
 
 
 def test_no_descriptor_is_kept(session: Session) -> None:
+    gc.collect()
     before = descriptors()
     memory = dirtytrack.allocate(64 * PAGE)
     tracker = armed(session, memory)

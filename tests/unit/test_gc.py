@@ -118,8 +118,13 @@ def test_a_crossing_map_takes_buffers_of_starts_and_nothing_else() -> None:
     assert crossing.objects_on([(AT, AT + 4096)]).tolist() == [AT, AT + 32, AT + 64]
     with pytest.raises(InvalidMemory, match="sorted"):
         crossing.objects_on([(AT + 4096, AT + 8192), (AT, AT + 4096)])
+    for no_pairs in ([(-8, AT)], [AT, AT + 8], [(AT, AT + 8, 1)], None):
+        with pytest.raises(InvalidMemory, match="pairs of 64-bit numbers"):
+            crossing.objects_on(no_pairs)  # type: ignore[arg-type]
     with pytest.raises(InvalidMemory, match="not in the memory"):
         crossing.object_at(AT + (1 << 20))
+    with pytest.raises(TypeError, match="float"):
+        crossing.object_at(AT + 0.5)  # type: ignore[arg-type]
 
 
 def test_a_crossing_map_is_of_aligned_memory() -> None:

@@ -10,7 +10,7 @@ import pytest
 from kernels.archive import Kernel
 from kernels.machine import Step, steps_of
 from kernels.matrix import PAGE, page
-from kernels.plan import DESELECTED, FIRST, KNOWN, OF_SOUND_KERNELS, SMOKE_TESTS, WANTED
+from kernels.plan import DESELECTED, FIRST, KNOWN, OF_SOUND_KERNELS, WANTED
 from kernels.results import Result, kept, result_of
 
 ROOT = Path(__file__).parents[2]
@@ -49,9 +49,9 @@ def test_each_kind_of_kernel_was_run_and_what_failed_is_explained() -> None:
 
 
 def test_what_is_chosen_and_what_is_not_is_there() -> None:
-    for start in (*DESELECTED, *OF_SOUND_KERNELS, *SMOKE_TESTS, *FIRST):
+    for start in (*DESELECTED, *OF_SOUND_KERNELS, *FIRST):
         path, _, name = start.partition("::")
-        assert (ROOT / path).exists(), start
+        assert list(ROOT.glob(f"{path}*")), start
         assert not name or f"def {name.partition('[')[0]}" in (ROOT / path).read_text(), start
     assert len({(wanted.version, wanted.architecture) for wanted in WANTED}) == len(WANTED)
 

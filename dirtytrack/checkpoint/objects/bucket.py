@@ -205,7 +205,7 @@ class Bucket:
     # ---- writing
 
     def put(self, key: str, data: Any) -> None:
-        """Put an object, over the one that is there."""
+        """Put an object, over the one that is there. A list is of its pieces, one behind the other."""
         self._ask(f"write {self.where(key)}", self._obstore.put, self._store, key, data, use_multipart=False)
 
     def create(self, key: str, data: bytes) -> None:
@@ -336,9 +336,10 @@ class Upload:
     def __init__(self, bucket: Bucket, key: str, writer: Any) -> None:
         self._bucket, self._key, self._writer = bucket, key, writer
 
-    def write(self, part: memoryview) -> None:
-        """Hand over a part, which must not change any more; waits while as many as may be are under way."""
-        self._ask(self._writer.write, part)
+    def write(self, piece: memoryview) -> None:
+        """Hand over more of it, which must not change before the library has let go of the view. Waits while as many
+        parts as may be are under way."""
+        self._ask(self._writer.write, piece)
 
     def close(self) -> None:
         """Wait for the parts, and have the object appear."""

@@ -22,13 +22,16 @@ __all__ = ["ObjectSink"]
 
 _ATTEMPTS = 4
 _MOST_PARTS = 8192  # the stores that allow the fewest allow 10,000
+_LEAST_LENT_PARTS = 2  # one is held until it is full
+_ROOM_NBYTES = 1 << 20
 
 
 class ObjectSink:
     """A segment on its way: see `Sink`.
 
-    What is written is copied into a part; full ones are sent while the next one fills, so that memory holds as many
-    parts as are in flight and two more. A segment of one part is put as it is.
+    What is lent for long enough, and `bytes`, is sent from where it is; else it is copied first. Parts are sent while
+    more is written, so that of what was written as many parts are held as are in flight, and one more. A segment of one
+    part is put as it is.
 
     Args:
         bucket, key: where to.
@@ -37,14 +40,15 @@ class ObjectSink:
         dropped: called when it was abandoned; says whether the object may be removed.
     """
 
+    whole_nbytes = 256 << 20
+
     def __init__(
         self, bucket: Bucket, key: str, part_nbytes: int, in_flight: int, dropped: Callable[[str], bool]
     ) -> None:
         self._bucket, self._key, self._dropped = bucket, key, dropped
         self._part_nbytes, self._in_flight = part_nbytes, in_flight
-        self._rooms = _Rooms(part_nbytes)
-        self._part = self._rooms.take()
-        self._used = 0
+        self._rooms = _Rooms()
+        self._first: list[Any] = []  # the pieces of the first part, until there is more
         self._upload: Upload | None = None
         self._closed = self._may_be_there = False
         self.name, self.nbytes, self.finished = key.rpartition("/")[2], 0, False
@@ -54,35 +58,34 @@ class ObjectSink:
         """That a segment may have."""
         return _MOST_PARTS * self._part_nbytes
 
-    def write(self, data: Any) -> None:
+    def write(self, data: Any, lent_nbytes: int = 0) -> None:
         """Write bytes: see `Sink.write`."""
         self._require_open()
-        rest = memoryview(data).cast("B")
-        while rest:
-            if self._used == self._part_nbytes:
-                self._send()
-            some = rest[: self._part_nbytes - self._used]
-            end = self._used + some.nbytes
-            self._part[self._used : end] = some
-            self._used, self.nbytes = end, self.nbytes + some.nbytes
-            rest = rest[some.nbytes :]
-
-    def _send(self) -> None:
-        part = self._rooms.lent(self._part, self._used)
-        if self._upload is None:
-            self._upload = self._begun(part)
+        view = memoryview(data).cast("B")
+        if type(data) is bytes or lent_nbytes >= _LEAST_LENT_PARTS * self._part_nbytes:
+            self._add(view)
         else:
-            self._upload.write(part)
-        del part
-        self._part, self._used = self._rooms.take(), 0
+            for at in range(0, view.nbytes, _ROOM_NBYTES):
+                self._add(self._rooms.copied(view[at : at + _ROOM_NBYTES]))
 
-    def _begun(self, part: memoryview) -> Upload:
+    def _add(self, piece: memoryview) -> None:
+        self.nbytes += piece.nbytes
+        if self._upload is not None:
+            self._upload.write(piece)
+            return
+        self._first.append(piece)
+        if self.nbytes > self._part_nbytes:
+            self._upload = self._begun()
+            self._first.clear()
+
+    def _begun(self) -> Upload:
         """The upload, with its first part. With that the store is asked to begin one: where its answer was cut, it is
         asked to begin another."""
         for attempt in range(_ATTEMPTS):
             upload = self._bucket.upload(self._key, self._part_nbytes, self._in_flight)
             try:
-                upload.write(part)
+                for piece in self._first:
+                    upload.write(piece)
                 break
             except StoreFailed as error:
                 if attempt + 1 == _ATTEMPTS or error.__cause__ is None or not was_cut(error.__cause__):
@@ -93,11 +96,9 @@ class ObjectSink:
         """Have the object appear: see `Sink.finish`."""
         self._require_open()
         try:
-            if self._upload is not None and self._used:
-                self._send()
             self._may_be_there = True
             if self._upload is None:
-                self._bucket.put(self._key, self._part[: self._used])
+                self._bucket.put(self._key, self._first)
             else:
                 self._upload.close()
         except StoreFailed:
@@ -130,31 +131,25 @@ class ObjectSink:
 
     def forget(self) -> None:
         """Let go of what it holds; all there is to do in a child, whose parent goes on with it."""
-        self._closed, self._upload, self._used = True, None, 0
-        self._part, self._rooms = memoryview(b""), _Rooms(0)
+        self._closed, self._upload, self._first, self._rooms = True, None, [], _Rooms()
 
 
 class _Rooms:
-    """Room for parts, used again as soon as the library has let go of it: new memory costs more than the copy into it.
+    """Room for copies, used again as soon as the library has let go of it: new memory costs more than the copy into it.
 
-    It is mapped, so that of a small segment's part no more is there than was written.
+    It is mapped, so that of a small copy's room no more is there than was written.
     """
 
-    def __init__(self, nbytes: int) -> None:
-        self._nbytes, self._free = nbytes, SimpleQueue[memoryview]()
+    def __init__(self) -> None:
+        self._free = SimpleQueue[memoryview]()
 
-    def take(self) -> memoryview:
-        """Room that nobody uses."""
+    def copied(self, data: memoryview) -> memoryview:
+        """A copy, whose room is free again once nobody has it any more."""
         try:
-            return self._free.get_nowait()
+            room = self._free.get_nowait()
         except Empty:
-            room = mmap.mmap(-1, self._nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            with suppress(OSError):  # a kernel without huge pages
-                room.madvise(mmap.MADV_HUGEPAGE)
-            return memoryview(room)
-
-    def lent(self, room: memoryview, nbytes: int) -> memoryview:
-        """The first bytes of it; once nobody has them any more, it is free again."""
-        part = room[:nbytes]
-        weakref.finalize(part, self._free.put, room).atexit = False
-        return part
+            room = memoryview(mmap.mmap(-1, _ROOM_NBYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        room[: data.nbytes] = data
+        copy = room[: data.nbytes]
+        weakref.finalize(copy, self._free.put, room).atexit = False
+        return copy

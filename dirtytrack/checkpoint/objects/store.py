@@ -54,7 +54,7 @@ class ObjectStore(BaseStore):
         where: a URL as ``s3://bucket/prefix``, ``gs://…`` or ``az://…``; or a store of obstore's.
         create: make it, where there is nothing yet. Buckets are not made.
         part_bytes: segments are sent in parts of so many bytes.
-        parts_in_flight: how many parts are sent at once; so many and two more are in memory.
+        parts_in_flight: how many parts are sent at once, from the staging buffer where that has four parts at least.
         lease_seconds: how long after its last sign of life others wait for a writer on another machine.
         grace_seconds: how long segments are kept after the last generation that named them was removed, or without
             one: a restore that takes longer may find some gone. By the store's clock.
@@ -93,6 +93,7 @@ class ObjectStore(BaseStore):
             if not least <= value <= most:
                 raise InvalidCheckpoint(f"{name}= is from {least} to {most}, not {value!r}")
         self.part_bytes, self.parts_in_flight = part_bytes, parts_in_flight
+        self.held_nbytes = (parts_in_flight + 1) * part_bytes
         self.lease_seconds, self.grace_seconds = lease_seconds, grace_seconds
         self._closed = False
         self._sizes: OrderedDict[str, int] = OrderedDict()  # of segments, which never change

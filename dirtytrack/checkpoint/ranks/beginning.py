@@ -31,7 +31,19 @@ if TYPE_CHECKING:
     from .communicators import Communicator
     from .layout import Share
 
-__all__ = ["Beginning"]
+__all__ = ["Beginning", "made_part"]
+
+
+def made_part(
+    agreement: Agreement,
+    store: Store,
+    buffers: Mapping[str, Saveable],
+    options: Mapping[str, Any],
+    *,
+    resume: bool | int = False,
+) -> PartCheckpointer:
+    """What saves a rank's part, to that store of its own."""
+    return PartCheckpointer(PartStore(store, agreement), buffers, resume=resume, retain=AsAgreed(agreement), **options)
 
 
 class Beginning:
@@ -226,12 +238,12 @@ class Beginning:
         if self._part_store is None:
             self.part = NoPart(agreement)
             return self._following()
-        self.part = PartCheckpointer(
-            PartStore(self._part_store, agreement),
+        self.part = made_part(
+            agreement,
+            self._part_store,
             saved,
+            self._options,
             resume=generation if goes_on and generation is not None else False,
-            retain=AsAgreed(agreement),
-            **self._options,
         )
         self._stack.callback(self.part.close)
         return max(self._following(), self.part.following)

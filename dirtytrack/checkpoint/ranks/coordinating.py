@@ -8,13 +8,14 @@ import threading
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from ...errors import CheckpointerClosed, InvalidCheckpoint, RankLost, StoreBusy, UsedAfterFork
+from ...errors import CheckpointerClosed, InvalidMemory, RankLost, StoreBusy, UsedAfterFork
 from ..buffers import describe
+from ..chains import Named, removable
 from ..reading import letting_go
-from .beginning import Beginning
+from .beginning import Beginning, made_part
 from .communicators import communicator_of
 from .layout import how_shared
-from .parts import PartCheckpointer
+from .parts import NoPart, PartCheckpointer
 from .rounds import as_failed
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ class Coordinated:
                 begun = Beginning(self._comm, stack, partition, replicated, resume, retain, dict(options))
                 begun.begin(store, buffers)
                 self._part, self._rounds, self._store = begun.part, begun.rounds, begun.store
-                self._state, self._agreement = begun.state, begun.agreement
+                self._state, self._agreement, self._options = begun.state, begun.agreement, dict(options)
                 self._closing = stack.pop_all()
         except RankLost:
             raise
@@ -190,7 +191,8 @@ class Coordinated:
             replicated: whether it is the same at all ranks.
 
         Raises:
-            InvalidCheckpoint: ``partition`` is neither 0 nor None, or both are given; or this rank had no buffer.
+            InvalidCheckpoint: ``partition`` is neither 0 nor None, or both are given.
+            StoreBusy, StoreFailed, PermissionDenied: this rank had no buffer until now, and no store can be had for it.
             InvalidMemory, CheckpointerClosed, UsedAfterFork, RangeBusy, LimitReached: as of `Checkpointer.add`.
         """
         with self._alone("add"):
@@ -201,7 +203,10 @@ class Coordinated:
                 [name] if replicated else [],
             )
             if not replicated or not self.rank:
-                self._saving_part().add(name, buffer)
+                if isinstance(self._part, PartCheckpointer):
+                    self._part.add(name, buffer)
+                else:
+                    self._part = self._first_part(self._part, name, buffer)
             self._agreement.how = dict(sorted({**self._agreement.how, **how}.items()))
 
     def remove(self, name: str) -> None:
@@ -232,9 +237,20 @@ class Coordinated:
     def _saving_part(self) -> PartCheckpointer:
         if isinstance(self._part, PartCheckpointer):
             return self._part
-        raise InvalidCheckpoint(
-            "this rank had no buffer to save when it began, and so has no part: close, and begin anew with what it has"
-        )
+        raise InvalidMemory("this rank has no buffer yet: add() one")
+
+    def _first_part(self, before: NoPart, name: str, buffer: Saveable) -> PartCheckpointer:
+        """Of a rank that had nothing to save until now."""
+        with ExitStack() as stack:
+            store = self._store.part(self.rank, create=True)
+            stack.callback(store.close)
+            with store.writer() as writer:  # nothing that no generation has may have the number of one to come
+                writer.remove(removable(store, Named(kept.generation for kept in self._store.catalog()), whole=0))
+            part = made_part(self._agreement, store, {name: buffer}, self._options)
+            stack.callback(part.close)
+            before.hand_over(part)
+            self._closing.push(stack.pop_all())
+        return part
 
     # ---- saving
 

@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    from ..going_on import Left
     from ..jobs import Job
     from ..manifests import Manifest
     from ..protocols import Kept, Source, Store, Writer
+    from ..segmenting import Parts
     from ..segments import SegmentWriter
     from .rounds import Rounds
 
@@ -119,6 +121,11 @@ class PartStore:
     def store_id(self) -> str:
         """See `Store.store_id`."""
         return self._store.store_id
+
+    @property
+    def held_nbytes(self) -> int:
+        """See `Store.held_nbytes`."""
+        return self._store.held_nbytes
 
     def catalog(self) -> tuple[Kept, ...]:
         """See `Store.catalog`."""
@@ -254,12 +261,16 @@ class _PartSaver(Saver):
             _log.warning("parts of ranks that are no more were not removed: %s", error)
             self.report(error)
 
-    def _fail(self, job: Job, error: BaseException) -> None:
+    def _left_by(self, job: Job, parts: Parts) -> Left | None:
+        """Nothing of what was prepared: whether a generation has it, is for all ranks to say."""
+        return None if parts.published else super()._left_by(job, parts)
+
+    def _fail(self, job: Job, error: BaseException, left: Left | None = None) -> None:
         assert isinstance(self._writer, PartWriter)
         generation, told = job.save.generation or 0, error
         if error is not job.aborted and not isinstance(error, (RankFailed, RankLost, RanksDisagree)):
             told = self._writer.failure(generation, error)
-        super()._fail(job, told)  # first of all, the pages go back
+        super()._fail(job, told, left)  # first of all, the pages go back
         self._writer.refuse(generation, error)
 
 
@@ -325,6 +336,15 @@ class NoPart:
 
     def _forget(self) -> None:
         self._unreported = None
+
+    def hand_over(self, part: PartCheckpointer) -> None:
+        """That one saves from now on: it tells what nobody was told of yet."""
+        if self._last is not None:
+            self._last._over(None)
+            if self._unreported is not None:
+                part._saver.report(self._unreported, self._last)
+        if self._aside is not None:
+            part._saver.report(self._aside)
 
     def raise_aside(self) -> None:
         """As `PartCheckpointer.raise_aside`."""

@@ -22,6 +22,9 @@
 #define LEAST_BLOCKS 8u     /* below 2 MiB there is little to win */
 #define WINDOW 4u           /* passes in a row that must find a page before it is assumed by itself */
 #define LEAST_STEADY 64u    /* such pages: below that, what things cost need not be known */
+#define DULL 8u             /* passes in a row in which nothing was worth it: after these it looks at */
+#define LOOKS 2u            /* so many passes in a row, of */
+#define TURN 6u             /* so many: deciding costs a few percent of each scan that it accompanies */
 #define NEAR 16u            /* blocks: to ask again about so many costs about as much as a call that leaves them out */
 
 /* MIXED: the pages of the mask are assumed. TURNED: all of it is being armed again. ASKED: it was, and what is found says
@@ -39,7 +42,7 @@ typedef struct heat {       /* 16 bytes a block */
         };
         uint32_t any;       /* 0: all of these are, and there is nothing to decide */
     };
-    uint8_t passes;         /* exact ones since `excess` was 0; MIXED: since it is */
+    uint8_t passes;         /* exact ones since `excess` was 0; MIXED: since it is; ASSUMED: how often it was asked */
     uint8_t interval;       /* the last one; 0: it was not assumed since it last was cold */
     uint8_t wait;           /* passes until it is sampled or asked */
     union {
@@ -61,12 +64,24 @@ struct dt_adapt {
     uint64_t found, assumed; /* pages, in the pass under way */
     uint64_t predicted_ns;  /* what the pass under way was to cost */
     uint64_t sampled, written; /* pages of all samples, and those that were written: how dense assumed blocks are */
+    bool much;              /* the last pass told more than is copied through the caches */
+    uint8_t dull, turn;     /* passes in a row in which nothing was worth it, up to DULL; and since then, modulo TURN */
     bool alive;             /* something was found since the last decision, or some block is not exact or was dense */
     uint64_t block, bits;   /* what the pass found in the block where it is now */
     heat blocks[];
 };
 
-static uint64_t apart_ns(const dt_wish *wish) { return dt_max(wish->page_ns, wish->measured ? dt_cost.copy_apart : 0); }
+/* What a page that is told costs whoever is told: one of a block told whole, and one by itself. Much is copied past the
+ * caches, whether it changed or not; of little it is compared first. */
+static uint64_t whole_ns(const dt_adapt *a, const dt_wish *wish)
+{
+    return dt_max(wish->page_ns, !wish->measured ? 0 : a->much ? dt_cost.copy : dt_cost.compare);
+}
+
+static uint64_t apart_ns(const dt_adapt *a, const dt_wish *wish)
+{
+    return dt_max(wish->page_ns, !wish->measured ? 0 : a->much ? dt_cost.copy_apart : dt_cost.compare);
+}
 
 /* A block that is told whole costs 64 copies in one piece; one that is armed, a fault, re-arming and a copy by itself for
  * each page that is written. */
@@ -74,20 +89,21 @@ static uint64_t threshold_for(const dt_adapt *a, const dt_wish *wish)
 {
     if (a->eager)
         return 1;
-    uint64_t whole = dt_max(wish->page_ns, wish->measured ? dt_cost.copy : 0);
-    uint64_t each = dt_cost.fault + dt_cost.arm + apart_ns(wish);
-    return dt_min(a->block_pages, a->block_pages * whole * 9 / 8 / each + 1); /* an eighth must be won */
+    uint64_t each = dt_cost.fault + dt_cost.arm + apart_ns(a, wish);
+    return dt_min(a->block_pages, a->block_pages * whole_ns(a, wish) * 9 / 8 / each + 1); /* an eighth must be won */
 }
 
 /* What a block wins in a pass by leaving the pages of its mask unarmed: a fault for each, but for a copy where one is
- * not written; and it loses a call for each gap between them where one of so many other pages is found. */
+ * not written; and it loses a call for each gap between them where one of so many other pages is found, and the question
+ * which of them these are. */
 static int64_t gain_of(const dt_adapt *a, uint64_t mask, uint64_t others, const dt_wish *wish)
 {
     uint64_t hot = dt_count_bits(mask), gaps = dt_count_bits(mask & ~(mask << 1)) + 1;
     if (a->eager)
         return hot > 0;
-    return (int64_t)(hot * (dt_cost.fault + dt_cost.arm) * 8 / 9) - /* as above */
-           (int64_t)(dt_min(others, gaps) * dt_cost.call + hot * dt_min(apart_ns(wish), INT64_MAX >> 8) / (WINDOW + 2));
+    return (int64_t)(hot * (dt_cost.fault + dt_cost.arm) * 4 / 5) - /* a fifth must be won: calls are dearer in cold caches */
+           (int64_t)(dt_min(others, gaps) * dt_cost.call + a->block_pages * dt_cost.look +
+                     hot * dt_min(apart_ns(a, wish), INT64_MAX >> 8) / (WINDOW + 2));
 }
 
 /* ---- blocks ----------------------------------------------------------------------------------------------------- */
@@ -109,6 +125,14 @@ dt_adapt *dt_adapt_new(const dt_session *s, uint64_t start, uint64_t end)
     a->eager = eager;
     a->threshold = eager; /* which weighs nothing */
     return a;
+}
+
+void dt_adapt_prepare(dt_session *s, const dt_listener *l, const dt_region *region)
+{
+    bool may = l->adaptive && !l->exact && !region->present && region->granule == dt_page_bytes() &&
+               region->end - region->start >= LEAST_BLOCKS * s->block_bytes;
+    if (may && !s->compare && !s->suspended && !s->space && !(s->remedy & DT_REMEDY_EAGER))
+        dt_costs_known(s);
 }
 
 static uint64_t block_of(const dt_adapt *a, uint64_t address) { return (address - a->start) >> a->block_shift; }
@@ -185,47 +209,62 @@ bool dt_adapt_next(const dt_adapt *a, uint64_t at, uint64_t end, uint64_t *from,
     return found;
 }
 
-/* What the pass found in one block, in one go. */
+/* What the pass found in one block, in one go. Of blocks that are tracked exactly each is in another place of its window:
+ * no branch would be predicted. */
 static inline uint64_t count_found(heat *h, uint64_t bits)
 {
-    uint64_t pages = dt_count_bits(bits);
-    if (h->state == EXACT && !h->count)
-        h->mask = h->found ? h->mask | bits : bits;
-    else if (h->state == EXACT || h->state == ASKED)
+    uint64_t pages = dt_count_bits(bits), mask = h->mask;
+    if (DT_LIKELY(h->state == EXACT)) {
+        bool first = !h->found;
+        h->count = first & !(mask & bits) ? 0 : h->count; /* none of the window's pages: another begins with this pass */
+        uint64_t begins = -(uint64_t)!h->count, before = -(uint64_t)!first;
+        h->mask = (begins & ((mask & before) | bits)) | (~begins & mask & bits);
+    } else if (h->state == ASKED) {
         h->mask &= bits;
+    }
     h->found += (uint8_t)pages;
     return pages;
 }
 
-/* Counted in registers: most runs are short, and follow one another in the same block. */
+/* Counted in registers: most runs are short, most of one page, and follow one another in the same block. */
 void dt_adapt_found(dt_adapt *a, const struct k_page_region *found, uint64_t n)
 {
     unsigned shift = dt_page_shift(), block_shift = a->block_shift - shift;
     uint64_t block = a->block, bits = a->bits, start = a->start, all = a->end, pages = a->block_pages;
-    for (uint64_t i = 0; i < n; i++) {
-        uint64_t from = dt_max(found[i].start, start), end = dt_min(found[i].end, all);
-        if (from >= end)
-            continue;
-        uint64_t first = (from - start) >> shift, left = (end - from) >> shift;
-        do {
-            uint64_t bit = first & (pages - 1), some = dt_min(left, pages - bit);
-            if (first >> block_shift != block) {
+    a->alive |= n > 0;
+    for (; n && found->start < start; found++, n--) /* in no whole block, or in part */
+        if (found->end > start)
+            break;
+    for (uint64_t i = 0; i < n && found[i].start < all; i++) {
+        uint64_t first = (dt_max(found[i].start, start) - start) >> shift, end = (dt_min(found[i].end, all) - start) >> shift;
+        while (first < end) {
+            if (DT_UNLIKELY(first >> block_shift != block)) {
                 if (bits)
                     a->found += count_found(&a->blocks[block], bits);
                 block = first >> block_shift;
                 bits = 0;
             }
+            uint64_t bit = first & (pages - 1);
+            if (DT_LIKELY(end - first == 1)) {
+                bits |= (uint64_t)1 << bit;
+                break;
+            }
+            uint64_t some = dt_min(end - first, pages - bit);
             bits |= ~(uint64_t)0 >> (64 - some) << bit;
             first += some;
-            left -= some;
-        } while (DT_UNLIKELY(left));
+        }
     }
     a->block = block;
     a->bits = bits;
-    a->alive |= n > 0;
 }
 
 /* ---- samples ---------------------------------------------------------------------------------------------------- */
+
+/* Where there are few blocks they take turns more often, so that there are samples in each pass to tell a change by. */
+static uint64_t longest_interval(const dt_adapt *a)
+{
+    return dt_max(FIRST_INTERVAL, dt_min(a->not_exact / LEAST_VOTES, LAST_INTERVAL));
+}
 
 static uint64_t mixed(uint64_t x) { return x * 0x9e3779b97f4a7c15u >> 32; }
 
@@ -239,7 +278,7 @@ static void wait_for(heat *h, uint64_t block, uint64_t interval)
 static int scan_sample(dt_session *s, dt_adapt *a, uint64_t block, bool arm, uint64_t *written)
 {
     const heat *h = &a->blocks[block];
-    uint64_t sample = (mixed(block + h->interval) + 3 * h->count) % (a->block_pages / SAMPLE_PAGES);
+    uint64_t sample = (mixed(block) + 3u * (h->passes + h->count)) % (a->block_pages / SAMPLE_PAGES);
     uint64_t start = address_of(a, block) + sample * SAMPLE_PAGES * dt_page_bytes();
     return dt_scan_apart(s, start, start + SAMPLE_PAGES * dt_page_bytes(), arm, written);
 }
@@ -291,6 +330,7 @@ static int ask(dt_session *s, dt_adapt *a, uint64_t block)
             return 0;
         }
         h->state = SAMPLED;
+        h->passes++; /* another part each time */
         h->count = h->written = 0;
         return scan_sample(s, a, block, true, &written);
     }
@@ -306,7 +346,7 @@ static int ask(dt_session *s, dt_adapt *a, uint64_t block)
     if (5 * h->written * a->block_pages >= 3 * a->threshold * SAMPLE_PAGES * h->count) {
         a->hot++;
         h->state = ASSUMED;
-        wait_for(h, block, dt_min(2 * h->interval, LAST_INTERVAL));
+        wait_for(h, block, dt_min(2 * h->interval, longest_interval(a)));
         return 0;
     }
     if (h->count < (h->written ? MOST_SAMPLES : 2)) /* a part of a block may be cold: others are asked before it is believed */
@@ -339,7 +379,7 @@ static void arm_all(dt_session *s, dt_adapt *a, uint64_t first, uint64_t last)
     }
 }
 
-/* Whether the costs are known by now. They are measured once it matters. */
+/* Whether the costs are known: most often since the listener was started. */
 static bool known(dt_session *s, dt_adapt *a, const dt_wish *wish)
 {
     if (!dt_costs_known(s))
@@ -349,19 +389,34 @@ static bool known(dt_session *s, dt_adapt *a, const dt_wish *wish)
 }
 
 /* By the model and what was counted: what is not known of assumed pages is taken from the samples. */
-static void account(dt_session *s, dt_adapt *a, uint64_t stay_exact)
+static void account(dt_session *s, dt_adapt *a, uint64_t stay_exact, const dt_wish *wish)
 {
+    uint64_t whole = whole_ns(a, wish);
     if (a->sampled > 1 << 20) {
         a->sampled /= 2;
         a->written /= 2;
     }
     uint64_t written = a->sampled ? a->assumed * a->written / a->sampled : a->assumed;
     s->statistics.faults_avoided += written;
-    s->statistics.overhead_ns += a->found * (dt_cost.fault + dt_cost.arm) + (a->assumed - written) * dt_cost.copy;
+    s->statistics.overhead_ns += a->found * (dt_cost.fault + dt_cost.arm) + (a->assumed - written) * whole;
     s->statistics.predicted_ns += a->predicted_ns;
     uint64_t pages = a->not_exact * a->block_pages + a->single;
-    a->predicted_ns = stay_exact * (dt_cost.fault + dt_cost.arm) + (a->sampled ? pages - pages * a->written / a->sampled : 0) * dt_cost.copy;
+    a->predicted_ns = stay_exact * (dt_cost.fault + dt_cost.arm) + (a->sampled ? pages - pages * a->written / a->sampled : 0) * whole;
     a->found = a->assumed = 0;
+}
+
+bool dt_adapt_rests(dt_adapt *a)
+{
+    if (a->dull < DULL || dt_adapt_any(a))
+        return false;
+    a->turn = (uint8_t)((a->turn + 1u) % TURN);
+    return a->turn >= LOOKS;
+}
+
+void dt_adapt_rested(dt_session *s, dt_adapt *a, uint64_t found)
+{
+    s->statistics.overhead_ns += found * (dt_cost.fault + dt_cost.arm);
+    s->statistics.predicted_ns += a->predicted_ns;
 }
 
 /* Blocks that are ready to be mixed, or are, with no more than a few between them: they share what it costs to pass over
@@ -388,7 +443,9 @@ static void add_to_stretch(dt_adapt *a, stretch *blocks, uint64_t i, int64_t gai
     int64_t alone = a->eager ? 0 : 2 * (int64_t)dt_cost.call;
     if (blocks->any && i - blocks->last > NEAR)
         end_stretch(a, blocks);
-    if (!blocks->any)
+    if (blocks->any)
+        blocks->gain -= a->eager ? 0 : (int64_t)((i - blocks->last - 1) * a->block_pages * dt_cost.look);
+    else
         *blocks = (stretch){.first = i, .gain = -alone, .any = true};
     blocks->last = i;
     blocks->gain += a->blocks[i].state == MIXED ? alone : gain;
@@ -456,13 +513,15 @@ void dt_adapt_decide(dt_session *s, dt_adapt *a, uint64_t start, uint64_t end, c
     if (a->bits)
         a->found += count_found(&a->blocks[a->block], a->bits);
     a->bits = 0;
+    a->much = (a->found + a->assumed) << dt_page_shift() >= dt_copy_past_from;
     if (cool >= LEAST_VOTES && cool > hot)
         arm_all(s, a, first, last);
     if (a->threshold)
         a->threshold = threshold_for(a, wish);
     uint64_t threshold = a->threshold ? a->threshold : LEAST_DENSE;
     stretch blocks = {.any = false};
-    bool alive = false;
+    uint64_t again = 0;
+    bool alive = false, worth = dt_adapt_any(a);
     for (uint64_t i = first; i < last; i++) {
         heat *h = &a->blocks[i];
         uint8_t found = h->found;
@@ -476,17 +535,24 @@ void dt_adapt_decide(dt_session *s, dt_adapt *a, uint64_t start, uint64_t end, c
         alive = true;
         stay_exact += found;
         if (h->state != EXACT) {
+            worth = true;
             decide_mixed(a, i, found, wish, &blocks);
             continue;
         }
-        bool dense = is_dense(a, h, found, a->eager && i % 2 ? UINT8_MAX : threshold);
-        if (!is_steady(a, h, found) && !dense)
+        bool dense = is_dense(a, h, found, a->eager && i % 2 ? UINT8_MAX : threshold), steady_now = is_steady(a, h, found);
+        worth |= h->excess > 0;
+        again += h->count > 1 ? dt_count_bits(h->mask) : 0;
+        if (!steady_now && !dense)
             continue;
         if (!dense) {
             h->count = 0;
             steady += dt_count_bits(h->mask);
         }
         if (!a->threshold) {
+            if (!dense) { /* the next pass decides, with what things cost */
+                h->count = WINDOW - 1;
+                h->sum = (uint8_t)(h->sum * (WINDOW - 1) / WINDOW);
+            }
             if (!dense && steady < LEAST_STEADY)
                 continue;
             if (!known(s, a, wish))
@@ -513,6 +579,7 @@ void dt_adapt_decide(dt_session *s, dt_adapt *a, uint64_t start, uint64_t end, c
         a->not_exact++;
     }
     end_stretch(a, &blocks);
+    a->dull = worth || 2 * again > stay_exact ? 0 : (uint8_t)dt_min(a->dull + 1u, DULL);
     a->alive = alive || a->not_exact;
-    account(s, a, stay_exact);
+    account(s, a, stay_exact, wish);
 }

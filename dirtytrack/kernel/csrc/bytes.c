@@ -173,10 +173,6 @@ int dt_copy_vanishing(bool into, uint8_t *ours, uint64_t tracked, uint64_t bytes
 
 enum way { GATHER, SCATTER, COPY_OUT };
 
-/* What is assumed is mostly as the mirror has it, and to compare costs less than to write. Beyond some length the C library
- * copies past the caches, and that is cheaper still. */
-#define LONG_COPY_BYTES ((uint64_t)96 << 20)
-
 static void copy_differing(uint8_t *to, uint64_t from, uint64_t end)
 {
     for (uint64_t page = dt_page_bytes(), next; from < end; to += next - from, from = next) {
@@ -186,7 +182,8 @@ static void copy_differing(uint8_t *to, uint64_t from, uint64_t end)
     }
 }
 
-/* assumed: the index of the first run of set->assumed that may touch it. */
+/* What is assumed is mostly as the mirror has it, and where caches hold both, to compare costs less than to write.
+ * assumed: the index of the first run of set->assumed that may touch it. */
 static void copy_to_mirror(const dt_set *set, uint64_t *assumed, uint8_t *to, uint64_t from, uint64_t end)
 {
     for (uint64_t stop; from < end; to += stop - from, from = stop) {
@@ -195,16 +192,24 @@ static void copy_to_mirror(const dt_set *set, uint64_t *assumed, uint8_t *to, ui
         const dt_run *next = *assumed < set->assumed_count ? &set->assumed[*assumed] : NULL;
         bool within = next && next->start <= from;
         stop = dt_min(end, !next ? end : within ? next->end : next->start);
-        if (within && stop - from < LONG_COPY_BYTES)
+        if (within)
             copy_differing(to, from, stop);
         else
             memcpy(to, (const void *)(uintptr_t)from, stop - from);
     }
 }
 
+/* Copies, and adds what it copies to the sum as long as that is of whole 32 bytes. */
+static void copy_adding(dt_xxh64_parts *sum, uint8_t *packed, uint64_t done, const uint8_t *from, uint64_t bytes)
+{
+    uint64_t whole = sum->length == done ? dt_down(bytes, 32) : 0;
+    dt_xxh64_copy(sum, packed + done, from, whole);
+    memcpy(packed + done + whole, from + whole, bytes - whole);
+}
+
 /* Copies the extent's bytes in the set. The other side is packed from `packed` on, or the extent's mirror. */
-static int move_extent(enum way way, const dt_set *set, uint64_t first, const dt_extent *extent, uint8_t *packed,
-                       uint64_t *moved, batch *b, dt_failure *why)
+static int move_extent(enum way way, const dt_set *set, uint64_t first, const dt_extent *extent, bool past,
+                       uint8_t *packed, uint64_t *moved, dt_xxh64_parts *sum, batch *b, dt_failure *why)
 {
     const dt_run *runs = set->runs;
     uint64_t address = extent->address, end = extent_end(extent), total = 0, assumed = 0;
@@ -225,6 +230,10 @@ static int move_extent(enum way way, const dt_set *set, uint64_t first, const dt
             void *tracked = (void *)(uintptr_t)from;
             if (way == SCATTER)
                 memcpy(tracked, other, bytes);
+            else if (sum)
+                copy_adding(sum, packed, total, tracked, bytes);
+            else if (past)
+                dt_copy_past(other, tracked, bytes);
             else if (way == COPY_OUT && set->assumed_count)
                 copy_to_mirror(set, &assumed, other, from, from + bytes);
             else
@@ -237,11 +246,15 @@ static int move_extent(enum way way, const dt_set *set, uint64_t first, const dt
 }
 
 static int move_all(enum way way, const dt_set *set, const dt_extent *extents, uint64_t n, uint8_t *packed,
-                    dt_failure *why)
+                    uint64_t *sums, dt_failure *why)
 {
     batch b = {.into = way == SCATTER, .mem = -1};
-    uint64_t first = 0, before = 0, moved = 0;
+    dt_xxh64_parts sum;
+    uint64_t first = 0, before = 0, moved = 0, most = 0;
     int code = 0;
+    for (uint64_t i = 0; i < n; i++)
+        most += extents[i].nbytes;
+    bool past = dt_min(most, set->pages << dt_page_shift()) >= dt_copy_past_from;
     for (uint64_t i = 0; i < n && !code; i++) {
         const dt_extent *extent = extents + i;
         if (way == COPY_OUT && !extent->mirror)
@@ -252,18 +265,23 @@ static int move_all(enum way way, const dt_set *set, const dt_extent *extents, u
         bool known = extent->through && way != SCATTER;
         if (known)
             code = dt_compare_begin_copy(extent->through, why);
+        dt_xxh64_begin(&sum, 0);
         if (fail <= 0 && !code)
-            code = move_extent(way, set, first, extent, packed, &moved, &b, why);
+            code = move_extent(way, set, first, extent, past, packed, &moved, sums ? &sum : NULL, &b, why);
         if (known && code != DT_CLOSED && code != DT_FORKED)
             dt_compare_end_copy(extent->through);
         if (DT_UNLIKELY(fail && !code)) {
             int error = abs(fail);
             code = dt_fail_with(why, -error, error, DT_STEP_COPY, extent->address, extent_end(extent));
         }
+        if (sums && !code)
+            sums[i] = dt_xxh64_end(&sum, packed + sum.length, moved - sum.length);
         if (way != COPY_OUT && !code)
             packed += moved;
     }
     close_batch(&b);
+    if (past)
+        dt_copy_past_end();
     return code;
 }
 
@@ -286,7 +304,15 @@ int dt_gather(const dt_set *set, const dt_extent *extents, uint64_t n, uint8_t *
 {
     if (dt_set_nbytes(set, extents, n) > room)
         return dt_fail_with(why, DT_TOO_SMALL, 0, DT_STEP_COPY, 0, 0);
-    return move_all(GATHER, set, extents, n, out, why);
+    return move_all(GATHER, set, extents, n, out, NULL, why);
+}
+
+int dt_gather_summed(const dt_set *set, const dt_extent *extents, uint64_t n, uint8_t *out, uint64_t room, uint64_t *sums,
+                     dt_failure *why)
+{
+    if (dt_set_nbytes(set, extents, n) > room)
+        return dt_fail_with(why, DT_TOO_SMALL, 0, DT_STEP_COPY, 0, 0);
+    return move_all(GATHER, set, extents, n, out, sums, why);
 }
 
 int dt_scatter(const dt_set *set, const dt_extent *extents, uint64_t n, const uint8_t *data, uint64_t length,
@@ -294,12 +320,12 @@ int dt_scatter(const dt_set *set, const dt_extent *extents, uint64_t n, const ui
 {
     if (dt_set_nbytes(set, extents, n) != length)
         return dt_fail_with(why, DT_TOO_SMALL, 0, DT_STEP_COPY, 0, 0);
-    return move_all(SCATTER, set, extents, n, (uint8_t *)(uintptr_t)data, why); /* SCATTER only reads it */
+    return move_all(SCATTER, set, extents, n, (uint8_t *)(uintptr_t)data, NULL, why); /* SCATTER only reads it */
 }
 
 int dt_copy_out(const dt_set *set, const dt_extent *extents, uint64_t n, dt_failure *why)
 {
-    return move_all(COPY_OUT, set, extents, n, NULL, why);
+    return move_all(COPY_OUT, set, extents, n, NULL, NULL, why);
 }
 
 /* ---- comparing ---- */

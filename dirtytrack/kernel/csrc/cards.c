@@ -43,13 +43,23 @@ int dt_cards_compare(const dt_set *set, const dt_extent *memory, const dt_cards 
 
 typedef uint64_t __attribute__((aligned(1), may_alias)) any_word;
 
+static bool all_clean(const uint8_t *table)
+{
+    const any_word *words = (const any_word *)table;
+    uint64_t sum = 0;
+    for (unsigned i = 0; i < 16; i++)
+        sum |= words[i];
+    return !sum;
+}
+
 /* The first card from `i` on whose byte is 0 or not, as asked; `end` where there is none. */
 static uint64_t next_card(const uint8_t *table, uint64_t i, uint64_t end, bool dirty)
 {
     while (i < end && (!!table[i]) != dirty) {
-        if (dirty && !(i & 7))
-            while (i + 8 <= end && !*(const any_word *)(table + i))
-                i += 8;
+        while (dirty && i + 128 <= end && all_clean(table + i)) /* most of a large table */
+            i += 128;
+        while (dirty && i + 8 <= end && !*(const any_word *)(table + i))
+            i += 8;
         if (i < end && (!!table[i]) != dirty)
             i++;
     }

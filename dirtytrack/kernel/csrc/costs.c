@@ -1,14 +1,14 @@
 /* SPDX-License-Identifier: MIT
- * What tracking costs on this machine, for adapt.c to weigh: measured once, where there is something to win. */
+ * What tracking costs on this machine, for adapt.c to weigh: measured once, before what may be adapted is watched. */
 #include "engine.h"
 #include <sys/mman.h>
 
 dt_costs dt_cost; /* fault stays 0 where it cannot be measured */
 static _Atomic int measuring; /* 0: not yet, 1: somebody does, 2: done, as far as it went */
 
-#define FAULTS 128u
+#define FAULTS 64u
 #define APART 16u           /* pages from one that is written to the next */
-#define COPIES 256u
+#define COPIES 64u
 #define TRIES 3
 
 /* What a program wrote in an epoch is in no cache of ours when it is copied. */
@@ -30,7 +30,8 @@ static void measure(dt_session *s, uint8_t *memory, uint64_t step)
     uint64_t page = dt_page_bytes();
     uint8_t *apart = memory + 2 * COPIES * page;
     uint64_t start = (uintptr_t)apart, end = start + FAULTS * step;
-    uint64_t fault = UINT64_MAX, arm = UINT64_MAX, call = UINT64_MAX, copy = UINT64_MAX, copy_apart = UINT64_MAX;
+    uint64_t fault = UINT64_MAX, arm = UINT64_MAX, call = UINT64_MAX, look = UINT64_MAX;
+    uint64_t copy = UINT64_MAX, copy_apart = UINT64_MAX, compare = UINT64_MAX;
     int rc = dt_uffd_register(s, start, end);
     for (int i = 0; !rc && i <= TRIES; i++) {
         uint64_t begun = dt_now_ns(), found;
@@ -47,29 +48,41 @@ static void measure(dt_session *s, uint8_t *memory, uint64_t step)
         for (uint64_t k = 0; k < FAULTS && !rc; k++)
             rc = dt_scan_apart(s, start + k * step, start + k * step + page, true, &found);
         call = dt_min(call, a_page_since(begun, FAULTS));
+        begun = dt_now_ns();
+        rc = rc ? rc : dt_scan_apart(s, start, end, false, &found);
+        look = dt_min(look, a_page_since(begun, FAULTS * APART));
         push_out(memory, 2 * COPIES * page);
         begun = dt_now_ns();
-        memcpy(memory + COPIES * page, memory, COPIES * page);
+        dt_copy_past(memory + COPIES * page, memory, COPIES * page);
+        dt_copy_past_end();
         if (i) /* populated by then */
             copy = dt_min(copy, a_page_since(begun, COPIES));
+        push_out(memory, 2 * COPIES * page);
+        begun = dt_now_ns();
+        for (uint64_t k = 0; k < COPIES; k++)
+            rc |= !dt_same_bytes(memory + k * page, memory + (COPIES + k) * page, page);
+        compare = dt_min(compare, a_page_since(begun, COPIES));
         push_out(memory + COPIES * page, COPIES * page);
         for (uint64_t k = 0; k < FAULTS; k++)
             push_out(apart + k * step, page);
         begun = dt_now_ns();
         for (uint64_t k = 0; k < FAULTS; k++)
-            memcpy(memory + (COPIES + k * (COPIES / FAULTS)) * page, apart + k * step, page);
+            dt_copy_past(memory + (COPIES + k * (COPIES / FAULTS)) * page, apart + k * step, page);
+        dt_copy_past_end();
         copy_apart = dt_min(copy_apart, a_page_since(begun, FAULTS));
     }
     dt_uffd_unregister(s, start, end);
     dt_cost.arm = arm;
     dt_cost.call = call;
+    dt_cost.look = look;
     dt_cost.copy = copy;
     dt_cost.copy_apart = dt_max(copy_apart, copy);
+    dt_cost.compare = compare;
     if (!rc)
         dt_cost.fault = fault;
 }
 
-/* Once in a process, in some 3 ms: called where there are pages enough that are written again and again, whose faults cost as much. */
+/* Once in a process, in some 2 ms: not to be done in a collect, which may be somebody's pause. */
 bool dt_costs_known(dt_session *s)
 {
     int before = 0;

@@ -67,6 +67,7 @@ enum dt_delta_change { DELTA_SAME, DELTA_SOME, DELTA_ALL };
 enum dt_delta_change dt_delta_snapshot(const dt_delta_part *part, uint32_t bytes, unsigned shift, uint64_t *mask);
 extern uint64_t dt_delta_stream_bytes; /* from how much on it is worth it; tests change it */
 void dt_delta_stream_end(void);        /* what went past the caches is seen after this */
+extern uint64_t dt_delta_halves_bytes; /* from how much on halves are encoded side by side; tests change it */
 /* The ways to do that, the best first: which of them this processor has, and which one is used (-1: the best). */
 unsigned dt_delta_ways(void);
 int dt_delta_way_works(unsigned way);
@@ -101,6 +102,8 @@ static inline bool dt_delta_mask_run(const uint64_t *mask, uint32_t n, uint32_t 
 
 /* ---- the encoding (delta_code.c) ---- */
 
+/* Where it ends, or NULL: cut short, or more than 64 bits, or longer than it need be. */
+const uint8_t *dt_delta_get_number(const uint8_t *at, const uint8_t *end, uint64_t *out);
 uint8_t *dt_delta_put_number(uint8_t *at, uint64_t n); /* these return the end */
 uint8_t *dt_delta_put_opening(uint8_t *out, uint64_t gap, enum dt_delta_mode mode);
 void dt_delta_put_header(uint8_t *out, const dt_delta_grid *g);

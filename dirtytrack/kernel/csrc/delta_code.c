@@ -15,8 +15,7 @@ uint8_t *dt_delta_put_number(uint8_t *at, uint64_t n)
     return at;
 }
 
-/* Where it ends, or NULL: cut short, or more than 64 bits, or longer than it need be. */
-static const uint8_t *get_number(const uint8_t *at, const uint8_t *end, uint64_t *out)
+const uint8_t *dt_delta_get_number(const uint8_t *at, const uint8_t *end, uint64_t *out)
 {
     uint64_t n = 0;
     for (unsigned shift = 0; at < end && shift < 64; shift += 7) {
@@ -115,10 +114,10 @@ static const uint8_t *get_runs(const uint8_t *at, const uint8_t *end, uint64_t *
 {
     uint64_t runs, gap, length, before = 0;
     memset(mask, 0, (n + 63) / 64 * sizeof *mask);
-    if (!(at = get_number(at, end, &runs)))
+    if (!(at = dt_delta_get_number(at, end, &runs)))
         return NULL;
     for (uint64_t i = 0; i < runs; i++) {
-        if (!(at = get_number(at, end, &gap)) || !(at = get_number(at, end, &length)))
+        if (!(at = dt_delta_get_number(at, end, &gap)) || !(at = dt_delta_get_number(at, end, &length)))
             return NULL;
         if (gap > n - before || length > n - before - gap || !length || (i && !gap))
             return NULL;
@@ -255,14 +254,14 @@ static bool open_streak(dt_delta_reader *r, const uint8_t *at)
     r->data = at;
     r->list = at + (uint64_t)count * DELTA_BLOCK;
     r->streak = count;
-    return (r->list = get_number(r->list, r->end, &r->run)) && r->run && r->run <= count;
+    return (r->list = dt_delta_get_number(r->list, r->end, &r->run)) && r->run && r->run <= count;
 }
 
 /* The next block of a streak, which begins `gap` blocks after the last one where it is the streak's first. */
 static bool next_of_streak(dt_delta_reader *r, dt_delta_block *b, uint64_t gap)
 {
-    if (!r->run && (!(r->list = get_number(r->list, r->end, &gap)) || !gap ||
-                    !(r->list = get_number(r->list, r->end, &r->run)) || !r->run || r->run > r->streak))
+    if (!r->run && (!(r->list = dt_delta_get_number(r->list, r->end, &gap)) || !gap ||
+                    !(r->list = dt_delta_get_number(r->list, r->end, &r->run)) || !r->run || r->run > r->streak))
         return false;
     if (gap >= r->blocks - r->next) /* next is at most blocks */
         return false;
@@ -290,7 +289,7 @@ int dt_delta_next(dt_delta_reader *r, dt_delta_block *b, dt_failure *why)
         return next_of_streak(r, b, 0) ? 1 : malformed(r, why);
     if (r->at == r->end)
         return 0;
-    const uint8_t *at = get_number(r->at, r->end, &opening);
+    const uint8_t *at = dt_delta_get_number(r->at, r->end, &opening);
     if (!at || opening >> 3 >= r->blocks - r->next) /* next is at most blocks */
         return malformed(r, why);
     if ((opening & 7) == DELTA_STREAK)
@@ -336,6 +335,8 @@ int dt_delta_next(dt_delta_reader *r, dt_delta_block *b, dt_failure *why)
 
 /* ---- XXH64, by its specification ---- */
 
+/* The hardware's own guess ends with the page. */
+#define AHEAD_BYTES 4096
 #define P1 UINT64_C(0x9E3779B185EBCA87)
 #define P2 UINT64_C(0xC2B2AE3D27D4EB4F)
 #define P3 UINT64_C(0x165667B19E3779F9)
@@ -360,9 +361,29 @@ void dt_xxh64_add(dt_xxh64_parts *parts, const uint8_t *at, uint64_t length)
 {
     uint64_t lane[4];
     memcpy(lane, parts->lane, sizeof lane); /* so that they live in registers */
-    for (const uint8_t *end = at + dt_down(length, 32); at < end; at += 32)
+    for (const uint8_t *end = at + dt_down(length, 32); at < end; at += 32) {
+        __builtin_prefetch(at + AHEAD_BYTES);
         for (unsigned i = 0; i < 4; i++)
             lane[i] = mixed(lane[i], word_at(at + 8 * i));
+    }
+    memcpy(parts->lane, lane, sizeof lane);
+    parts->length += dt_down(length, 32);
+}
+
+void dt_xxh64_copy(dt_xxh64_parts *parts, uint8_t *out, const uint8_t *at, uint64_t length)
+{
+    uint64_t lane[4];
+    memcpy(lane, parts->lane, sizeof lane);
+    for (const uint8_t *end = at + dt_down(length, 32); at < end; at += 32, out += 32) {
+        __builtin_prefetch(at + AHEAD_BYTES);
+        for (unsigned i = 0; i < 4; i++) {
+            /* Read once: another thread may write it meanwhile, and what is copied is what is added. */
+            struct { uint64_t word; } __attribute__((packed, may_alias)) volatile const *from = (const void *)(at + 8 * i);
+            uint64_t word = from->word;
+            memcpy(out + 8 * i, &word, 8);
+            lane[i] = mixed(lane[i], word);
+        }
+    }
     memcpy(parts->lane, lane, sizeof lane);
     parts->length += dt_down(length, 32);
 }

@@ -52,7 +52,8 @@ enum dt_step {
     DT_STEP_MEMORY = 8,      /* an allocation */
     DT_STEP_COPY = 9,        /* reading or writing tracked memory */
     DT_STEP_MAPS = 10,       /* reading /proc/self/maps */
-    DT_STEP_EVENTS = 11      /* starting the thread that is told of discards */
+    DT_STEP_EVENTS = 11,     /* starting the thread that is told of discards */
+    DT_STEP_SOCKET = 12      /* sending or receiving */
 };
 
 typedef struct dt_failure {
@@ -154,6 +155,9 @@ typedef struct dt_extent {
 /* `extents` are sorted and disjoint in gather, scatter and nbytes. On a page that vanished: -EFAULT and `why`. */
 uint64_t dt_set_nbytes(const dt_set *set, const dt_extent *extents, uint64_t n);
 int dt_gather(const dt_set *set, const dt_extent *extents, uint64_t n, uint8_t *out, uint64_t room, dt_failure *why);
+/* The same, and of what was gathered from each extent its XXH64, which costs little while the bytes are at hand. */
+int dt_gather_summed(const dt_set *set, const dt_extent *extents, uint64_t n, uint8_t *out, uint64_t room, uint64_t *sums,
+                     dt_failure *why);
 int dt_scatter(const dt_set *set, const dt_extent *extents, uint64_t n, const uint8_t *data, uint64_t length,
                dt_failure *why);
 /* Each extent's dirty bytes to the same offset of its mirror. */
@@ -215,6 +219,8 @@ typedef struct dt_xxh64_parts {
 void dt_xxh64_begin(dt_xxh64_parts *parts, uint64_t seed);
 void dt_xxh64_add(dt_xxh64_parts *parts, const uint8_t *data, uint64_t length);
 uint64_t dt_xxh64_end(dt_xxh64_parts *parts, const uint8_t *data, uint64_t length);
+/* As `add`, and copies what it adds, each byte of which is read once. */
+void dt_xxh64_copy(dt_xxh64_parts *parts, uint8_t *out, const uint8_t *data, uint64_t length);
 int dt_all_zero(const uint8_t *data, uint64_t length); /* 1 or 0 */
 /* Of each of `count` pages, a keyed hash of 128 bits (digest.c). key: page_bytes + 16 random bytes; out: two a page. */
 void dt_digest_pages(const uint8_t *data, uint64_t count, uint64_t page_bytes, const uint8_t *key, uint64_t *out);
@@ -367,7 +373,41 @@ int dt_moving_put(const dt_moving *m, const dt_stretch *stretches, uint64_t n, c
 /* Digests of pages as they are in memory: into the table, or compared with it where check = 1. *at: the first that differs,
  * or the number behind the last. */
 int dt_moving_digest(const dt_moving *m, uint64_t first, uint64_t count, int check, uint64_t *at, dt_failure *why);
+/* Looks at one in `every` of the set's pages: at how many, and how many of them the table has otherwise. */
+int dt_moving_differing(const dt_moving *m, const dt_set *set, uint64_t every, uint64_t *looked, uint64_t *differing,
+                        dt_failure *why);
 void dt_page_digest(const uint8_t *page, uint64_t page_bytes, const uint8_t *key, uint64_t *out); /* two numbers */
+
+/* A connected socket. */
+typedef struct dt_link {
+    int32_t fd;
+    int32_t timeout_ms;      /* without any progress; -1: as long as it takes */
+} dt_link;
+
+/* Who writes memory that comes, and whether anybody still may. Several threads may use one. */
+typedef struct dt_gate {
+    int32_t shut, inside;
+    uint64_t received_bytes; /* so far, by all of them */
+} dt_gate;
+
+/* 1, and from then on until dt_gate_leave() it counts as inside; 0 where the gate is shut. */
+int dt_gate_enter(dt_gate *gate);
+void dt_gate_leave(dt_gate *gate);
+/* From now on nobody enters. Returns how many are inside. */
+int dt_gate_shut(dt_gate *gate);
+
+/* Takes the set's pages in [from, to) and sends them, in frames of at most so many pages. `body`: 32 bytes for each of
+ * them, `data`: a page for each. `sent_bytes`, and the numbers in `moved`, grow with each frame. Step DT_STEP_SOCKET: the
+ * errno of sendmsg(), or ETIMEDOUT. On a failure the table may have pages that nobody has. */
+int dt_moving_send(const dt_moving *m, const dt_set *set, uint64_t from, uint64_t to, const dt_link *link, uint32_t region,
+                   uint64_t round, uint64_t frame_pages, uint8_t *body, uint8_t *data, uint64_t *sent_bytes, dt_moved *moved,
+                   dt_failure *why);
+/* Puts what such frames bring, until one comes that is another, is not sound, or comes when the gate is shut: its header is
+ * in `first` then (32 bytes), and of its body the first `body_bytes` are in `body`. `body` and `data` have room for 1 MiB.
+ * Step DT_STEP_SOCKET: the errno of recv(), ENODATA where it was closed. DT_MALFORMED as dt_moving_put(). */
+int dt_moving_receive(const dt_moving *const *memories, uint64_t n, const dt_link *link, uint8_t *body, uint8_t *data,
+                      uint8_t *first, uint64_t *body_bytes, dt_gate *gate, dt_failure *why);
+
 /* A part of what a set has of one of several memories: `count` spans, from the `first` of all on. */
 typedef struct dt_cut {
     uint64_t memory; /* its index */

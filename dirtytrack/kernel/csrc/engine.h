@@ -285,13 +285,14 @@ void dt_assume(dt_watch *w, uint64_t start, uint64_t end); /* that was told with
 /* arm.c */
 int dt_arm(dt_session *s, dt_region *region, dt_failure *why); /* at first, or again with a collecting pass */
 
-/* costs.c: ns a page, but for `call`: a scan of its own that finds and arms one page. */
-typedef struct dt_costs { uint64_t fault, arm, call, copy, copy_apart; } dt_costs;
+/* costs.c: ns a page, but for `call`: a scan of its own that finds and arms one page. look: at one that was not written. */
+typedef struct dt_costs { uint64_t fault, arm, call, look, copy, copy_apart, compare; } dt_costs;
 extern dt_costs dt_cost;                                    /* once these are known */
 bool dt_costs_known(dt_session *s);                         /* measures them; false: they cannot be, or somebody does */
 
 /* adapt.c */
 dt_adapt *dt_adapt_new(const dt_session *s, uint64_t start, uint64_t end); /* NULL: too small, or no memory: all of it stays exact */
+void dt_adapt_prepare(dt_session *s, const dt_listener *l, const dt_region *region); /* measures, where costs may matter later */
 bool dt_adapt_any(const dt_adapt *a);                       /* whether some page is assumed */
 void dt_adapt_forget(dt_adapt *a);                          /* all of it was armed */
 /* How to pass over what is at `at`, until *to, at most `end`. MIXED: single pages of it are assumed. */
@@ -304,6 +305,9 @@ void dt_adapt_found(dt_adapt *a, const struct k_page_region *found, uint64_t n);
 int dt_adapt_ask(dt_session *s, dt_adapt *a, uint64_t start, uint64_t end);
 /* [start, end) is mixed: blocks whose turn it is are not assumed any more, and this pass is to arm all of them. */
 void dt_adapt_turn(dt_adapt *a, uint64_t start, uint64_t end);
+/* Whether a pass, which now begins, goes without it: nothing is assumed, and nothing was worth it for long. `found`: pages. */
+bool dt_adapt_rests(dt_adapt *a);
+void dt_adapt_rested(dt_session *s, dt_adapt *a, uint64_t found);
 /* At the end of a pass over [start, end): which blocks are left unarmed from now on. */
 void dt_adapt_decide(dt_session *s, dt_adapt *a, uint64_t start, uint64_t end, const dt_wish *wish);
 

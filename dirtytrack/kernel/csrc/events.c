@@ -7,7 +7,6 @@
 #include "engine.h"
 #include <poll.h>
 #include <sched.h>
-#include <signal.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
@@ -82,12 +81,7 @@ int dt_events_start(dt_session *s)
     e->stop = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (e->stop < 0)
         return -errno;
-    /* The program's signals are for its own threads. */
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    int error = pthread_create(&e->thread, NULL, read_events, e);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    int error = dt_thread_start(&e->thread, read_events, e);
     e->running = !error;
     if (error)
         close(e->stop);

@@ -7,6 +7,7 @@
 #endif
 #include "dirtytrack.h"
 #include <errno.h>
+#include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdio.h>
@@ -39,6 +40,10 @@ void *dt_grow(void *block, size_t old_bytes, size_t bytes); /* the new part is n
 void dt_free(void *block);
 int dt_room(void **array, uint64_t *room, uint64_t wanted, size_t item_bytes); /* grow an array; -ENOMEM */
 
+/* ---- threads (thread.c) ---- */
+/* One that gets none of the program's signals. 0 or an errno. */
+int dt_thread_start(pthread_t *thread, void *(*run)(void *), void *context);
+
 /* ---- mappings (maps.c) ---- */
 /* Whose memory: NULL is this process. */
 typedef struct dt_space {
@@ -60,14 +65,14 @@ unsigned dt_page_shift(void);
 static inline uint64_t dt_down(uint64_t x, uint64_t unit) { return x & ~(unit - 1); }
 static inline uint64_t dt_up(uint64_t x, uint64_t unit) { return (x + unit - 1) & ~(unit - 1); }
 static inline uint64_t dt_max(uint64_t a, uint64_t b) { return a > b ? a : b; }
+static inline uint64_t dt_min(uint64_t a, uint64_t b) { return a < b ? a : b; }
+
 /* Has the processor fetch memory, all at once; a hint, of addresses that need not be there. */
 static inline void dt_ask_for(const void *memory, uint64_t bytes)
 {
     for (uint64_t at = 0; at < bytes; at += 64)
         __builtin_prefetch((const char *)memory + at);
 }
-
-static inline uint64_t dt_min(uint64_t a, uint64_t b) { return a < b ? a : b; }
 
 /* Not the builtin: without the instruction, which x86-64 need not have, that is a call of a function with a table. */
 static inline uint64_t dt_count_bits(uint64_t x)
@@ -123,6 +128,10 @@ void dt_block_release(dt_block *block);           /* listener.c: free a delivere
  * where that finds a difference it reads those bytes again, and if somebody put them back it says "equal" of bytes that it
  * never looked at (seen with glibc 2.36: a page that was left out of a mirror). */
 bool dt_same_bytes(const uint8_t *memory, const uint8_t *copy, uint64_t bytes);
+/* copy.c: memcpy() past the caches, worth it from so many bytes in a row of copies on; seen by others after dt_copy_past_end(). */
+extern uint64_t dt_copy_past_from; /* tests change it */
+void dt_copy_past(void *out, const void *memory, uint64_t bytes);
+void dt_copy_past_end(void);
 /* bytes.c: copies by the kernel, so that a page that vanished is -EFAULT and `why`; `into` the tracked memory or out. */
 int dt_copy_vanishing(bool into, uint8_t *ours, uint64_t tracked, uint64_t bytes, dt_failure *why);
 

@@ -280,6 +280,7 @@ static int watch_region(dt_listener *l, dt_region *region, dt_failure *why)
         return dt_fail_region(why, DT_UNREGISTERED, region);
     if (dt_watch_of(l, region))
         return dt_fail_region(why, DT_WATCHED, region);
+    dt_adapt_prepare(l->session, l, region);
     /* Again, each time: arming the one before may have added to the session's watches. */
     dt_watch *w = room_for(l, 1) ? NULL : dt_make_watch(l, region, 1);
     if (!w)

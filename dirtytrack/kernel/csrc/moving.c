@@ -252,6 +252,13 @@ static uint64_t place_of(const dt_moving *m, dt_stretch s)
     return from < m->phase || to > m->phase + m->memory.nbytes ? 0 : m->memory.address + (from - m->phase);
 }
 
+/* Whether the kernel has no page there yet, as of memory that nobody wrote. */
+static bool is_absent(uint64_t page)
+{
+    unsigned char there = 0;
+    return !mincore((void *)(uintptr_t)page, dt_page_bytes(), &there) && !(there & 1);
+}
+
 int dt_moving_expect(const dt_moving *m, const dt_stretch *stretches, uint64_t n, uint64_t *places, dt_failure *why)
 {
     uint64_t told, looked;
@@ -270,8 +277,9 @@ int dt_moving_expect(const dt_moving *m, const dt_stretch *stretches, uint64_t n
             continue;
         uint64_t *known = m->table + 2 * stretches[i].first, bytes = stretches[i].count * m->page_bytes;
         uint64_t low = dt_up(places[i], dt_page_bytes()), high = dt_down(places[i] + bytes, dt_page_bytes());
-        /* Memory that nobody wrote comes quicker by one call than by a fault a page. Where it does not, the faults do it. */
-        if (known[0] == zero.first && known[1] == zero.second && low < high)
+        /* Memory that nobody wrote comes quicker by one call than by a fault a page. Where it does not, the faults do it.
+         * Of what is there the call would look at each page. */
+        if (known[0] == zero.first && known[1] == zero.second && low < high && is_absent(low))
             (void)madvise((void *)(uintptr_t)low, high - low, MADV_POPULATE_WRITE);
         memset(known, 0, 16 * (uint64_t)stretches[i].count); /* until it is whole */
     }
@@ -361,6 +369,40 @@ int dt_moving_put(const dt_moving *m, const dt_stretch *stretches, uint64_t n, c
 }
 
 /* ---- looking again ---- */
+
+int dt_moving_differing(const dt_moving *m, const dt_set *set, uint64_t every, uint64_t *looked, uint64_t *differing,
+                        dt_failure *why)
+{
+    uint64_t start = m->memory.address - m->phase, seen = 0, differ = 0, i = 0;
+    if (!usable(m) || m->page_bytes != dt_page_bytes() || !every)
+        return dt_fail_with(why, -EINVAL, 0, DT_STEP_COPY, 0, 0);
+    dt_digester digest = digester();
+    uint8_t *page = dt_alloc(m->page_bytes);
+    if (!page)
+        return dt_fail_with(why, -ENOMEM, ENOMEM, DT_STEP_MEMORY, 0, 0);
+    int rc = 0;
+    bool locked = m->memory.through && !(rc = dt_compare_begin_copy(m->memory.through, why));
+    for (uint64_t run = dt_set_first(set, start); !rc && run < set->count; run++) {
+        uint64_t at = dt_max(set->runs[run].start, start), end = dt_min(set->runs[run].end, start + m->pages * m->page_bytes);
+        for (; !rc && at < end; at += m->page_bytes, i++) {
+            dt_digest now = {0};
+            uint64_t which = (at - start) / m->page_bytes;
+            if (i % every)
+                continue;
+            rc = read_digest(m, which, false, digest, page, &now, why);
+            seen++;
+            differ += m->table[2 * which] != now.first || m->table[2 * which + 1] != now.second;
+        }
+    }
+    if (locked)
+        dt_compare_end_copy(m->memory.through);
+    dt_free(page);
+    if (!rc) {
+        *looked = seen;
+        *differing = differ;
+    }
+    return rc;
+}
 
 int dt_moving_digest(const dt_moving *m, uint64_t first, uint64_t count, int check, uint64_t *at, dt_failure *why)
 {

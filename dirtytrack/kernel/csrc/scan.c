@@ -647,9 +647,17 @@ DT_HOT DT_FLAT int dt_scan_pass(dt_pass *pass, uint64_t start, uint64_t end, dt_
         dt_fold(pass); /* what is found elsewhere is not found in the order of its addresses here */
     if (pass->aliased || pass->present)
         pass->adapt = NULL;
+    dt_adapt *resting = DT_UNLIKELY(pass->adapt != NULL) && dt_adapt_rests(pass->adapt) ? pass->adapt : NULL;
+    uint64_t before = s->statistics.pages_found;
+    if (resting)
+        pass->adapt = NULL;
     int rc = scan_part(pass, start, end, start, end, dt_heal, 0, why);
     if (DT_UNLIKELY(pass->adapt != NULL) && !rc)
         dt_adapt_decide(s, pass->adapt, start, end, &pass->wish);
+    if (resting) {
+        dt_adapt_rested(s, resting, s->statistics.pages_found - before);
+        pass->adapt = resting;
+    }
     if (DT_UNLIKELY(pass->aliased) && !rc)
         rc = scan_elsewhere(pass, start, end, why);
     if (!rc && pass->find_lost && (rc = find_lost(pass, start, end))) { /* what it had to look at is still pending */

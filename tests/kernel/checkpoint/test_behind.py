@@ -79,10 +79,10 @@ def test_wait_waits_until_the_earlier_is_committed(where: Path) -> None:
     with program, files.shut():
         program.buffers["data"][0] ^= 0x55
         first = program.save(wait=False)
-        threading.Timer(0.1, files.gate.set).start()
+        threading.Timer(0.5, files.gate.set).start()
         second = program.save(wait=False)
         assert first.state == "committed"
-        assert second.waited_seconds > 0.05 > second.stall_seconds
+        assert second.waited_seconds > 0.4 > second.stall_seconds
         assert second.wait(20)
         program.check()
 
@@ -538,6 +538,8 @@ class Interrupt(BaseException):
     pass
 
 
+# An interrupt that meets a finaliser is ignored by Python, which says so.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("staging_bytes", [None, 1 << 16])
 @pytest.mark.parametrize("when_busy", ["wait", "coalesce"])
 def test_an_interrupt_anywhere_in_a_save_loses_nothing(where: Path, staging_bytes: int | None, when_busy: Any) -> None:
@@ -562,7 +564,7 @@ def test_an_interrupt_anywhere_in_a_save_loses_nothing(where: Path, staging_byte
         signal.setitimer(signal.ITIMER_REAL, 0.0003, 0.00037)
         try:
             end = time.monotonic() + 1
-            while time.monotonic() < end:
+            while time.monotonic() < end or (interrupts <= 50 and time.monotonic() < end + 20):
                 step += 1
                 data[step % 60 * PAGE] ^= step % 255 + 1
                 data[step * 11 % 60 * PAGE + 1] ^= 0x55

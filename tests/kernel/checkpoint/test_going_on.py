@@ -286,7 +286,7 @@ def test_close_does_not_wait_for_a_compaction(where: Path, monkeypatch: pytest.M
     monkeypatch.setattr(tending, "_SPARE_NBYTES", 0)
 
     def slow(data: bytes) -> bytes:
-        time.sleep(0.2)
+        time.sleep(0.5)
         return Keyed(5)(data)
 
     grid = np.tile(paged(256, 1), 12)
@@ -298,7 +298,7 @@ def test_close_does_not_wait_for_a_compaction(where: Path, monkeypatch: pytest.M
         program.save()
     began = time.monotonic()
     program.close()
-    assert time.monotonic() - began < 1.9
+    assert time.monotonic() - began < 4.5
     assert not verify(where, all=True).strangers
     program.check()
 

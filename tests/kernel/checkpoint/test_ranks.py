@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import threading
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -674,6 +675,44 @@ def test_a_rank_without_buffers(where: Path, lone: int) -> None:
     assert (restore(where)["data" if lone else "data[1]"] == 8).all()
     ranks(2, lambda comm: work(comm, True))
     assert [each.generation for each in generations(where)] == [1, 2, 3, 5, 6, 7]
+    assert verify(where, all=True).ok
+
+
+@pytest.mark.parametrize("lone", [0, 1])
+def test_a_rank_that_had_no_buffer_gets_one(where: Path, lone: int) -> None:
+    """Behind saves that are under way; and when a run that had one there left a generation that never came to be."""
+
+    def before(comm: ThreadRank) -> None:
+        with coordinated(comm, where, {"data": paged(2)}) as ckpt:
+            ckpt.save().wait(20)
+
+    ranks(2, before)
+    with DirectoryStore(where) as store, store.part(lone) as part, part.writer() as writer:
+        writer.publish(replace(part.manifest(1), generation=5, parent=None))  # prepared, and then all were killed
+
+    def work(comm: ThreadRank) -> None:
+        data, more = paged(4), paged(2)
+        with coordinated(comm, where, {} if comm.rank == lone else {"data": data}) as ckpt:
+            saves = [ckpt.save()]
+            if comm.rank == lone:
+                with pytest.raises(InvalidMemory, match="no buffer yet"):
+                    ckpt.remove("more")
+            ckpt.add("more", more, partition=0)
+            assert ckpt.buffers == (("more",) if comm.rank == lone else ("data", "more"))
+            for step in range(4):
+                more[:] = 10 * step + comm.rank
+                saves.append(ckpt.save())
+            for save in saves:
+                assert save.wait(20)
+        with pytest.raises(CheckpointerClosed):
+            ckpt.add("other", paged(1))
+
+    ranks(2, work)
+    newest = generations(where)[-1].generation
+    for step in range(4):
+        state = restore(where, generation=newest - 3 + step)
+        assert (state["more"] == np.repeat([10 * step, 10 * step + 1], 2 * 4096)).all()
+    assert "more" not in restore(where, generation=newest - 4)
     assert verify(where, all=True).ok
 
 

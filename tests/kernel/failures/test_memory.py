@@ -32,6 +32,12 @@ def test_allocate_a_kind_that_is_not_there(huge: object) -> None:
         dirtytrack.allocate(PAGE, huge=huge)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_allocate_sparse_huge_pages_of_the_pool(shared: bool) -> None:
+    with pytest.raises(dirtytrack.InvalidMemory, match="leave out sparse="):
+        dirtytrack.allocate(PAGE, huge="2M", sparse=True, shared=shared)
+
+
 def test_a_kernel_without_transparent_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuses(self: Memory, advice: int) -> None:
         raise OSError(errno.EINVAL, "Invalid argument")

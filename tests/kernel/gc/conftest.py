@@ -9,8 +9,9 @@ from collections.abc import Iterator
 import pytest
 
 from examples.heap import Heap
+from tests.asked import SANITIZED
 
-if os.environ.get("DIRTYTRACK_SANITIZE") == "1":
+if SANITIZED:
     flags = "-O1 -fsanitize=address,undefined -fno-sanitize-recover=all"
     os.environ.setdefault("EXAMPLES_HEAP_CFLAGS", flags)
 

@@ -193,3 +193,26 @@ def test_an_exception_among_own_writes_forgets_nothing(session: UffdSession) -> 
         raise KeyError
     cards.update()
     assert cards.dirty_cards().tolist() == [memory.address + 3 * PAGE]
+
+
+def test_what_cannot_be_added_leaves_the_table_as_it_was(session: UffdSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker = started(session, allocate(PAGES * PAGE))
+    cards = CardTable(tracker.regions, tracker, 512, mirror=True)
+    cards.update()
+    more, before = allocate(PAGES * PAGE), session.regions
+    with monkeypatch.context() as patch:
+        patch.setattr("dirtytrack.gc.cards.allocate", fail)
+        with pytest.raises(MemoryError):
+            cards.add(more)
+    assert (cards.regions, tracker.regions, session.regions) == (before, before, before)
+    cards.clear()
+    more[0] = 1
+    cards.update()
+    assert not len(cards.dirty_cards())
+    region = cards.add(more)
+    cards.update()
+    assert cards.dirty_cards(region)[0] == more.address
+
+
+def fail(*arguments: object, **options: object) -> None:
+    raise MemoryError

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import random
 import threading
 import time
@@ -18,9 +17,9 @@ import pytest
 import dirtytrack
 from dirtytrack import DirtyTracker
 from examples.heap import Heap
+from tests.asked import SOAK
 from tests.kernel.gc.graphs import STORES, Graph, child
 
-SOAK = os.environ.get("DIRTYTRACK_SOAK") == "1"
 SMALL: dict[str, Any] = {"eden_bytes": 16384, "survivor_bytes": 4096, "segment_bytes": 512 << 10, "old_bytes": 8 << 20}
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import threading
 import time
@@ -14,9 +13,9 @@ import pytest
 from dirtytrack import DirtySet, DirtyTracker
 from examples.heap import Heap, HeapCorrupt, LispFailed, Ref
 from examples.heap.lisp import Lisp
+from tests.asked import SOAK
 from tests.oracle import PAGE
 
-SOAK = os.environ.get("DIRTYTRACK_SOAK") == "1"
 SMALL: dict[str, Any] = {"eden_bytes": 16384, "segment_bytes": 512 << 10, "old_bytes": 8 << 20}
 
 

@@ -19,9 +19,9 @@ import pytest
 import dirtytrack.gc
 import examples.heap
 from examples.heap import Heap, HeapBusy, HeapClosed, HeapCorrupt, HeapExhausted, Ref, WrongKind
+from tests.asked import SOAK
 from tests.kernel.gc.graphs import child, number_of
 
-SOAK = os.environ.get("DIRTYTRACK_SOAK") == "1"
 SMALL: dict[str, Any] = {"eden_bytes": 16384, "survivor_bytes": 4096, "segment_bytes": 512 << 10, "old_bytes": 8 << 20}
 FOLDERS = tuple(str(Path(package.__file__ or "").parent) for package in (dirtytrack.gc, examples.heap))
 

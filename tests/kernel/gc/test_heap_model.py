@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -21,10 +20,9 @@ from hypothesis.stateful import (
 )
 
 from examples.heap import Heap
+from tests.asked import SOAK
 from tests.kernel import host
 from tests.kernel.gc.graphs import STORES, Graph, Kind, Store
-
-SOAK = os.environ.get("DIRTYTRACK_SOAK") == "1"
 
 LENGTHS = st.one_of(st.integers(0, 6), st.sampled_from((60, 300, 700, 1100, 2500)))  # cells, and runs of blocks
 KINDS: tuple[Kind, ...] = ("tuple", "tuple", "tuple", "bytes", "array")

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,10 +13,10 @@ import pytest
 from examples.heap import Heap, HeapExhausted, LispFailed
 from examples.heap.lisp import PRIMITIVES, Lisp
 from examples.heap.native import library
+from tests.asked import SOAK
 from tests.kernel.gc.programs import PROGRAMS, answer, expected
 
 ROOT = Path(__file__).parents[3]
-SOAK = os.environ.get("DIRTYTRACK_SOAK") == "1"
 SIZES = {"gcbench": 11, "queens": 8, "derivative": 4, "table": 400}
 STRESSED = {"gcbench": 4, "queens": 4, "derivative": 2, "table": 20}
 SOAKED = {"gcbench": 6, "queens": 6, "derivative": 4, "table": 120}

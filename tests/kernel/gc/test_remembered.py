@@ -6,11 +6,9 @@ from __future__ import annotations
 import gc
 import linecache
 import os
-import re
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -46,7 +44,6 @@ from tests.oracle import PAGE
 PAGES = 64
 END = YOUNG + YOUNG_BYTES
 WORDS = PAGE // 8
-MAP_NORESERVE = 0x4000
 
 
 class Old(NamedTuple):
@@ -165,6 +162,52 @@ def test_an_empty_nursery_leaves_nothing_to_read(old: Old) -> None:
         old.words[WORDS] = OLD
     assert not old.remembered.retained
     assert old.remembered.minor(YOUNG, END).page_count == 0
+
+
+def test_an_empty_nursery_is_told_at_the_end_and_its_slots_are_redirected_without_a_fault(old: Old) -> None:
+    old.minor()
+    old.words[: 20 * WORDS : WORDS] = memoryview(YOUNG.to_bytes(8, "little") * 20).cast("Q")
+    with old.remembered.forget_own_writes(nursery_empty=True):
+        assert old.minor() == list(range(20))
+        assert old.minor() == list(range(20)), "nothing was taken"
+        assert old.tracker.peek().page_count == 20, "nothing was armed"
+        old.words[30 * WORDS] = YOUNG + 8
+        assert old.minor() == [*range(20), 30]
+        old.remembered.retain([old.at(7)])
+        old.remembered.minor(YOUNG, END).redirect([OLD] * 21)
+        old.remembered.retain([old.at(40)])
+    assert not old.tracker.peek()
+    slots = old.remembered.minor(YOUNG, END)
+    assert (list(slots), slots.page_count) == ([], 1), "what was retained after it was read"
+
+
+def test_an_exception_before_an_empty_nursery_forgets_nothing_that_was_retained(old: Old) -> None:
+    old.words[2 * WORDS], old.words[3 * WORDS] = YOUNG, YOUNG
+    old.minor()
+    old.remembered.retain([old.at(9)])
+    with pytest.raises(KeyError), old.remembered.forget_own_writes(nursery_empty=True):
+        old.minor()
+        raise KeyError
+    slots = old.remembered.minor(YOUNG, END)
+    assert list(slots) == [old.at(2), old.at(3)]
+    assert slots.page_count == 3
+
+
+def test_somebody_else_collects_while_the_nursery_is_emptied(old: Old) -> None:
+    old.minor()
+    old.words[5 * WORDS] = YOUNG
+    with old.remembered.forget_own_writes(nursery_empty=True):
+        old.tracker.collect()
+        slots = old.remembered.minor(YOUNG, END)
+        assert list(slots) == [old.at(5)]
+        assert slots.whole_heap
+        slots.redirect([OLD])
+    assert old.remembered.minor(YOUNG, END).whole_heap
+    old.words[6 * WORDS] = YOUNG
+    with old.remembered.forget_own_writes(nursery_empty=True):
+        old.remembered.minor(YOUNG, END).redirect([OLD])
+        old.tracker.collect()
+    assert old.remembered.minor(YOUNG, END).whole_heap
 
 
 def test_an_exception_inside_forgets_nothing(old: Old) -> None:
@@ -291,28 +334,6 @@ def test_what_cannot_be_added_leaves_the_heap_as_it_was(old: Old) -> None:
     assert remembered.regions == (old.region,)
 
 
-def test_a_reservation_of_64_gib_takes_no_page_tables(session: UffdSession) -> None:
-    nbytes = 64 << 30
-    with reserved(nbytes) as at:
-        before = page_table_bytes()
-        region = session.register((at, nbytes))
-        assert region.arm == "present"
-        tracker = DirtyTracker(session, [region])
-        tracker.start()
-        remembered = RememberedSet(region, tracker, nursery=(YOUNG, END))
-        written = [at + i * (1 << 30) + 4096 * i for i in range(64)]
-        assert not len(remembered.minor(YOUNG, END))  # which reads the whole heap
-        for address in written:
-            oracle.poke_bytes(address, YOUNG.to_bytes(8, "little"))
-        for _ in range(2):
-            slots = remembered.minor(YOUNG, END)
-            assert list(slots) == written
-            assert slots.page_count == 64
-        remembered.remember_all()
-        assert list(remembered.minor(YOUNG, END)) == written
-        assert page_table_bytes() - before < 4 << 20
-
-
 def test_empty_huge_pages_stay_empty(session: UffdSession, tmp_path: Path) -> None:
     (kind,) = some("hugetlb private")
     with kind.map(4, tmp_path) as area:
@@ -326,21 +347,6 @@ def test_empty_huge_pages_stay_empty(session: UffdSession, tmp_path: Path) -> No
         assert [bool(each) for each in present] == [False, False, True, False]
         oracle.poke_bytes(area.at(1, 8), YOUNG.to_bytes(8, "little"))
         assert list(remembered.minor(YOUNG, END)) == [area.at(1, 8), area.at(2, 16)]
-
-
-@contextmanager
-def reserved(nbytes: int) -> Iterator[int]:
-    at = oracle.map_at(0, nbytes, extra=MAP_NORESERVE)
-    try:
-        yield at
-    finally:
-        oracle.unmap(at, nbytes)
-
-
-def page_table_bytes() -> int:
-    found = re.search(r"VmPTE:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return int(found[1]) << 10
 
 
 # ---- what is refused
@@ -410,6 +416,26 @@ def test_a_format_fits_the_heap_and_the_nursery(session: UffdSession) -> None:
         tagged.minor(YOUNG, END)
 
 
+def test_what_is_of_another_type_is_said_to_be(old: Old) -> None:
+    make: Any = RememberedSet
+    remembered: Any = old.remembered
+    wrong: list[tuple[Any, str]] = [
+        (lambda: make(old.memory, old.tracker), "not of Memory"),
+        (lambda: make([old.memory], old.tracker), "not of Memory"),
+        (lambda: make(None, old.tracker), "not of NoneType"),
+        (lambda: make(old.region, old.session), "not a UffdSession"),
+        (lambda: make(old.region, old.tracker, pointers="plain"), "takes a PointerFormat"),
+        (lambda: make(old.region, old.tracker, nursery=(1, 2, 3)), "two addresses"),
+        (lambda: remembered.minor(1.5, 2.5), "two addresses"),
+        (lambda: remembered.minor(old.memory, END), "two addresses"),
+        (lambda: remembered.remember_all("ab"), "two addresses"),
+        (lambda: remembered.remove(old.memory), "not Memory"),
+    ]
+    for call, told in wrong:
+        with pytest.raises(TypeError, match=told):
+            call()
+
+
 def test_a_set_of_a_closed_session_says_so(old: Old) -> None:
     old.words[0] = YOUNG
     slots = old.remembered.minor(YOUNG, END)
@@ -449,7 +475,8 @@ class Stop(Exception):
     """What a signal handler raises."""
 
 
-def test_an_interrupt_at_any_line_forgets_nothing(old: Old) -> None:
+@pytest.mark.parametrize("nursery_empty", [False, True])
+def test_an_interrupt_at_any_line_forgets_nothing(old: Old, nursery_empty: bool) -> None:
     """By a tracer that raises at the n-th line of this package that is run, for every n."""
     folder = str(Path(sys.modules["dirtytrack.gc"].__file__ or "").parent)
     old.minor()
@@ -474,9 +501,11 @@ def test_an_interrupt_at_any_line_forgets_nothing(old: Old) -> None:
         before = sys.gettrace()
         sys.settrace(tracer)
         try:
-            with old.remembered.forget_own_writes():
+            with old.remembered.forget_own_writes(nursery_empty=nursery_empty):
                 old.words[(lines * 7 + 3) % PAGES * WORDS + 1] = YOUNG
-                old.remembered.minor(YOUNG, END)
+                slots = old.remembered.minor(YOUNG, END)
+                if nursery_empty:
+                    slots.redirect([OLD] * len(slots))
             ended = True
         except Stop:
             pass

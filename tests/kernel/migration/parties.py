@@ -133,7 +133,7 @@ class Death:
         return f"{'after' if self.after else 'before'} {self.kind.name}"
 
     def arm(self) -> None:
-        send, left = Link.send, [self.nth]
+        send, send_pages, left = Link.send, Link.send_pages, [self.nth]
 
         def dying(link: Link, kind: Kind, body: Any = b"", **more: Any) -> None:
             left[0] -= kind is self.kind
@@ -144,7 +144,18 @@ class Death:
             if mine:
                 os.kill(os.getpid(), signal.SIGKILL)
 
+        def dying_of_pages(link: Link, *about: Any, **more: Any) -> int:
+            left[0] -= self.kind is Kind.PAGES
+            mine = self.kind is Kind.PAGES and not left[0]
+            if mine and not self.after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            pages = send_pages(link, *about, **more)
+            if mine:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return pages
+
         Link.send = dying  # type: ignore[method-assign,assignment]
+        Link.send_pages = dying_of_pages  # type: ignore[method-assign,assignment]
 
 
 # ---- the processes

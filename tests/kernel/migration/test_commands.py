@@ -37,7 +37,9 @@ def migrate(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def test_a_program_moves_by_commands(receiving: subprocess.Popen[str], tmp_path: Path) -> None:
     assert receiving.stdout is not None
     address = receiving.stdout.readline().split()[-1]
-    done = migrate(tmp_path, f"{PROGRAM}:source", "--max-downtime", "100ms", address)  # options may stand anywhere
+    done = migrate(
+        tmp_path, f"{PROGRAM}:source", "--max-downtime", "100ms", "--delta", address
+    )  # options may stand anywhere
     out, err = receiving.communicate(timeout=30)
     assert done.returncode == 0, done.stderr
     assert "downtime" in done.stdout

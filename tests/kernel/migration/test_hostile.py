@@ -267,7 +267,7 @@ def test_pages_that_are_still_coming_at_the_end(count: int) -> None:
             body = stretch(0, count, 0) + bytes(16 * count)
             head, _ = wire.frame(Kind.PAGES, body, data_bytes=4096 * count)
             pages.sock.sendall(head + body + bytes(100))
-            while not served.destination._receiver._writing:  # type: ignore[union-attr]
+            while not served.destination._receiver.gate.inside:  # type: ignore[union-attr]
                 time.sleep(0.001)
             control.send(Kind.FINISH, {"state_nbytes": 0, "digest": digest})
             with pytest.raises(ProtocolViolated, match="after the last"):

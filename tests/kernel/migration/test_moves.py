@@ -90,7 +90,8 @@ def test_what_differs(cast: Cast, options: dict[str, Any]) -> None:
     moved = move(cast, 16 * MIB, here={"delta": True, "bandwidth": 100e6, "goal": goal, **options})
     again = [each for each in moved.rounds[1:] if each.moved_bytes > 64 << 10]
     assert again, moved.rounds
-    assert sum(each.sent_bytes for each in again) < sum(each.moved_bytes for each in again) / 10
+    # Of pages that are written for the first time there is nothing to differ from.
+    assert sum(each.sent_bytes for each in again) < sum(each.moved_bytes for each in again) / 4
 
 
 def test_what_differs_from_memory_that_is_there_already() -> None:

@@ -35,14 +35,23 @@ def where() -> Iterator[Path]:
     shutil.rmtree(path, ignore_errors=True)
 
 
-KINDS = ["directory", "memory", "s3"] + (["azure"] if "DIRTYTRACK_AZURITE" in os.environ else [])
+@pytest.fixture(scope="session")
+def google() -> Iterator[str]:
+    """The address of a server that speaks as Google Cloud Storage is documented to."""
+    from tests.gcs import served
+
+    with served() as address:
+        yield address
+
+
+KINDS = ["directory", "memory", "s3", "google"] + (["azure"] if "DIRTYTRACK_AZURITE" in os.environ else [])
 
 
 @pytest.fixture(params=KINDS)
 def place(request: pytest.FixtureRequest, where: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     """Where stores of each kind are, with nothing there yet; the environment has what it takes to open them."""
     found = Place(request.param, where, lambda: request.getfixturevalue(request.param))
-    if found.kind in ("s3", "azure"):
+    if found.kind in ("s3", "azure", "google"):
         for name, value in found.environment().items():
             monkeypatch.setenv(name, value)
     return found

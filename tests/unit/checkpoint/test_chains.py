@@ -23,6 +23,7 @@ from dirtytrack.checkpoint.chains import compacted
 from dirtytrack.checkpoint.coding import Decoder, Encoder
 from dirtytrack.checkpoint.segments import FrameKind
 from dirtytrack.errors import DamagedCheckpoint, InvalidCheckpoint, NoSuchGeneration, StoreBusy, StoreFailed
+from tests.asked import SOAK
 from tests.generations import PAGE, History, Keyed
 from tests.storing import Dying, Failing, frames_and_bytes, kept, read_back, save
 
@@ -434,7 +435,7 @@ def test_it_is_killed_at_random_moments(where: Path, what: str) -> None:
     work, may_go = WORK[what]
     rng = random.Random(9)
     longest = 0.02
-    times = 300 if os.environ.get("DIRTYTRACK_SOAK") == "1" else 12
+    times = 300 if SOAK else 12
     for _ in range(times):
         again(where)
         pid = os.fork()

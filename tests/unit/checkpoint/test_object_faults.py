@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 import tracemalloc
@@ -426,6 +428,34 @@ def test_a_server_that_checks_says_what_is_wrong(s3: str, url: str) -> None:
         ObjectStore(url, **options(s3, skip_signature=True))
     with pytest.raises(InvalidCheckpoint, match=r"no such bucket\. Make it"):
         opened("s3://no-such-bucket/x", s3)
+
+
+SAVING = """
+import sys
+from dirtytrack.checkpoint import Checkpointer, ObjectStore
+from dirtytrack.errors import StoreFailed
+from tests.buckets import options
+try:
+    with Checkpointer(ObjectStore(sys.argv[1], create=True, **options(sys.argv[2])), {"x": bytearray(9000)}) as ckpt:
+        print("committed" if ckpt.save().wait() else "not committed")
+except StoreFailed as error:
+    print(error)
+"""
+
+
+@pytest.mark.radosgw
+@pytest.mark.parametrize("shift", ["+10m", "-10m", "+1h", "-1h", "+2d"])
+def test_a_clock_that_is_wrong(s3: str, url: str, shift: str) -> None:
+    """By libfaketime. A store allows a quarter of an hour, within which all goes as ever."""
+    command = ["faketime", "-f", shift, sys.executable, "-c", SAVING, url, s3]
+    environment = {**os.environ, "DONT_FAKE_MONOTONIC": "1"}
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    if shift.endswith("10m"):
+        assert told.stdout == "committed\n", told
+        assert ObjectStore(url, **options(s3)).catalog() == (Kept(1, 0),)
+    else:
+        assert "this machine's clock and the store's differ" in told.stdout, told
+        assert "it says RequestTimeTooSkewed" in told.stdout
 
 
 @pytest.mark.moto

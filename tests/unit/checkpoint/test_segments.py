@@ -37,7 +37,9 @@ class InMemory:
     def nbytes(self) -> int:
         return len(self.data)
 
-    def write(self, data: Any) -> None:
+    whole_nbytes = 0
+
+    def write(self, data: Any, lent_nbytes: int = 0) -> None:
         self.data += data
 
     def finish(self) -> None: ...

@@ -92,50 +92,6 @@ def test_a_manifest_comes_back(manifest: Manifest) -> None:
 # ---- who writes
 
 
-def test_two_writers_on_one_store(where: Path) -> None:
-    with store_at(where / "store") as store, store_at(where / "store") as other:
-        with store.writer() as writer:
-            with pytest.raises(StoreBusy, match="this process writes to the store") as raised:
-                other.writer()
-            assert raised.value.pid == os.getpid()
-            assert raised.value.errno == errno.EAGAIN
-            save(writer, store, CONTENTS[0])
-        with other.writer() as writer:
-            save(writer, other, CONTENTS[1])
-        assert read_back(store) == CONTENTS[1]
-
-
-CHILD = """
-import sys, time
-from dirtytrack.checkpoint import DirectoryStore
-store = DirectoryStore(sys.argv[1], create=True)
-writer = store.writer()
-segment = writer.create_segment(writer.next_generation())
-print(flush=True)
-time.sleep(60)
-"""
-
-
-def test_another_process_writes_and_is_killed(where: Path) -> None:
-    with store_at(where / "store") as store:
-        child = subprocess.Popen([sys.executable, "-c", CHILD, str(where / "store")], stdout=subprocess.PIPE)
-        assert child.stdout is not None
-        try:
-            child.stdout.readline()
-            with pytest.raises(StoreBusy) as raised:
-                store.writer()
-            assert raised.value.pid in (child.pid, None)
-            assert (f"process {child.pid} writes" in str(raised.value)) == (raised.value.pid is not None)
-            assert len(store.segments()) == 1
-        finally:
-            child.kill()
-            child.wait()
-            child.stdout.close()
-        with store.writer() as writer:
-            assert not store.segments()
-            assert writer.next_generation() == 1
-
-
 def test_a_forked_child_has_neither_the_lock_nor_the_segments(where: Path) -> None:
     with store_at(where / "store") as store:
         writer = store.writer()
