@@ -293,6 +293,10 @@ class Collector:
             try:
                 if self._numbers().old_bytes >= self._due_bytes:
                     self.cycle()
+            except HeapExhausted as error:
+                # No failure: whoever needs the room collects in full itself, and says so where there is none then. It
+                # may be there by the time that a mutator would hear of this.
+                _log.debug("a concurrent collection found no room, and left it to the mutators: %s", error)
             except BaseException as error:
                 _log.exception("a concurrent collection failed; the next allocation that collects says so")
                 self._failure = error

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import linecache
 import os
+import queue
 import signal
 import sys
 import time
@@ -183,6 +184,34 @@ def test_a_failure_of_the_collectors_thread_is_told(monkeypatch: pytest.MonkeyPa
                 kept = heap.tuple(kept)
         monkeypatch.undo()
         heap.full()
+
+
+def test_a_cycle_that_finds_no_room_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Heap(**{**SMALL, "old_bytes": 1 << 20}) as heap:
+        kept: Ref | None = None
+        with pytest.raises(HeapExhausted):
+            while True:
+                kept = heap.tuple(kept)
+        collector: Any = heap._collector
+        cycle, tried = collector._cycle, queue.SimpleQueue[BaseException | None]()
+
+        def watched(mark: object) -> bool:
+            try:
+                ended: bool = cycle(mark)
+            except HeapExhausted as error:
+                tried.put(error)
+                raise
+            tried.put(None)
+            return ended
+
+        monkeypatch.setattr(collector, "_cycle", watched)
+        collector._due_bytes = 0  # as it was when a cycle began before the last full collection
+        collector._wanted.set()
+        assert isinstance(tried.get(timeout=60), HeapExhausted)
+        del kept
+        heap.full()  # what was wanting for the cycle is there: nobody else need hear of it
+        for _ in range(20_000):
+            heap.tuple(1)
 
 
 def test_a_reference_that_leads_nowhere_is_found(heap: Heap) -> None:
