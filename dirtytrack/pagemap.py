@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import DirtyTrackError, InvalidMemory, TargetGone
-from .kernel import core, failures, mappings, scans
+from .kernel import core, failures, mappings, scans, targets
 from .kernel.abi import Fd, PageCategory, Pid, ScanFlag
 from .region import Region, Run, range_of
 
@@ -70,13 +70,14 @@ class Pagemap:
     """A process's page map, /proc/PID/pagemap.
 
     It keeps its first descriptor, so that a target which replaced itself by exec is told (`TargetGone`), not mistaken
-    for an empty one.
+    for an empty one. A child of vfork has its parent's memory until it becomes a program by exec: that is waited for.
 
     Args:
         pid: the process; None: this one.
 
     Raises:
         PermissionDenied: the process is another user's, or not dumpable.
+        TargetBusy: it is a child of vfork that has its parent's memory, for two seconds and more.
         TargetGone: there is no such process.
         UnsupportedKernel: no /proc/PID/pagemap here, or not Linux.
 
@@ -89,10 +90,13 @@ class Pagemap:
         core.load()
         self.pid = None if pid is None else Pid(pid)
         self._owner = os.getpid()
+        if self.pid is not None:
+            self._fd = targets.open_page_map(self.pid)
+            return
         try:
-            self._fd = os.open(f"/proc/{'self' if pid is None else pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+            self._fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            scans.refuse_open(error, pid)
+            scans.refuse_open(error, None)
 
     def scan(
         self,

@@ -81,9 +81,6 @@ DESELECTED: dict[str, str] = {
     "tests/kernel/test_contract_threads.py::test_dropped_in_any_order_nothing_stays": (
         "18 s each on a processor of its own: minutes under emulation, and the time-out ends it"
     ),
-    "tests/kernel/test_adaptive.py::test_what_is_written_at_random_is_exact": (
-        "what pays is weighed by what a fault costs, and an emulated one is dear"
-    ),
     "tests/kernel/test_contract_threads.py::test_of_collects_at_once_each_page_goes_to_exactly_one[compare": _COMPARED,
     "tests/kernel/test_contract_threads.py::test_listeners_and_regions_come_and_go_in_threads_while_others_write[com": (
         _COMPARED

@@ -284,11 +284,17 @@ class Proxy:
             key = unquote(path).removeprefix(f"/{BUCKET}").lstrip("/")
             request = Request(len(self.seen), method, key, query, headers, length)
             self.seen.append(request)
-            part = method == "PUT" and "partNumber" in query
+        return self._do(request, self.meddle(request), head, near, incoming)
+
+    @contextmanager
+    def _under_way(self, request: Request) -> Iterator[None]:
+        """Until it is answered: the client may send the next as soon as it has the answer."""
+        part = request.method == "PUT" and "partNumber" in request.query
+        with self._mutex:
             self.at_once += part
             self.most_at_once = max(self.most_at_once, self.at_once)
         try:
-            return self._do(request, self.meddle(request), head, near, incoming)
+            yield
         finally:
             with self._mutex:
                 self.at_once -= part
@@ -311,22 +317,10 @@ class Proxy:
         far = socket.create_connection(self._to)
         self._sockets.append(far)
         try:
-            far.sendall(
-                re.sub(rb"(?i)\r\nconnection:[^\r]*", b"", head).rstrip(b"\r\n") + b"\r\nConnection: close\r\n\r\n"
-            )
-            left = request.nbytes // 2 if what == "tear" else request.nbytes
-            while left:
-                some = incoming.read(min(left, 1 << 16))
-                if not some:
-                    return False
-                far.sendall(some)
-                self._slowly(len(some))
-                left -= len(some)
-            if what == "tear":
+            with self._under_way(request):
+                answer = self._answer(request, what, head, far, incoming)
+            if not answer:
                 return False
-            answer = b""
-            while some := far.recv(1 << 18):
-                answer += some
             if what == "lose":
                 return False
             if what == "tear answer":
@@ -339,6 +333,22 @@ class Proxy:
         finally:
             far.close()
             self._sockets.remove(far)
+
+    def _answer(self, request: Request, what: str, head: bytes, far: socket.socket, incoming: Any) -> bytes:
+        """The server's, to all of the request; empty where it is torn."""
+        far.sendall(re.sub(rb"(?i)\r\nconnection:[^\r]*", b"", head).rstrip(b"\r\n") + b"\r\nConnection: close\r\n\r\n")
+        left = request.nbytes // 2 if what == "tear" else request.nbytes
+        while left:
+            some = incoming.read(min(left, 1 << 16))
+            if not some:
+                return b""
+            far.sendall(some)
+            self._slowly(len(some))
+            left -= len(some)
+        answer = b""
+        while what != "tear" and (some := far.recv(1 << 18)):
+            answer += some
+        return answer
 
     def _slowly(self, nbytes: int) -> None:
         if self.rate is not None:

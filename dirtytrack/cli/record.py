@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from ..errors import DirtyTrackError, TargetGone
+from ..kernel import targets
 from . import quantities
 from .watching import Choice, add_metrics, metrics_at, process_id
 
@@ -86,7 +87,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _started(words: list[str]) -> subprocess.Popen[bytes]:
     """The command, stopped as soon as its program has been loaded."""
-    child = subprocess.Popen(words)  # returns once exec() has succeeded
+    child = subprocess.Popen(words)
+    try:
+        targets.await_memory(child.pid)  # stopped before, it would never have its own
+    except DirtyTrackError:
+        child.kill()
+        child.wait()
+        raise
     child.send_signal(signal.SIGSTOP)
     return child
 

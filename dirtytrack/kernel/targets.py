@@ -10,12 +10,13 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..errors import KernelRefused, UnsupportedKernel
-from . import core, engine
+from ..errors import KernelRefused, TargetBusy, UnsupportedKernel
+from . import core, engine, scans
 from .core import new_failure
 from .failures import error_of, raise_failure
 
@@ -30,6 +31,7 @@ __all__ = [
     "Row",
     "ThreadState",
     "adopt",
+    "await_memory",
     "has_memory",
     "is_alive",
     "kill_after",
@@ -37,6 +39,7 @@ __all__ = [
     "layout_changed",
     "mappings_of",
     "open_in_proc",
+    "open_page_map",
     "open_userfaultfd",
     "outlives",
     "read",
@@ -49,6 +52,9 @@ __all__ = [
 
 ENDING_SECONDS = 0.25
 """How long a process that is ending, by its looks, is given to end."""
+OWN_MEMORY_SECONDS = 2.0
+"""How long a child of vfork is given to become a program."""
+_LOOK_SECONDS = 0.001
 _ANSWER_SECONDS = 10.0
 """Beyond the time-out of what it does: for the start of its interpreter."""
 
@@ -417,3 +423,50 @@ def has_memory(pid: int) -> bool:
 def open_in_proc(pid: int, name: str) -> int:
     """A descriptor of /proc/PID/name."""
     return os.open(f"/proc/{pid}/{name}", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _lender(pid: int) -> int:
+    """The parent whose memory a process has; 0: it has its own, or that cannot be told."""
+    try:
+        parent = int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
+    except (OSError, IndexError):
+        return 0
+    return parent if core.lib.dt_shares_memory(pid, parent) > 0 else 0
+
+
+def await_memory(pid: int, wait_seconds: float = OWN_MEMORY_SECONDS) -> None:
+    """Wait until a process has memory of its own.
+
+    A child of vfork, as `subprocess` and posix_spawn make them, has its parent's until it replaces itself by exec;
+    what is opened of it before stays its parent's, and says nothing of what the program writes. Nor has it its own
+    for sure when Popen() returns (seen on Linux 6.12 and 7.3 where there is one processor). Where kcmp(2) is
+    forbidden, it cannot be told, and is not waited for.
+
+    Raises:
+        TargetBusy: it has not in that time.
+    """
+    core.load()
+    until = time.monotonic() + wait_seconds
+    while parent := _lender(pid):
+        if time.monotonic() >= until:
+            raise TargetBusy(
+                f"process {pid} has the memory of its parent, process {parent}: it is a child of vfork or posix_spawn "
+                f"that has not become a program of its own by exec in {wait_seconds:g} s. Try again when it has; or "
+                f"take process {parent}, whose memory it is",
+                pid=pid,
+            )
+        time.sleep(_LOOK_SECONDS)
+
+
+def open_page_map(pid: int, wait_seconds: float = OWN_MEMORY_SECONDS) -> int:
+    """A descriptor of the page map of a process's own memory.
+
+    Raises:
+        PermissionDenied, TargetGone: as `Pagemap`.
+        TargetBusy: as `await_memory`.
+    """
+    await_memory(pid, wait_seconds)
+    try:
+        return open_in_proc(pid, "pagemap")
+    except OSError as error:
+        scans.refuse_open(error, pid)

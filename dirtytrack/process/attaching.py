@@ -18,7 +18,7 @@ from ..errors import (
     TargetBusy,
     UnsupportedKernel,
 )
-from ..kernel import core, scans, targets
+from ..kernel import core, targets
 from ..kernel.targets import Answer, Fault, Guardian
 from .admission import admit, head_room, no_such_process, tracer_of
 from .mappings import Filter, Pattern, named
@@ -60,7 +60,7 @@ def attach(
             included. Mappings of files and shared memory are tracked only where they are named: a process that puts
             guard pages into such memory while it is armed hangs on many kernels (see docs/processes.md).
         exclude: the same, for what is left out; it wins.
-        timeout: seconds in which some thread must have stopped.
+        timeout: seconds in which some thread must have stopped, and a child of vfork must have memory of its own.
         seccomp: ``"accepted"``: attach though the process has a seccomp filter that might kill it for the call.
 
     Returns:
@@ -70,7 +70,8 @@ def attach(
         InvalidMemory: this process itself, a thread, a kernel thread, another architecture; or the filters match
             nothing.
         TargetGone: there is no such process, or it is a zombie.
-        TargetBusy: another tracer has it, or no thread stopped in time.
+        TargetBusy: another tracer has it, no thread stopped in time, or it is a child of vfork that has its parent's
+            memory still.
         PermissionDenied: the system does not let us (another user's, Yama, seccomp); the message names the way out.
         LimitReached: its memory cgroup has too little left for the page tables, or it has no descriptor left.
         UnsupportedKernel: this kernel cannot track.
@@ -101,10 +102,7 @@ def attach_with_fault(
         pidfd = _open(lambda: os.pidfd_open(pid), pid)
         opened.callback(os.close, pidfd)
         suspend_seccomp = admit(pid, seccomp)
-        try:
-            pagemap = targets.open_in_proc(pid, "pagemap")
-        except OSError as error:
-            scans.refuse_open(error, pid)
+        pagemap = targets.open_page_map(pid, timeout)
         opened.callback(os.close, pagemap)
         maps = _open(lambda: targets.open_in_proc(pid, "maps"), pid)
         opened.callback(os.close, maps)

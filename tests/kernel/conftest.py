@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 
 from dirtytrack import UffdSession
+from dirtytrack.kernel import core
 from tests.kernel.backends import BACKENDS
 from tests.kernel.host import POOLS, NotHere
 from tests.kernel.kinds import Area, Kind
 from tests.kernel.watched import Bare, Watched
+
+USUAL = {"fault": 1000, "arm": 50, "call": 600, "look": 3, "copy": 300, "copy_apart": 450, "compare": 400}  # ns
 
 
 @pytest.hookimpl(wrapper=True)
@@ -49,6 +52,16 @@ def session() -> Iterator[UffdSession]:
 def backend(request: pytest.FixtureRequest) -> str:
     """Who says what was written: a test with it is run for each. All but the first need no kernel that tracks."""
     return str(request.param)
+
+
+@pytest.fixture
+def usual_costs() -> Iterator[None]:
+    """What tracking costs is as on most machines, not as measured here: for tests of what is decided by it."""
+    core.load()
+    costs = core.ffi.new("dt_costs *", USUAL)
+    core.lib.dt_costs_exchange(costs)
+    yield
+    core.lib.dt_costs_exchange(costs)
 
 
 @pytest.fixture

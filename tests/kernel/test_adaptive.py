@@ -18,6 +18,8 @@ import pytest
 
 import dirtytrack
 from dirtytrack import DirtySet, DirtyTracker, Memory, UffdSession
+from dirtytrack.kernel import core
+from tests.kernel.conftest import USUAL
 from tests.oracle import PAGE, address_of
 
 PAGES = 2048  # of 8 MiB: 32 blocks of 64 pages
@@ -27,6 +29,8 @@ SETTLED = 8  # epochs
 COOLED = 100  # epochs at the most
 
 Words = npt.NDArray[np.uint64]
+
+pytestmark = pytest.mark.usefixtures("usual_costs")
 
 
 @pytest.fixture(params=[False, True], ids=["private", "shared"])
@@ -82,6 +86,17 @@ def test_dense_memory_is_assumed_and_spares_the_faults(memory: Memory, session: 
         assert after.pages_found - told.pages_found < 0.2 * 20 * PAGES
         assert told.overhead_ns > 0
         assert told.predicted_ns > 0
+
+
+def test_what_it_is_decided_by_is_measured(memory: Memory, session: UffdSession) -> None:
+    core.lib.dt_costs_exchange(core.ffi.new("dt_costs *"))
+    session.register(memory, blind_spots="accepted")
+    with DirtyTracker(session) as tracker:
+        assert rewrite(memory, tracker, np.arange(PAGES), SETTLED).assumed.page_count == PAGES
+    measured = core.ffi.new("dt_costs *", USUAL)
+    core.lib.dt_costs_exchange(measured)
+    for cost in USUAL:
+        assert 0 < getattr(measured, cost) < 1_000_000, "ns"
 
 
 def test_a_dense_part_is_assumed_and_the_rest_is_exact(memory: Memory, session: UffdSession) -> None:
@@ -243,6 +258,7 @@ def test_collects_in_part_and_on_a_budget(memory: Memory, session: UffdSession) 
             parts = [tracker.collect(budget_seconds=0) for _ in range(3)]
             assert DirtySet.union(parts).page_count == PAGES - 1
         tracker.remove(low)
+        rewrite(memory, tracker, everything, SETTLED)  # parts were collected that nobody wrote to meanwhile
         store(memory, everything, 3)
         assert tracker.collect().page_count == half
         assert tracker.stop().page_count == half, "assumed to the end"
@@ -257,7 +273,7 @@ def test_wrong_costs_are_refused(session: UffdSession) -> None:
 # ---- single pages --------------------------------------------------------------------------------------------------
 
 HOT = np.arange(5, PAGES, 16)  # four pages of each block
-EACH = 1e-6  # seconds that a page costs whoever collects: blocks are too dear to be assumed whole, wherever this runs
+EACH = 1e-6  # seconds that a page costs whoever collects: blocks are too dear to be assumed whole
 ENTERED = 12  # epochs
 
 
@@ -438,12 +454,13 @@ def test_writers_beside_collects_lose_nothing(pages: Chosen, memory: Memory, ses
     stop = threading.Event()
 
     def write() -> None:
-        stamp = 0
+        stamp = epoch = 0
         while not stop.is_set():
             stamp += 1
             words(memory)[pages] = stamp
-            if stamp % 64 == 0:  # seldom enough for hot pages to pay for it, wherever this runs
-                words(memory)[stamp // 64 * 37 % PAGES] = stamp
+            if tracker.epoch != epoch:  # one page of the others in each: hot ones pay for that
+                epoch = tracker.epoch
+                words(memory)[epoch * 37 % PAGES] = stamp
 
     with DirtyTracker(session, page_cost_seconds=EACH if len(pages) == len(HOT) else None) as tracker:
         tracker.collect_into(mirror)

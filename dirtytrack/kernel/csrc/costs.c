@@ -99,3 +99,11 @@ bool dt_costs_known(dt_session *s)
     atomic_store(&measuring, 2);
     return dt_cost.fault;
 }
+
+void dt_costs_exchange(dt_costs *costs)
+{
+    dt_costs before = dt_cost;
+    dt_cost = *costs;
+    *costs = before;
+    atomic_store(&measuring, dt_cost.fault ? 2 : 0);
+}

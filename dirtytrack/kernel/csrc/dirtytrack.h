@@ -540,6 +540,10 @@ typedef struct dt_target {
     int32_t ready;
 } dt_target;
 
+/* Whether two processes have one memory, as a child of vfork and its parent do until it replaced itself by exec: 1, 0, or
+ * -errno where that cannot be told (kcmp(2)). */
+int dt_shares_memory(int32_t pid, int32_t other);
+
 /* A userfaultfd of this process, for another that will track it. */
 int dt_open_userfaultfd(int32_t *out, dt_failure *why);
 
@@ -671,5 +675,16 @@ enum dt_site {
  * after = 1: the call is made, then reported as failed. sites = 0 turns it off. Returns how many calls the sites saw
  * since the last dt_fail. after = 2: the process is killed before that call. Process-wide, not for concurrent use. */
 uint64_t dt_fail(uint32_t sites, uint64_t nth, uint64_t times, int os_errno, int after);
+
+/* What tracking costs: ns a page, but for `call`, a scan of its own that finds and arms one page. look: at one that was not
+ * written. fault = 0: not measured, or it cannot be. */
+typedef struct dt_costs {
+    uint64_t fault, arm, call, look, copy, copy_apart, compare;
+} dt_costs;
+
+/* Exchange those that were measured for others, by which it is then weighed what to leave unarmed: tests of what is decided
+ * are not to depend on the machine. With fault = 0 they are measured again when they are next wanted. Process-wide, not
+ * for concurrent use. */
+void dt_costs_exchange(dt_costs *costs);
 
 #endif

@@ -285,8 +285,7 @@ void dt_assume(dt_watch *w, uint64_t start, uint64_t end); /* that was told with
 /* arm.c */
 int dt_arm(dt_session *s, dt_region *region, dt_failure *why); /* at first, or again with a collecting pass */
 
-/* costs.c: ns a page, but for `call`: a scan of its own that finds and arms one page. look: at one that was not written. */
-typedef struct dt_costs { uint64_t fault, arm, call, look, copy, copy_apart, compare; } dt_costs;
+/* costs.c */
 extern dt_costs dt_cost;                                    /* once these are known */
 bool dt_costs_known(dt_session *s);                         /* measures them; false: they cannot be, or somebody does */
 

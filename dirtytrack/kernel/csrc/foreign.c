@@ -4,8 +4,10 @@
  * our knowing, so whether they are others than before is asked at each epoch; and the process may end. */
 #include "engine.h"
 #include <limits.h>
+#include <linux/kcmp.h>
 #include <poll.h>
 #include <stdio.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
@@ -27,6 +29,12 @@ typedef struct target_space {
 } target_space;
 
 static target_space *target_of(const dt_session *s) { return (target_space *)s->space; }
+
+int dt_shares_memory(int32_t pid, int32_t other)
+{
+    long order = syscall(SYS_kcmp, pid, other, KCMP_VM, 0, 0);
+    return order < 0 ? -errno : order == 0;
+}
 
 int dt_open_userfaultfd(int32_t *out, dt_failure *why)
 {
