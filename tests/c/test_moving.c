@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT
  * Pages on the move: taken from one memory and put into another, whatever their places in their pages. */
-#include "checking.h"
+#include "moving.h"
 #include <string.h>
 
 enum { ROOM = 16, MOST_BYTES = 40 * 4096 };
@@ -14,20 +14,10 @@ typedef struct side {
     uint8_t packed[ROOM * 4098];
 } side;
 
-static uint8_t key[65536 + 16];
-
 static void set_up(side *s, uint8_t *bytes, uint64_t nbytes, uint64_t phase)
 {
-    static const uint8_t zeros[4096];
     s->bytes = bytes;
-    s->moving = (dt_moving){.memory = {.address = (uintptr_t)bytes, .nbytes = nbytes, .unpinned = (uint32_t)random_below(2)},
-                            .phase = phase,
-                            .page_bytes = page_bytes,
-                            .pages = (phase + nbytes + page_bytes - 1) / page_bytes,
-                            .key = key,
-                            .table = s->table};
-    for (uint64_t i = 0; i < s->moving.pages; i++)
-        dt_page_digest(zeros, page_bytes, key, s->table + 2 * i);
+    s->moving = moving_over(bytes, nbytes, phase, s->table);
     memcpy(s->sent_table, s->table, sizeof s->sent_table);
     s->sent = (dt_sent){NULL, s->sent_table, s->packed, 0};
 }
@@ -225,8 +215,7 @@ static void nonsense(void)
 int main(void)
 {
     page_bytes = dt_page_bytes();
-    for (uint64_t i = 0; i < sizeof key; i++)
-        key[i] = (uint8_t)random_below(256);
+    make_key();
     if (page_bytes == 4096)
         rounds(60);
     differences(2000);

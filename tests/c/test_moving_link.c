@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT
  * Frames of pages through a socket: whole, damaged, cut, and when nobody may write any more. */
-#include "checking.h"
+#include "moving.h"
 #include <pthread.h>
 #include <poll.h>
 #include <string.h>
@@ -8,8 +8,6 @@
 #include <unistd.h>
 
 enum { PAGES = 40, ROOM = 1 << 20, HEAD = 32 };
-
-static uint8_t key[65536 + 16];
 
 typedef struct side {
     dt_moving moving;
@@ -28,15 +26,7 @@ typedef struct receiver {
 
 static void set_up(side *s, uint8_t *bytes, uint64_t nbytes, uint64_t phase)
 {
-    static const uint8_t zeros[4096];
-    s->moving = (dt_moving){.memory = {.address = (uintptr_t)bytes, .nbytes = nbytes, .unpinned = (uint32_t)random_below(2)},
-                            .phase = phase,
-                            .page_bytes = page_bytes,
-                            .pages = (phase + nbytes + page_bytes - 1) / page_bytes,
-                            .key = key,
-                            .table = s->table};
-    for (uint64_t i = 0; i < s->moving.pages; i++)
-        dt_page_digest(zeros, page_bytes, key, s->table + 2 * i);
+    s->moving = moving_over(bytes, nbytes, phase, s->table);
 }
 
 static void *receive(void *argument)
@@ -260,8 +250,7 @@ static void gone(void)
 int main(void)
 {
     page_bytes = dt_page_bytes();
-    for (uint64_t i = 0; i < sizeof key; i++)
-        key[i] = (uint8_t)random_below(256);
+    make_key();
     if (page_bytes == 4096) {
         whole(60);
         damaged(600);
