@@ -117,6 +117,21 @@ def test_registers_are_those_of_the_threads(counted: Counted) -> None:
         assert told[-2:] == [int.from_bytes(xstate[start:end], "little") for start, end in ((208, 224), (24, 28))]
 
 
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the program fills the registers of x86-64")
+def test_vector_registers_are_those_of_the_threads(tmp_path: Path) -> None:
+    with running("registers", 3) as program, ProcessCheckpointer(tmp_path / "store", program.pid) as ckpt:
+        ckpt.save()
+        document = process_of(ckpt.store.manifest())
+        write_core(ckpt.store, tmp_path / "core")
+    has_avx_512 = "avx512f" in Path("/proc/cpuinfo").read_text().split()
+    asked = ["xmm1.v2_int64[0]", "xmm9.v2_int64[0]", *(["zmm17.v8_int64[7]", "k1"] if has_avx_512 else [])]
+    numbers = numbers_of(built("registers"), tmp_path / "core")
+    for number, each in enumerate(document["threads"][1:], 1):
+        commands = [f"thread {numbers[each['tid']]}", *(f"output/x ${name}" for name in asked)]
+        told = [int(value, 16) for value in gdb(built("registers"), tmp_path / "core", *commands)[1:]]
+        assert told == [0x1000 * number + value for value in (1, 4, 6, 6)[: len(asked)]]
+
+
 def test_mappings_are_listed(counted: Counted) -> None:
     document = process_of(counted.manifests[0])
     commands = "info proc mappings", "info auxv", "info files"

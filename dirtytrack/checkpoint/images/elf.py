@@ -42,6 +42,12 @@ _PRPSINFO = struct.Struct("<4b4xQII4i16s80s")  # struct elf_prpsinfo
 _SIGINFO_NBYTES = 128
 _XCR0, _XSTATE_BV = 464, 512  # in an area of XSAVE: what the processor has enabled, and what is not as it is at first
 _AMX, _PKRU = 3 << 17, 1 << 9
+_WITH_AVX_NBYTES = 832  # of an area up to there all processors have the same
+_PLACES = {5: (1088, 64), 6: (1152, 512), 7: (1664, 1024), 9: (2688, 8)}
+"""Of the parts of such an area, by their bit: where Intel's processors have the masks and the rest of the vectors of
+AVX-512, and the protection keys; and how many bytes."""
+_PLACES_ELSEWHERE = {840: {9: 832}, 2432: {5: 832, 6: 896, 7: 1408}, 2440: {5: 832, 6: 896, 7: 1408, 9: 2432}}
+"""By the length of the area, where others, which lack what lies between, have them."""
 
 
 class Load(NamedTuple):
@@ -140,13 +146,21 @@ def _registers(thread: ImageThread) -> list[bytes]:
 
 
 def _xstate(area: bytes) -> bytes:
-    """Without the tiles of AMX where a thread does not use them: gdb, which knows the area by its length, does not know
-    one of so many bytes (it warns; from 14 on it shows no vector registers either)."""
+    """As gdb knows it: by its length. Without the tiles of AMX, where a thread does not use them, and with all parts
+    where Intel's processors have them: else gdb warns, and shows wrong vector registers or none, by its version."""
     enabled, used = (int.from_bytes(area[at : at + 8], "little") for at in (_XCR0, _XSTATE_BV))
-    if not enabled & _AMX or used & _AMX:
-        return area
-    nbytes = 2696 if enabled & _PKRU else 2688
-    return area[:_XCR0] + (enabled & ~_AMX).to_bytes(8, "little") + area[_XCR0 + 8 : nbytes]
+    if enabled & _AMX and not used & _AMX:
+        enabled &= ~_AMX
+        area = area[: 2696 if enabled & _PKRU else 2688]
+    made = bytearray(area)
+    elsewhere = _PLACES_ELSEWHERE.get(len(area), {})
+    if elsewhere and all(enabled >> bit & 1 for bit in elsewhere):
+        del made[_WITH_AVX_NBYTES:]
+        for bit, at in elsewhere.items():
+            to, nbytes = _PLACES[bit]
+            made += bytes(to - len(made)) + area[at : at + nbytes]
+    made[_XCR0 : _XCR0 + 8] = enabled.to_bytes(8, "little")
+    return bytes(made)
 
 
 def _prstatus(image: ProcessImage, thread: ImageThread) -> bytes:

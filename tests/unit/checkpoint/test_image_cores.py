@@ -141,6 +141,43 @@ def test_what_is_large_and_empty_takes_no_room(where: Path) -> None:
     assert flags[BASE] == 5 and flags[0x7FFF_0000_0000] == 6 and flags[large[0]] == 0
 
 
+@pytest.mark.parametrize(
+    ("nbytes", "enabled", "parts"),
+    [
+        (832, 0x7, {}),
+        (840, 0x207, {9: 832}),
+        (2432, 0xE7, {5: 832, 6: 896, 7: 1408}),
+        (2440, 0x2E7, {5: 832, 6: 896, 7: 1408, 9: 2432}),
+        (2688, 0xE7, {5: 1088, 6: 1152, 7: 1664}),
+        (2696, 0x2E7, {5: 1088, 6: 1152, 7: 1664, 9: 2688}),
+        (11008, 0x602E7, {5: 1088, 6: 1152, 7: 1664, 9: 2688}),
+    ],
+    ids=["AVX", "AVX, keys, AMD", "AVX-512, AMD", "AVX-512, keys, AMD", "AVX-512", "AVX-512, keys", "AMX unused"],
+)
+def test_vector_registers_stand_where_gdb_looks(nbytes: int, enabled: int, parts: dict[int, int], where: Path) -> None:
+    """gdb 13 knows one place of each; later ones go by the length, and know that of Intel's processors."""
+    area = bytearray(random.Random(nbytes).randbytes(832)).ljust(nbytes, b"\0")
+    area[464:472], area[512:520] = struct.pack("<Q", enabled), struct.pack("<Q", enabled & 0x2E7)
+    known = {5: (1088, 64), 6: (1152, 512), 7: (1664, 1024), 9: (2688, 8)}
+    for bit, at in parts.items():
+        area[at : at + known[bit][1]] = bytes([bit]) * known[bit][1]
+    one = thread(100)
+    one["registers"]["xstate"] = area.hex()
+    history = History(where / "store")
+    history.save(layouts(where), [one])
+    write_core(history.store, where / "core")
+    with (where / "core").open("rb") as file:
+        segment: Any
+        (segment,) = ELFFile(file).iter_segments("PT_NOTE")
+        told = next(note.n_descdata for note in segment.iter_notes() if note.n_type == 0x202)
+    assert told[:464] + told[472:832] == area[:464] + area[472:832]
+    assert int.from_bytes(told[464:472], "little") == enabled & 0x2E7
+    assert len(told) == (sum(known[max(parts)]) if parts else 832)
+    for bit in parts:
+        to, size = known[bit]
+        assert told[to : to + size] == bytes([bit]) * size
+
+
 def test_the_notes(where: Path) -> None:
     history = History(where / "store")
     threads = [thread(100, mask=1 << 9), thread(107), thread(103)]
