@@ -136,22 +136,5 @@ OF_SOUND_KERNELS: dict[str, str] = {
 }
 """What a HOLEY kernel fails, and should: the beginning of a test's id, and why. No tracker may be in such a test."""
 
-KNOWN: dict[str, str] = {
-    "ERROR tests/kernel/test_kvm.py::": (
-        "there is no /dev/kvm, so these are skipped; then the test's memory could not be freed, since its session was "
-        "open still: mended since, and run there again by themselves they are skipped"
-    ),
-    "FAILED tests/kernel/test_interrupts.py::test_an_interrupt_anywhere_loses_nothing": (
-        "all was well, but fewer interrupts met the library than the test wants in three seconds: it goes on until "
-        "there are enough since, and run there again by itself it passes"
-    ),
-    "FAILED tests/kernel/test_recorder.py::test_everything_that_is_written_is_in_the_recording": (
-        "all was recorded, in three epochs where the test wants four: it waits for them since, and "
-        "run there again by itself it passes"
-    ),
-    "FAILED tests/kernel/failures/test_gone.py::test_a_process_that_is_not_there": (
-        "once in one run, not found out why: by all that is known of the kernel, something else still had a hold of "
-        "the address space of the process when it was asked for; the test waits for that since, not run again there"
-    ),
-}
+KNOWN: dict[str, str] = {}
 """Problems that are known, by their beginning, and what is behind each."""
