@@ -83,14 +83,15 @@ static uint64_t apart_ns(const dt_adapt *a, const dt_wish *wish)
     return dt_max(wish->page_ns, !wish->measured ? 0 : a->much ? dt_cost.copy_apart : dt_cost.compare);
 }
 
-/* A block that is told whole costs 64 copies in one piece; one that is armed, a fault, re-arming and a copy by itself for
- * each page that is written. */
+/* A block that is told whole costs 64 copies in one piece, and the scan of what lies about it is two; one that is armed, a
+ * fault, re-arming and a copy by itself for each page that is written. */
 static uint64_t threshold_for(const dt_adapt *a, const dt_wish *wish)
 {
     if (a->eager)
         return 1;
     uint64_t each = dt_cost.fault + dt_cost.arm + apart_ns(a, wish);
-    return dt_min(a->block_pages, a->block_pages * whole_ns(a, wish) * 9 / 8 / each + 1); /* an eighth must be won */
+    uint64_t whole = a->block_pages * whole_ns(a, wish) + dt_cost.call;
+    return dt_min(a->block_pages, whole * 9 / 8 / each + 1); /* an eighth must be won */
 }
 
 /* What a block wins in a pass by leaving the pages of its mask unarmed: a fault for each, but for a copy where one is
@@ -352,7 +353,8 @@ static int ask(dt_session *s, dt_adapt *a, uint64_t block)
     if (h->count < (h->written ? MOST_SAMPLES : 2)) /* a part of a block may be cold: others are asked before it is believed */
         return scan_sample(s, a, block, true, &written);
     h->interval = 0;
-    ask_neighbours(a, block);
+    if (4 * h->written * a->block_pages < a->threshold * SAMPLE_PAGES * h->count) /* not for what is on the border by chance */
+        ask_neighbours(a, block);
     return arm_blocks(s, a, block, block + 1);
 }
 

@@ -22,6 +22,14 @@ static void push_out(const uint8_t *memory, uint64_t bytes)
 #endif
 }
 
+/* Nor is what the processor keeps of the page tables. 0, or -errno: then it must not be written to. */
+static int forget_places(uint8_t *memory, uint64_t bytes)
+{
+    if (mprotect(memory, bytes, PROT_READ))
+        return 0;
+    return mprotect(memory, bytes, PROT_READ | PROT_WRITE) ? -errno : 0;
+}
+
 static uint64_t a_page_since(uint64_t begun, uint64_t pages) { return dt_max((dt_now_ns() - begun) / pages, 1); }
 
 /* Pages of our own: those to be written lie apart, behind a piece without gaps. */
@@ -52,12 +60,16 @@ static void measure(dt_session *s, uint8_t *memory, uint64_t step)
         rc = rc ? rc : dt_scan_apart(s, start, end, false, &found);
         look = dt_min(look, a_page_since(begun, FAULTS * APART));
         push_out(memory, 2 * COPIES * page);
+        if (rc || (rc = forget_places(memory, 2 * COPIES * page)))
+            break;
         begun = dt_now_ns();
         dt_copy_past(memory + COPIES * page, memory, COPIES * page);
         dt_copy_past_end();
         if (i) /* populated by then */
             copy = dt_min(copy, a_page_since(begun, COPIES));
         push_out(memory, 2 * COPIES * page);
+        if ((rc = forget_places(memory, 2 * COPIES * page)))
+            break;
         begun = dt_now_ns();
         for (uint64_t k = 0; k < COPIES; k++)
             rc |= !dt_same_bytes(memory + k * page, memory + (COPIES + k) * page, page);
@@ -65,6 +77,8 @@ static void measure(dt_session *s, uint8_t *memory, uint64_t step)
         push_out(memory + COPIES * page, COPIES * page);
         for (uint64_t k = 0; k < FAULTS; k++)
             push_out(apart + k * step, page);
+        if (rc || (rc = forget_places(memory, 2 * COPIES * page)) || (rc = forget_places(apart, FAULTS * step)))
+            break;
         begun = dt_now_ns();
         for (uint64_t k = 0; k < FAULTS; k++)
             dt_copy_past(memory + (COPIES + k * (COPIES / FAULTS)) * page, apart + k * step, page);
