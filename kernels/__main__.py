@@ -78,8 +78,7 @@ def run(wanted: Wanted, kernel: archive.Kernel, args: argparse.Namespace) -> res
     name = kernel.version if choice == "all" else f"{kernel.version}-{choice}"
     log, image = BUILD / f"{name}.log", BUILD / f"disk-{wanted.architecture}"
     if not args.judge:
-        asked = {"TESTS": choice, "C_SECONDS": 60 * slow, "PYTEST_SECONDS": pytest_seconds}
-        asked["C_ARGUMENT"] = "asking" if wanted.architecture == "amd64" else ""
+        asked = {"TESTS": choice, "C_SECONDS": 60 * slow, "PYTEST_SECONDS": pytest_seconds, "C_ARGUMENT": "asking"}
         machine.boot(kernel, image, log, limit, asked)
     steps = machine.steps_of((BUILD / f"{name}.out").read_text(errors="replace"))
     result = results.result_of(kernel, accelerator, steps, why=wanted.why)
